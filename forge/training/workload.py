@@ -231,7 +231,9 @@ def _find(source: str | Path) -> Path:
 def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
     for section, key in _PATHS:
         part = content.get(section)
-        value = part.get(key) if isinstance(part, dict) else None
+        if not isinstance(part, dict):
+            continue
+        value = part.get(key)
         if not isinstance(value, str) or value in _WORDS or Path(value).is_absolute():
             continue
         candidate = (folder / Path(value).expanduser()).absolute()
