@@ -1,0 +1,203 @@
+"""Records become token ids and labels: once, hashed, shared by every backend.
+
+Labels are token ids where a token is trained and -100 elsewhere, aligned with the ids (the model
+shifts them, as in ``transformers``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from forge.training.data.records import Message, Record
+
+from forge.training.data.conversation import IGNORED, Encoder, encode_conversation
+from forge.training.data.division import divide
+from forge.training.errors import DataError
+from forge.training.files import staged_directory, write_json
+from forge.training.workload import DataSection
+
+MIN_ANSWER_TOKENS = 32  # a part shorter than this is not worth its prompt
+
+
+@dataclass(frozen=True)
+class ExamplesReport:
+    """What became of the records. Lengths are in tokens, before cutting or dividing."""
+
+    num_records: int
+    num_examples: int
+    num_tokens: int
+    num_trained_tokens: int
+    num_cut: int  # examples cut at max_length
+    num_tokens_cut: int
+    num_divided: int  # documents divided into parts
+    num_parts: int
+    num_with_control_tokens: int
+    num_dropped: int  # nothing left to train on, or control tokens with policy "drop"
+    lengths: list[int]  # of the examples, after cutting or dividing
+
+
+@dataclass(frozen=True)
+class Examples:
+    """``input_ids`` and ``labels``: one int32 array of shape (length,) an example."""
+
+    input_ids: list[np.ndarray]
+    labels: list[np.ndarray]
+    document_ids: list[str]
+    num_trained_bytes: list[int]  # UTF-8 bytes of the trained text
+    sha256: str
+    report: ExamplesReport
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def encode_records(records: Sequence[Record], tokenizer: Any, data: DataSection) -> Examples:
+    """Encode records under a workload's data settings. Raises :class:`DataError` if nothing is left."""
+    encoder = Encoder(tokenizer)
+    rows: list[tuple[np.ndarray, np.ndarray, str]] = []
+    cut = tokens_cut = divided = parts = with_control = dropped = 0
+    for record in records:
+        messages = list(record.messages)
+        if data.system_prompt is not None and messages[0].role != "system":
+            messages.insert(0, Message("system", data.system_prompt))
+        ids, labels, contaminated = encode_conversation(encoder, messages, data.loss_on)
+        name = f"line {record.line}"
+        if contaminated:
+            with_control += 1
+            if data.control_tokens == "fail":
+                raise DataError(
+                    f"{name}: the text holds a control token such as {encoder.control[0]}",
+                    remedy="set data.control_tokens to neutralise (train it as text) or drop",
+                )
+            if data.control_tokens == "drop":
+                dropped += 1
+                continue
+        if len(ids) > data.max_length and data.long_documents == "divide" and record.document:
+            pieces = _divided(encoder, messages, data)
+            divided += 1
+            parts += len(pieces)
+            rows += [(i, lab, f"{name} part {k}/{len(pieces)}") for k, (i, lab) in enumerate(pieces, 1)]
+            continue
+        if len(ids) > data.max_length:
+            cut += 1
+            tokens_cut += len(ids) - data.max_length
+            ids, labels = ids[: data.max_length], labels[: data.max_length]
+        rows.append((ids, labels, name))
+    kept = [row for row in rows if (row[1][1:] != IGNORED).any()]  # the first token is never predicted
+    dropped += len(rows) - len(kept)
+    if not kept:
+        raise DataError(
+            f"none of {len(records)} records has a token to train within data.max_length={data.max_length}",
+            remedy="raise data.max_length or shorten the instructions",
+        )
+    return _examples(
+        kept,
+        encoder,
+        ExamplesReport(
+            num_records=len(records),
+            num_examples=len(kept),
+            num_tokens=sum(len(row[0]) for row in kept),
+            num_trained_tokens=sum(int((row[1] != IGNORED).sum()) for row in kept),
+            num_cut=cut,
+            num_tokens_cut=tokens_cut,
+            num_divided=divided,
+            num_parts=parts,
+            num_with_control_tokens=with_control,
+            num_dropped=dropped,
+            lengths=[len(row[0]) for row in kept],
+        ),
+    )
+
+
+def _divided(encoder: Encoder, messages: Sequence[Message], data: DataSection) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Divide a document so that every part fits with its prompt; every character is in one part."""
+    *prompt, answer = messages
+    asked = prompt[-1]
+
+    def encode(text: str, part: int, of: int) -> tuple[np.ndarray, np.ndarray]:
+        question = Message(asked.role, f"{asked.content} (part {part} of {of})")
+        conversation = [*prompt[:-1], question, Message(answer.role, text)]
+        return encode_conversation(encoder, conversation, data.loss_on)[:2]
+
+    overhead = len(encode("", 999, 999)[0]) + 1
+    budget = data.max_length - overhead
+    while budget >= MIN_ANSWER_TOKENS:
+        texts = divide(answer.content, encoder.ids_and_ends(answer.content, plain=True)[1], budget)
+        pieces = [encode(text, index, len(texts)) for index, text in enumerate(texts, 1)]
+        excess = max(len(ids) for ids, _ in pieces) - data.max_length
+        if excess <= 0:
+            return pieces
+        budget -= excess  # a part can need a token or two more by itself than inside its document
+    raise DataError(
+        f"data.max_length={data.max_length} leaves no room for an answer: prompts take {overhead} tokens",
+        remedy=f"set data.max_length to at least {overhead + MIN_ANSWER_TOKENS}, or data.long_documents to cut",
+    )
+
+
+def _examples(rows: list[tuple[np.ndarray, np.ndarray, str]], encoder: Encoder, report: ExamplesReport) -> Examples:
+    return Examples(
+        input_ids=[row[0] for row in rows],
+        labels=[row[1] for row in rows],
+        document_ids=[row[2] for row in rows],
+        num_trained_bytes=[int(encoder.num_bytes[row[1][row[1] != IGNORED]].sum()) for row in rows],
+        sha256=_digest([row[0] for row in rows], [row[1] for row in rows]),
+        report=report,
+    )
+
+
+def _digest(input_ids: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for ids, labs in zip(input_ids, labels, strict=True):
+        digest.update(np.int64(len(ids)).tobytes() + ids.tobytes() + labs.tobytes())
+    return digest.hexdigest()
+
+
+def save_examples(examples: Examples, directory: Path, *, force: bool = False) -> None:
+    """Write ``examples.safetensors`` (ids, labels, offsets) and ``examples.json`` beside it."""
+    from safetensors.numpy import save_file
+
+    offsets = np.cumsum([0, *(len(ids) for ids in examples.input_ids)]).astype(np.int64)
+    with staged_directory(directory, force=force) as staging:
+        tensors = {
+            "input_ids": np.concatenate(examples.input_ids),
+            "labels": np.concatenate(examples.labels),
+            "offsets": offsets,
+            "num_trained_bytes": np.asarray(examples.num_trained_bytes, dtype=np.int64),
+        }
+        save_file(tensors, staging / "examples.safetensors")
+        (staging / "examples.safetensors").chmod(0o644)
+        meta = {
+            "sha256": examples.sha256,
+            "document_ids": examples.document_ids,
+            "report": asdict(examples.report),
+        }
+        write_json(staging / "examples.json", meta)
+
+
+def load_examples(directory: Path | str) -> Examples:
+    """Read what :func:`save_examples` wrote. Raises :class:`DataError` if absent or changed."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    directory = Path(directory)
+    try:
+        meta = json.loads((directory / "examples.json").read_text(encoding="utf-8"))
+        tensors = load_file(directory / "examples.safetensors")
+        bounds = tensors["offsets"]
+        spans = list(pairwise(bounds))
+        ids = [tensors["input_ids"][a:b] for a, b in spans]
+        labels = [tensors["labels"][a:b] for a, b in spans]
+        report = ExamplesReport(**meta["report"])
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise DataError(f"{directory} holds no readable examples: {error}") from error
+    if _digest(ids, labels) != meta["sha256"]:
+        raise DataError(f"{directory}: the examples are not those that were written (digest differs)")
+    trained = [int(n) for n in tensors["num_trained_bytes"]]
+    return Examples(ids, labels, list(meta["document_ids"]), trained, meta["sha256"], report)
