@@ -1,0 +1,90 @@
+"""Today's TRL at honest settings: fused loss head, SDPA attention, PEFT's own adapters."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from forge.training.errors import ConfigurationError, MachineError
+from forge.training.job import TrainingJob
+
+
+def prepare() -> None:
+    """Refuse a process that Unsloth has patched, and switch off TRL's and the hub's telemetry."""
+    if "unsloth" in sys.modules:
+        raise MachineError("unsloth is imported in this process and has rewritten trl", remedy="start a fresh process")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def build(job: TrainingJob) -> Any:
+    """The trainer for ``job``. Raises :class:`ConfigurationError` for a plan that TRL cannot carry out."""
+    from trl import SFTConfig, SFTTrainer
+
+    from forge.training.loop import forge_trainer
+
+    if job.plan.gradient_checkpointing == "offload":
+        raise ConfigurationError(
+            "plan.gradient_checkpointing=offload is Unsloth's; TRL knows none and full",
+            remedy="set it to full",
+        )
+    config = make_config(SFTConfig, job)
+    return forge_trainer(SFTTrainer)(job, load_model(job), config, peft_config=lora_config(job))
+
+
+def make_config(config_class: Any, job: TrainingJob) -> Any:
+    """SFTConfig for TRL, on the GPU if there is one."""
+    import torch
+
+    from forge.training.sft_config import make_sft_config
+
+    return make_sft_config(config_class, job, use_cpu=not torch.cuda.is_available())
+
+
+def load_model(job: TrainingJob) -> Any:
+    """The frozen base: 16 or 32 bits, or NF4 with double quantisation (Dettmers et al. 2023)."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    dtype = getattr(torch, job.workload.model.dtype)
+    cuda = torch.cuda.is_available()
+    quantization = None
+    if job.workload.model.quantization == "nf4":
+        if not cuda:
+            raise MachineError(
+                "model.quantization=nf4 needs a CUDA GPU and this machine shows none",
+                remedy="train on a GPU, or set model.quantization=none for a small model",
+            )
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return AutoModelForCausalLM.from_pretrained(
+        job.base_dir,
+        dtype=dtype,
+        quantization_config=quantization,
+        device_map={"": 0} if cuda else None,
+        attn_implementation="sdpa",
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+    )
+
+
+def lora_config(job: TrainingJob) -> Any:
+    """PEFT's configuration of the workload's adapter."""
+    from peft import LoraConfig
+
+    lora = job.workload.lora
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.targets),
+        use_rslora=lora.use_rslora,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )

@@ -1,0 +1,84 @@
+"""Unsloth's FastLanguageModel. Importing it rewrites transformers, trl and peft for the process."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.util import find_spec
+from typing import Any
+
+from forge.training.errors import ConfigurationError, MachineError
+from forge.training.files import cache_dir
+from forge.training.job import TrainingJob
+
+
+def prepare() -> None:
+    """Import Unsloth before anything it patches. Raises :class:`MachineError` where it cannot run."""
+    early = {"transformers", "trl", "peft"} & set(sys.modules)
+    if early:
+        raise MachineError(f"{', '.join(sorted(early))} was imported before unsloth", remedy="start a fresh process")
+    if find_spec("unsloth") is None:
+        raise MachineError(
+            "unsloth is not installed",
+            remedy="install requirements-gpu.txt on a machine with a CUDA GPU, or train with --backend trl",
+        )
+    os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")  # else it asks the hub for a counter at every load
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_dir() / "unsloth_compiled"))  # else: in the cwd
+    try:
+        import unsloth  # noqa: F401
+    except Exception as error:
+        raise MachineError(
+            f"unsloth does not import here: {type(error).__name__}: {str(error).splitlines()[0]:.300}",
+            remedy="run `python -m forge.training check WORKLOAD --backend unsloth`; train with --backend trl meanwhile",
+        ) from error
+
+
+def build(job: TrainingJob) -> Any:
+    """The trainer for ``job``. Raises :class:`MachineError` if Unsloth silently left the plan's path."""
+    import torch
+    from trl import SFTConfig, SFTTrainer
+    from unsloth import FastLanguageModel
+
+    from forge.training.loop import forge_trainer
+    from forge.training.sft_config import make_sft_config
+
+    workload, plan = job.workload, job.plan
+    if workload.model.dtype == "float32":
+        raise ConfigurationError(
+            "unsloth trains in bfloat16 or float16, the workload says model.dtype=float32",
+            remedy="add --set model.dtype=bfloat16, or train with --backend trl",
+        )
+    checkpointing: Any = {"none": False, "full": True, "offload": "unsloth"}[plan.gradient_checkpointing]
+    model, _ = FastLanguageModel.from_pretrained(
+        model_name=str(job.base_dir),  # absolute: a relative one is taken for a hub name
+        max_seq_length=workload.data.max_length,
+        dtype=getattr(torch, workload.model.dtype),
+        load_in_4bit=workload.model.quantization == "nf4",
+        use_exact_model_name=True,  # else it swaps in its own pre-quantised weights
+        use_gradient_checkpointing=checkpointing,
+        random_state=workload.training.seed,
+        fix_tokenizer=False,
+        trust_remote_code=False,
+        local_files_only=True,
+    )
+    lora = workload.lora
+    model = FastLanguageModel.get_peft_model(
+        model,
+        r=lora.rank,
+        target_modules=list(lora.targets),
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        bias="none",
+        use_rslora=lora.use_rslora,
+        use_gradient_checkpointing=checkpointing,
+        random_state=workload.training.seed,
+    )
+    config = make_sft_config(SFTConfig, job, max_length=workload.data.max_length)
+    trainer = forge_trainer(SFTTrainer)(job, model, config)
+    if plan.padding == "none" and not getattr(trainer.data_collator, "padding_free", False):
+        raise MachineError(
+            "unsloth turned padding-free batches off although the plan asks for them",
+            remedy="set plan.padding=longest, or look at unsloth's message above",
+        )
+    return trainer

@@ -1,0 +1,83 @@
+"""From a workload's data section to the two sets of examples a run trains and is judged on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from forge.training.data.examples import Examples, encode_records, save_examples
+from forge.training.errors import ConfigurationError, DataError
+from forge.training.files import sha256_file
+from forge.training.plan import base_config
+from forge.training.record import Inputs
+from forge.training.workload import Workload
+
+
+@dataclass(frozen=True)
+class PreparedInputs:
+    """Examples and their description for the run record. ``validation`` is ``None`` where there is none."""
+
+    train: Examples
+    validation: Examples | None
+    described: Inputs
+
+
+def corpus_paths(workload: Workload, run_dir: Path) -> tuple[Path, Path | None]:
+    """The corpus files; built from ``data.documents`` into the run directory where they are not given."""
+    data = workload.data
+    if data.train is not None:
+        return Path(data.train), Path(data.validation) if data.validation else None
+    from forge.training.data.corpus import build_corpus, embedded_documents
+
+    assert data.documents is not None
+    root = embedded_documents() if data.documents == "embedded" else Path(data.documents)
+    more: dict[str, Any] = {"rules": data.instructions} if data.instructions else {}
+    build_corpus(root, run_dir / "corpus.jsonl", validation_share=data.validation_share, force=True, **more)
+    if data.validation_share:
+        return run_dir / "corpus.train.jsonl", run_dir / "corpus.validation.jsonl"
+    return run_dir / "corpus.jsonl", None
+
+
+def prepare_inputs(workload: Workload, base_dir: Path, run_dir: Path) -> PreparedInputs:
+    """Build or read the corpus, tokenise it and store the examples under ``run_dir/examples``.
+
+    Raises :class:`ConfigurationError` where ``max_length`` exceeds what the base can attend to and
+    :class:`DataError` for unusable data.
+    """
+    from forge.training.data.records import read_records
+    from forge.training.models.identity import base_sha256, tokenizer_sha256
+    from transformers import AutoTokenizer
+
+    limit = base_config(base_dir).get("max_position_embeddings")
+    if limit and workload.data.max_length > limit:
+        raise ConfigurationError(
+            f"data.max_length={workload.data.max_length} exceeds the base model's {limit} positions",
+            remedy=f"set data.max_length to at most {limit}",
+        )
+    train_path, validation_path = corpus_paths(workload, run_dir)
+    tokenizer = AutoTokenizer.from_pretrained(base_dir, local_files_only=True, trust_remote_code=False)
+    train = encode_records(read_records(train_path), tokenizer, workload.data)
+    save_examples(train, run_dir / "examples" / "train", force=True)
+    validation = None
+    if validation_path is not None:
+        validation = encode_records(read_records(validation_path), tokenizer, workload.data)
+        save_examples(validation, run_dir / "examples" / "validation", force=True)
+    elif workload.training.evaluate_every_steps:
+        raise DataError(
+            "training.evaluate_every_steps is set and there is no validation set",
+            remedy="give data.validation, or a data.validation_share with data.documents",
+        )
+    described = Inputs(
+        base_sha256=base_sha256(base_dir),
+        tokenizer_sha256=tokenizer_sha256(base_dir),
+        corpus_sha256=sha256_file(train_path),
+        validation_corpus_sha256=sha256_file(validation_path) if validation_path else None,
+        train_examples_sha256=train.sha256,
+        validation_examples_sha256=validation.sha256 if validation else None,
+        num_train_examples=len(train),
+        num_validation_examples=len(validation) if validation else 0,
+        num_train_tokens=train.report.num_tokens,
+        num_trained_tokens=train.report.num_trained_tokens,
+    )
+    return PreparedInputs(train, validation, described)

@@ -1,0 +1,322 @@
+"""One training run from a workload to an adapter and a record, in this process."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from forge.training.data.inputs import prepare_inputs
+from forge.training.errors import (
+    DataError,
+    DiskError,
+    DivergedError,
+    ForgeError,
+    GpuMemoryError,
+    Interrupted,
+    LockedError,
+    MachineError,
+)
+from forge.training.files import disk_errors, refuse_existing, sha256_file, sha256_json, write_text
+from forge.training.job import TrainingJob
+from forge.training.meter import Meter
+from forge.training.plan import Backend, load_plan
+from forge.training.record import Inputs, Losses, RunRecord, Trainable
+from forge.training.workload import Workload
+
+STANDINS = ("tiny", "small", "qwen2-7b")
+NUM_WARMUP_STEPS = 2  # left out of the steady figures: compilation, allocator, caches
+Announce = Callable[[str], None]
+
+
+def choose_backend(name: str) -> Backend:
+    """``auto`` is unsloth where it is installed and a CUDA GPU answers, else trl. Imports no torch."""
+    if name != "auto":
+        return name  # type: ignore[return-value]  # the command line has checked it
+    return "unsloth" if find_spec("unsloth") is not None and _has_cuda() else "trl"
+
+
+def _has_cuda() -> bool:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return bool(pynvml.nvmlDeviceGetCount() > 0)
+    except Exception:
+        return False
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Hold the run directory; the lock dies with its process. Raises :class:`LockedError`."""
+    with disk_errors(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        handle = open(run_dir / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - held until the end
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            handle.seek(0)
+            raise LockedError(
+                f"{run_dir} is in use by process {handle.read().strip() or '(unknown)'}",
+                remedy="wait for it, stop it, or train into another directory with --out",
+            ) from None
+        handle.truncate(0)
+        handle.write(str(os.getpid()))
+        handle.flush()
+        yield
+    finally:
+        handle.close()
+
+
+def base_directory(workload: Workload) -> Path:
+    """The base model's directory; stand-ins are made by a process of their own, unpatched by Unsloth."""
+    command = [sys.executable, "-m", "forge.training", "base", workload.model.path]
+    if workload.model.revision:
+        command += ["--revision", workload.model.revision]
+    if workload.model.offline is not None:
+        command += ["--offline" if workload.model.offline else "--online"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise _child_error(done.returncode, f"the base model {workload.model.path} cannot be used (see above)")
+    return Path(done.stdout.strip().splitlines()[-1])
+
+
+def _child_error(code: int, message: str) -> ForgeError:
+    error = ForgeError(message)
+    error.exit_code = code if 0 < code < 10 else 1
+    return error
+
+
+def train(
+    workload: Workload,
+    backend: Backend,
+    plan_overrides: list[str],
+    run_dir: Path,
+    *,
+    resume: bool,
+    force: bool,
+    announce: Announce,
+    on_plan: Callable[[TrainingJob, dict[str, Any]], None],
+    on_step: Callable[[int, dict[str, Any]], None],
+) -> RunRecord:
+    """Train and leave ``adapter/``, ``run.json``, ``steps.jsonl`` in ``run_dir``.
+
+    Raises the errors of :mod:`forge.training.errors`; the record then says how the run ended.
+    """
+    plan = load_plan(workload, backend, plan_overrides)
+    if not resume:
+        if (run_dir / "run.json").exists() and not force:
+            refuse_existing(run_dir / "run.json", force=False)
+    elif not (run_dir / "run.json").exists():
+        raise DataError(f"{run_dir} holds no run to resume", remedy="start it without --resume")
+    with locked(run_dir):
+        base_dir = base_directory(workload)
+        from forge.training.backends import load_backend
+
+        module = load_backend(backend)
+        module.prepare()
+        announce(f"base model {base_dir.name}, backend {backend}")
+        if not resume:
+            for name in ("run.json", "steps.jsonl", "checkpoints", "best", "adapter", "examples", "merged", "export"):
+                _remove(run_dir / name)
+        write_text(run_dir / "workload.yaml", workload.to_yaml())
+        inputs = prepare_inputs(workload, base_dir, run_dir)
+        job = TrainingJob(workload, plan, backend, base_dir, run_dir, inputs.train, inputs.validation)
+        return _run(job, inputs.described, module, resume=resume, announce=announce, on_plan=on_plan, on_step=on_step)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _run(
+    job: TrainingJob,
+    inputs: Inputs,
+    module: Any,
+    *,
+    resume: bool,
+    announce: Announce,
+    on_plan: Callable[[TrainingJob, dict[str, Any]], None],
+    on_step: Callable[[int, dict[str, Any]], None],
+) -> RunRecord:
+    import torch
+
+    from forge.training.checkpoint import newest_valid
+    from forge.training.environment import describe_environment
+    from forge.training.loop import StepCallback, save_adapter
+
+    workload, run_dir = job.workload, job.run_dir
+    identity = {
+        "workload": workload.digest(),
+        "base": inputs.base_sha256,
+        "train_examples": inputs.train_examples_sha256,
+        "backend": job.backend,
+    }
+    found, remarks = newest_valid(run_dir / "checkpoints", identity) if resume else (None, [])
+    for remark in remarks:
+        announce(remark)
+    if resume and found is None:
+        announce("no checkpoint can be used: starting from the first step")
+    record = RunRecord(
+        status="running",
+        backend=job.backend,
+        workload=workload.model_dump(mode="json"),
+        workload_sha256=workload.digest(),
+        plan=job.plan.model_dump(),
+        seed=workload.training.seed,
+        base_path=str(job.base_dir),
+        started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        num_steps=0,
+        num_planned_steps=job.num_steps,
+        inputs=inputs,
+        environment=describe_environment(with_torch=True),
+    )
+    record.write(run_dir)
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run_dir / "tensorboard")
+    cuda = torch.cuda.is_available()
+    meter = Meter(run_dir / "steps.jsonl", job.accumulation, cuda)
+    callback: Any = None
+    try:
+        started = time.perf_counter()
+        trainer = _build(module, job)
+        record.timing.load_seconds = time.perf_counter() - started
+        meter.phase("load")
+        record.trainable = _trainable(trainer.model)
+        on_plan(job, {"trainable": record.trainable, "resumed_from": found.name if found else None})
+        trainer.meter = meter
+        callback = StepCallback(trainer, meter, identity, on_step)
+        trainer.add_callback(callback)
+        callback.catch_signals()
+        started = time.perf_counter()
+        trainer.train(resume_from_checkpoint=str(found) if found else None)
+        record.timing.train_seconds = time.perf_counter() - started
+        meter.phase("train")
+        done = int(trainer.state.global_step)
+        if callback.signal_number is not None and done < job.num_steps:
+            raise Interrupted(
+                f"stopped by signal {callback.signal_number} after step {done} of {job.num_steps}",
+                signal_number=callback.signal_number,
+                remedy="the same command with --resume goes on from there",
+            )
+        if callback.best is not None:
+            os.replace(run_dir / "best", run_dir / "adapter")
+        else:
+            save_adapter(trainer.model, job, run_dir / "adapter")
+        meter.phase("save")
+        record.adapter_sha256 = sha256_file(run_dir / "adapter" / "adapter_model.safetensors")
+        record.status = "completed"
+    except BaseException as error:
+        failure = _translated(error, job)
+        record.status, record.message = _status(failure), str(failure).splitlines()[0]
+        if failure is error:
+            raise
+        raise failure from error
+    finally:
+        _fill(record, meter, callback, job)
+        meter.close()
+        record.write(run_dir)
+    shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)  # the finished adapter supersedes them
+    return record
+
+
+def _build(module: Any, job: TrainingJob) -> Any:
+    """The backend's trainer; a tracker that is not installed is said in one line."""
+    try:
+        return module.build(job)
+    except RuntimeError as error:
+        if "Callback requires" in str(error):
+            raise MachineError(f"report_to: {error}", remedy="install that tracker, or --set report_to=[]") from error
+        raise
+
+
+def _translated(error: BaseException, job: TrainingJob) -> BaseException:
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        remedies = []
+        if job.plan.micro_batch > 1:
+            remedies.append("--plan micro_batch=1 (the same mathematics)")
+        if job.plan.gradient_checkpointing == "none":
+            remedies.append("--plan gradient_checkpointing=full (the same mathematics)")
+        remedies += ["--set data.max_length=... (shorter documents)", "--set lora.rank=... (a smaller adapter)"]
+        return GpuMemoryError(
+            f"out of GPU memory: {str(error).splitlines()[0]:.300}", remedy="in order of cost: " + "; ".join(remedies)
+        )
+    if isinstance(error, KeyboardInterrupt):
+        return Interrupted("stopped by Ctrl-C", signal_number=2, remedy="the same command with --resume goes on")
+    if isinstance(error, OSError):
+        try:
+            with disk_errors(job.run_dir):
+                raise error
+        except DiskError as translated:
+            return translated
+        except OSError:
+            return error
+    return error
+
+
+def _status(error: BaseException) -> Any:
+    kinds = {GpuMemoryError: "out_of_memory", DivergedError: "diverged", Interrupted: "interrupted"}
+    return next((status for kind, status in kinds.items() if isinstance(error, kind)), "failed")
+
+
+def _trainable(model: Any) -> Trainable:
+    """Count and digest the trainable parameters under names that no backend's wrapper changes."""
+    rows, dtypes = [], set()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            rows.append([name.replace(".default", "").replace("._orig_mod", ""), list(parameter.shape)])
+            dtypes.add(str(parameter.dtype).removeprefix("torch."))
+    return Trainable(
+        num_parameters=sum(_product(shape) for _, shape in rows),
+        names_sha256=sha256_json(sorted(rows)),
+        dtype=",".join(sorted(dtypes)),
+    )
+
+
+def _product(shape: list[int]) -> int:
+    size = 1
+    for length in shape:
+        size *= length
+    return size
+
+
+def _fill(record: RunRecord, meter: Meter, callback: Any, job: TrainingJob) -> None:
+    """What was measured, into the record. Steady figures need more steps than the warm-up."""
+    record.memory = meter.memory
+    record.batch_digests = meter.batch_digests
+    record.num_steps = len(meter.losses)
+    if meter.losses:
+        record.losses = Losses(
+            first_train_loss=_finite(statistics.fmean(meter.losses[:5])),
+            last_train_loss=_finite(statistics.fmean(meter.losses[-5:])),
+        )
+        skip = NUM_WARMUP_STEPS if len(meter.step_seconds) > NUM_WARMUP_STEPS + 1 else 0
+        seconds = meter.step_seconds[skip:]
+        record.timing.num_warmup_steps_left_out = skip
+        record.timing.steady_step_seconds_median = statistics.median(seconds)
+        record.timing.documents_per_second = sum(meter.step_documents[skip:]) / sum(seconds)
+        record.timing.tokens_per_second = sum(meter.step_tokens[skip:]) / sum(seconds)
+    if callback is not None and callback.validation:
+        record.losses.first_validation_loss = callback.validation[0][1]
+        record.losses.last_validation_loss = callback.validation[-1][1]
+        if callback.best is not None:
+            record.losses.best_step, record.losses.best_validation_loss = callback.best
+
+
+def _finite(value: float) -> float | None:
+    return value if value == value and abs(value) != float("inf") else None
