@@ -24,7 +24,7 @@ from forge.training.meter import Meter
 from forge.training.plan import micro_batches, step_order
 
 
-class StepBatches(torch.utils.data.BatchSampler):
+class StepBatches(torch.utils.data.BatchSampler):  # type: ignore[misc]
     """The run's micro-batches in order: all of step 1, all of step 2, ... (indices of examples)."""
 
     def __init__(self, job: TrainingJob) -> None:
@@ -88,7 +88,7 @@ def forge_trainer(base: Any) -> Callable[..., Any]:
                 model=model,
                 args=config,
                 train_dataset=to_dataset(job.train, length),
-                eval_dataset=to_dataset(job.validation, length) if evaluates else None,
+                eval_dataset=to_dataset(job.validation, length) if evaluates and job.validation else None,
                 processing_class=load_tokenizer(job.base_dir),
                 **more,
             )
@@ -128,7 +128,7 @@ def forge_trainer(base: Any) -> Callable[..., Any]:
             getattr(self, "_metrics", {}).get("eval", {}).clear()  # TRL's averages over those batches
             metrics = {"eval_loss": total / count}
             self.log(dict(metrics))
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
             self.model.train()
             return metrics
 

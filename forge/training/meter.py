@@ -85,7 +85,7 @@ class Meter:
         count = len(self._pending) if is_last else self._accumulation
         batches = [self._pending.popleft() for _ in range(min(count, len(self._pending)))]
         documents = sorted(d for batch in batches for d in batch[0])
-        figures = {
+        figures: dict[str, Any] = {
             "seconds": now - self._mark,
             "documents": len(documents),
             "tokens": sum(batch[1] for batch in batches),

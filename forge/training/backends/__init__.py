@@ -6,6 +6,7 @@ trainer, ready to train, an instance of :func:`forge.training.loop.forge_trainer
 
 from __future__ import annotations
 
+from importlib import import_module
 from types import ModuleType
 
 from forge.training.plan import Backend
@@ -13,10 +14,4 @@ from forge.training.plan import Backend
 
 def load_backend(name: Backend) -> ModuleType:
     """The backend's module, imported only now: Unsloth's must be first in its process."""
-    if name == "unsloth":
-        from forge.training.backends import unsloth as module
-    elif name == "trl":
-        from forge.training.backends import trl as module
-    else:
-        from forge.training.backends import legacy as module
-    return module
+    return import_module(f"{__name__}.{name}")

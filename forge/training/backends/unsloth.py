@@ -30,7 +30,7 @@ def prepare() -> None:
     except Exception as error:
         raise MachineError(
             f"unsloth does not import here: {type(error).__name__}: {str(error).splitlines()[0]:.300}",
-            remedy="run `python -m forge.training check WORKLOAD --backend unsloth`; train with --backend trl meanwhile",
+            remedy="see `check WORKLOAD --backend unsloth`; train with --backend trl meanwhile",
         ) from error
 
 

@@ -1,0 +1,5 @@
+"""``python -m forge.training COMMAND``."""
+
+from forge.training.cli import main
+
+main()

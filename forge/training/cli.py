@@ -1,0 +1,295 @@
+"""The commands. Each body imports what it needs, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from forge.training.errors import ForgeError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = typer.Typer(
+    name="python -m forge.training",
+    help="Documents in, a tested GGUF model out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+class BackendChoice(StrEnum):
+    """``auto``: unsloth where a CUDA GPU and unsloth are present, else trl."""
+
+    auto = "auto"
+    unsloth = "unsloth"
+    trl = "trl"
+    legacy = "legacy"
+
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a workload's key.")]
+PlanOption = Annotated[list[str] | None, typer.Option("--plan", metavar="KEY=VALUE", help="Override a plan's key.")]
+WorkloadArgument = Annotated[str, typer.Argument(metavar="WORKLOAD", help="A YAML file, or a name in workloads/.")]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory written by `train`.")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="Run directory; default runs/WORKLOAD-BACKEND.")]
+BackendOption = Annotated[BackendChoice, typer.Option("--backend", help="The training stack.")]
+
+
+def logs() -> Console:
+    """A console on stderr: what is said while a command works."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def results() -> Console:
+    """A console on stdout: what a command was asked for."""
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout. ``value``: a pydantic model, a dataclass or plain data."""
+    from dataclasses import asdict, is_dataclass
+
+    if hasattr(value, "model_dump"):
+        value = value.model_dump(mode="json")
+    elif is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+@app.command()
+def dataset(
+    root: Annotated[Path, typer.Argument(metavar="ROOT", help="The repository of documents.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The corpus, JSONL.")] = Path("corpus.jsonl"),
+    split: Annotated[float, typer.Option("--split", min=0.0, max=0.9, help="Share held out, by document.")] = 0.0,
+    workload: Annotated[str | None, typer.Option("--workload", help="Take its data.instructions as rules.")] = None,
+    allow_secrets: Annotated[bool, typer.Option("--allow-secrets", help="Keep files with secrets in them.")] = False,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Turn a repository into instruction/input/output records, documents whole."""
+    from forge.training.data.corpus import build_corpus, print_report
+    from forge.training.workload import load_workload
+
+    rules = load_workload(workload).data.instructions if workload else ()
+    more: dict[str, Any] = {"rules": rules} if rules else {}
+    report = build_corpus(root, output, validation_share=split, allow_secrets=allow_secrets, force=force, **more)
+    print_json(report) if as_json else print_report(report, results())
+
+
+@app.command()
+def base(
+    path: Annotated[str, typer.Argument(metavar="BASE", help="tiny, small, qwen2-7b, a directory or a hub name.")],
+    revision: Annotated[str | None, typer.Option("--revision", help="A hub revision.")] = None,
+    offline: Annotated[bool | None, typer.Option("--offline/--online", help="Never / always ask the hub.")] = None,
+) -> None:
+    """Make or find a base model and print its directory."""
+    from forge.training.models.standin import resolve_base
+
+    console = logs()
+    found = resolve_base(path, offline=offline, revision=revision, progress=lambda line: console.print(line))
+    sys.stdout.write(f"{found}\n")
+
+
+@app.command()
+def preview(
+    workload: WorkloadArgument,
+    overrides: Set = None,
+    num_examples: Annotated[int, typer.Option("--examples", min=0, help="Decoded examples to show.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Show what would be trained: token counts, lengths, what is cut, what is masked."""
+    from forge.training.data.preview import preview_workload, print_preview
+    from forge.training.session import base_directory
+    from forge.training.workload import load_workload
+
+    loaded = load_workload(workload, overrides or [])
+    report = preview_workload(loaded, base_directory(loaded), num_examples=num_examples)
+    print_json(report) if as_json else print_preview(report, results())
+
+
+@app.command()
+def check(
+    workload: WorkloadArgument,
+    backend: BackendOption = BackendChoice.auto,
+    overrides: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Say everything that can be known before hours are spent: ok, warning or error, and what to do."""
+    from dataclasses import asdict
+
+    from forge.training.check import check_workload, exit_code, print_findings
+    from forge.training.session import choose_backend
+    from forge.training.workload import load_workload
+
+    findings = check_workload(load_workload(workload, overrides or []), choose_backend(backend.value))
+    print_json([asdict(f) for f in findings]) if as_json else print_findings(findings, results())
+    raise typer.Exit(exit_code(findings))
+
+
+@app.command()
+def train(
+    workload: WorkloadArgument,
+    backend: BackendOption = BackendChoice.auto,
+    overrides: Set = None,
+    plan: PlanOption = None,
+    out: Out = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest valid checkpoint.")] = False,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Train an adapter: the plan first, progress during, a summary and the next command after."""
+    from forge.training.progress import TrainingDisplay
+    from forge.training.session import choose_backend
+    from forge.training.session import train as train_run
+    from forge.training.workload import load_workload
+
+    loaded, chosen = load_workload(workload, overrides or []), choose_backend(backend.value)
+    run_dir = (out or Path("runs") / f"{loaded.name}-{chosen}").absolute()
+    with TrainingDisplay(logs()) as display:
+        record = train_run(
+            loaded,
+            chosen,
+            plan or [],
+            run_dir,
+            resume=resume,
+            force=force,
+            announce=display.announce,
+            on_plan=display.show_plan,
+            on_step=display.show_step,
+        )
+    print_json(record) if as_json else display.show_summary(record, run_dir, results())
+
+
+@app.command()
+def evaluate(
+    run: RunArgument,
+    subjects: Annotated[str, typer.Option("--subjects", help="Any of base,adapter,merged.")] = "base,adapter,merged",
+    max_documents: Annotated[int | None, typer.Option("--max-documents", min=1)] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Held-out loss by document, facts and ROUGE of base, adapter and merged model."""
+    from forge.training.evaluate import evaluate_run, print_evaluation
+
+    asked = tuple(s.strip() for s in subjects.split(",") if s.strip())
+    evaluation = evaluate_run(run, subjects=asked, max_documents=max_documents, force=force)
+    print_json(evaluation) if as_json else print_evaluation(evaluation, results())
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    quantizations: Annotated[
+        str | None, typer.Option("--quant", help="For example f16,q8_0,q4_k_m; default: the workload's.")
+    ] = None,
+    lora: Annotated[bool, typer.Option("--lora", help="Also the adapter as GGUF.")] = False,
+    keep_merged: Annotated[bool, typer.Option("--keep-merged", help="Keep the merged 16-bit model.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: RUN/export.")] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Merge, convert, quantise and verify: GGUF files, Modelfile, model card, SHA256SUMS."""
+    from forge.training.export.export import export_run, print_export
+    from forge.training.record import completed_record
+
+    console = logs()
+    asked = tuple(q.strip() for q in quantizations.split(",") if q.strip()) if quantizations else None
+    if asked is None:
+        asked = tuple(completed_record(run).workload["export"]["quantizations"])
+    record = export_run(
+        run,
+        quantizations=asked,
+        lora=lora,
+        out_dir=out,
+        force=force,
+        keep_merged=keep_merged,
+        progress=lambda line: console.print(line),
+    )
+    print_json(record) if as_json else print_export(record, results())
+
+
+@app.command()
+def chat(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.gguf", help="A GGUF file.")],
+    prompt: Annotated[str | None, typer.Argument(help="One question; without it, a conversation.")] = None,
+    system: Annotated[str | None, typer.Option("--system", help="System prompt.")] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1)] = 256,
+    lora: Annotated[Path | None, typer.Option("--lora", help="An adapter as GGUF.")] = None,
+) -> None:
+    """Ask a GGUF model through llama.cpp, greedily, with the file's own chat template."""
+    from forge.training.export.chat import answer, converse
+
+    if prompt is None:
+        converse(model, system=system, max_tokens=max_tokens, lora=lora)
+    else:
+        sys.stdout.write(answer(model, prompt, system=system, max_tokens=max_tokens, lora=lora) + "\n")
+
+
+@app.command()
+def run(
+    workload: WorkloadArgument,
+    backend: BackendOption = BackendChoice.auto,
+    overrides: Set = None,
+    plan: PlanOption = None,
+    out: Out = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Everything in order, resumable at each step: check, train, evaluate, export, ask the GGUF."""
+    from forge.training.pipeline import print_outcome, run_pipeline
+    from forge.training.session import choose_backend
+    from forge.training.workload import load_workload
+
+    loaded, chosen = load_workload(workload, overrides or []), choose_backend(backend.value)
+    run_dir = (out or Path("runs") / f"{loaded.name}-{chosen}").absolute()
+    outcome = run_pipeline(
+        loaded,
+        workload,
+        chosen,
+        run_dir,
+        overrides=overrides or [],
+        plan=plan or [],
+        force=force,
+        console=logs(),
+    )
+    print_json(outcome) if as_json else print_outcome(outcome, results())
+
+
+@app.command()
+def schema() -> None:
+    """Print the workload's JSON schema, for editors."""
+    from forge.training.workload import Workload
+
+    print_json(Workload.model_json_schema())
+
+
+def main() -> NoReturn:
+    """Run a command; turn every error into one message and its exit code."""
+    try:
+        app()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(bool(stop.code))
+    except ForgeError as error:
+        code = error.exit_code
+        if "--json" in sys.argv[1:]:
+            print_json({"error": error.message, "remedy": error.remedy, "exit_code": code})
+        sys.stderr.write(f"error: {error}\n")
+    except KeyboardInterrupt:
+        code = 130
+        sys.stderr.write("interrupted\n")
+    sys.stdout.flush()
+    sys.exit(code)

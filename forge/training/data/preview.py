@@ -1,0 +1,136 @@
+"""What would be trained, before it is: counts, lengths, what is cut, what is masked."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from forge.training.data.records import read_records
+
+from forge.training.data.conversation import IGNORED
+from forge.training.data.examples import Examples, encode_records
+from forge.training.data.inputs import corpus_paths
+from forge.training.plan import num_steps
+from forge.training.workload import Workload
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of decoded text that is trained, or masked."""
+
+    text: str
+    trained: bool
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Token counts are of the examples as they would be trained. Histogram bounds are in tokens."""
+
+    workload: str
+    num_train_documents: int
+    num_train_examples: int
+    num_validation_examples: int
+    num_tokens: int
+    num_trained_tokens: int
+    num_steps: int
+    num_cut: int
+    share_of_tokens_cut: float
+    num_divided: int
+    num_parts: int
+    num_with_control_tokens: int
+    num_dropped: int
+    longest: int
+    median: float
+    histogram: list[tuple[int, int]]  # (upper bound, examples)
+    num_overlapping_documents: int  # answers that stand in train and in validation
+    shown: list[tuple[str, list[Span]]]
+
+
+def preview_workload(workload: Workload, base_dir: Path, *, num_examples: int = 3) -> Preview:
+    """Encode a workload's data without keeping it. Raises the errors that training would."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base_dir, local_files_only=True, trust_remote_code=False)
+    with tempfile.TemporaryDirectory() as scratch:
+        train_path, validation_path = corpus_paths(workload, Path(scratch))
+        records = read_records(train_path)
+        held_out = read_records(validation_path) if validation_path else []
+    train = encode_records(records, tokenizer, workload.data)
+    validation = encode_records(held_out, tokenizer, workload.data) if held_out else None
+    answers = {" ".join(r.messages[-1].content.split()) for r in records}
+    overlap = sum(" ".join(r.messages[-1].content.split()) in answers for r in held_out)
+    report, lengths = train.report, np.array(train.report.lengths)
+    before = report.num_tokens + report.num_tokens_cut
+    return Preview(
+        workload=workload.name,
+        num_train_documents=report.num_records,
+        num_train_examples=len(train),
+        num_validation_examples=len(validation) if validation else 0,
+        num_tokens=report.num_tokens,
+        num_trained_tokens=report.num_trained_tokens,
+        num_steps=num_steps(workload, len(train)),
+        num_cut=report.num_cut,
+        share_of_tokens_cut=report.num_tokens_cut / before,
+        num_divided=report.num_divided,
+        num_parts=report.num_parts,
+        num_with_control_tokens=report.num_with_control_tokens,
+        num_dropped=report.num_dropped,
+        longest=int(lengths.max()),
+        median=float(np.median(lengths)),
+        histogram=_histogram(lengths),
+        num_overlapping_documents=overlap,
+        shown=[(train.document_ids[i], _spans(train, i, tokenizer)) for i in range(min(num_examples, len(train)))],
+    )
+
+
+def _histogram(lengths: np.ndarray) -> list[tuple[int, int]]:
+    bounds = [64 << k for k in range(12)]
+    edges = [0, *bounds, 1 << 62]
+    counts = np.histogram(lengths, bins=edges)[0]
+    last = int(np.nonzero(counts)[0].max())
+    return [(edges[i + 1], int(counts[i])) for i in range(last + 1)]
+
+
+def _spans(examples: Examples, index: int, tokenizer: Any) -> list[Span]:
+    ids, trained = examples.input_ids[index], examples.labels[index] != IGNORED
+    borders = [0, *(np.nonzero(np.diff(trained.astype(np.int8)))[0] + 1).tolist(), len(ids)]
+    return [Span(tokenizer.decode(ids[a:b].tolist()), bool(trained[a])) for a, b in pairwise(borders)]
+
+
+def print_preview(preview: Preview, console: Console) -> None:
+    """Print the counts, the histogram and the decoded examples, masked text dimmed and bracketed."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=f"preview: {preview.workload}", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column()
+    table.add_row("documents", f"{preview.num_train_documents:,} -> {preview.num_train_examples:,} examples")
+    table.add_row("validation", f"{preview.num_validation_examples:,} examples")
+    table.add_row("tokens", f"{preview.num_tokens:,}, trained {preview.num_trained_tokens:,}")
+    table.add_row("steps", f"{preview.num_steps:,}")
+    table.add_row("length", f"median {preview.median:,.0f}, longest {preview.longest:,} tokens")
+    table.add_row("cut", f"{preview.num_cut:,} documents, {preview.share_of_tokens_cut:.1%} of all tokens lost")
+    table.add_row("divided", f"{preview.num_divided:,} documents into {preview.num_parts:,} parts, nothing lost")
+    table.add_row("control tokens as text", f"{preview.num_with_control_tokens:,} documents")
+    table.add_row("dropped", f"{preview.num_dropped:,}")
+    table.add_row("in train and validation", f"{preview.num_overlapping_documents:,} documents")
+    console.print(table)
+    most = max(count for _, count in preview.histogram)
+    console.print("examples by length in tokens")
+    for bound, count in preview.histogram:
+        console.print(f"  < {bound:>7,}  {count:>6,}  {'#' * round(40 * count / most)}")
+    for name, spans in preview.shown:
+        console.print(f"\n--- {name}: [masked text in brackets], the rest is trained", markup=False)
+        shown = Text()
+        for span in spans:
+            text = span.text if len(span.text) <= 600 else f"{span.text[:400]}\n ... \n{span.text[-200:]}"
+            shown.append(text if span.trained else f"[{text}]", style="" if span.trained else "dim")
+        console.print(shown)
