@@ -230,7 +230,8 @@ def chat(
     lora: Annotated[Path | None, typer.Option("--lora", help="An adapter as GGUF.")] = None,
 ) -> None:
     """Ask a GGUF model through llama.cpp, greedily, with the file's own chat template."""
-    from forge.training.export.chat import answer, converse
+    from forge.training.export.chat import answer
+    from forge.training.export.chat import chat as converse
 
     if prompt is None:
         converse(model, system=system, max_tokens=max_tokens, lora=lora)
