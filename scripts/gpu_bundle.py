@@ -1,0 +1,234 @@
+#!/usr/bin/env python3
+"""One archive with what a GPU machine without a network still lacks beside torch, triton, transformers and peft.
+
+``make gpu-bundle`` runs this. The archive unpacks to
+
+- ``site/``       packages of requirements-gpu.txt, for ``PYTHONPATH``
+- ``legacy/``     packages of requirements-legacy.txt that shadow the machine's own, for the legacy interpreter only
+- ``llama.cpp/``  the converter's source tree, the same commit as ``site/llama_cpp``
+- ``activate.sh`` and ``legacy-python``  the environment; the interpreter of the legacy arm
+- ``MANIFEST.json``  every package's version, files and bytes, and the sha256 of every file
+
+Versions are read from the two requirements files: this script names packages only. Left out: CUDA variants that the
+machine's torch cannot load, programs, tests, byte code. A file that occurs twice is stored once, as a hard link.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT_BYTES = 60_000_000
+LLAMA_CPP_DIR = "llama_cpp_python-0.3.36"
+PYTHON_VERSION = "3.12"
+# pip matches manylinux_2_N exactly, so every N up to the glibc of the oldest system served (2.28) is named.
+PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in range(28, 4, -1)] + ["manylinux2014_x86_64", "manylinux1_x86_64"]
+
+SITE_PACKAGES = """
+    unsloth unsloth_zoo trl datasets dill multiprocess bitsandbytes xformers torchao cut-cross-entropy tyro
+    docstring_parser typeguard hf_transfer diffusers importlib_metadata zipp msgspec structlog nest-asyncio
+    lazy-importer pydantic pydantic_core annotated-types typing-inspection typing_extensions evaluate rouge_score
+    absl-py nltk pathspec bc-detect-secrets unidiff diskcache pytest-benchmark py-cpuinfo2 pytest-timeout pytest-socket
+    nvidia-ml-py
+""".split()
+LEGACY_PACKAGES = """
+    trl transformers peft accelerate datasets bitsandbytes tokenizers huggingface_hub fsspec dill multiprocess
+    pydantic pydantic_core annotated-types typing-inspection typing_extensions pathspec nvidia-ml-py
+""".split()
+SOURCE_ONLY = {"rouge-score"}  # published without a wheel; pure Python, so any machine's build of it serves
+
+# Folders at the top of a site directory that no import of Forge needs: programs, a web studio, tests.
+TOP_LEFT_OUT = {"bin", "include", "lib", "share", "studio", "test", "tests", "unsloth_cli"}
+LEFT_OUT = {"__pycache__", "tests"}
+BITSANDBYTES_KEPT = {"libbitsandbytes_cpu.so", "libbitsandbytes_cuda130.so"}
+
+ACTIVATE = """\
+# source this file (bash or zsh): the environment of the bundle beside it
+_bundle=$(cd "$(dirname "${BASH_SOURCE[0]:-$0}")" && pwd)
+export PYTHONPATH="$_bundle/site${PYTHONPATH:+:$PYTHONPATH}"
+export FORGE_LLAMA_CPP="$_bundle/llama.cpp"
+export FORGE_LEGACY_PYTHON="$_bundle/legacy-python"
+export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_EVALUATE_OFFLINE=1 TRANSFORMERS_OFFLINE=1
+export DO_NOT_TRACK=1 HF_HUB_DISABLE_TELEMETRY=1 UNSLOTH_DISABLE_STATISTICS=1
+unset _bundle
+"""
+LEGACY_PYTHON = """\
+#!/bin/sh
+# The interpreter of the legacy arm: the machine's own, with the pinned old stack before everything else.
+bundle=$(cd "$(dirname "$0")" && pwd)
+PYTHONPATH="$bundle/legacy${FORGE_LEGACY_PYTHONPATH:+:$FORGE_LEGACY_PYTHONPATH}"
+export PYTHONPATH
+exec "${FORGE_MACHINE_PYTHON:-python3}" "$@"
+"""
+
+
+class BundleError(Exception):
+    """The bundle cannot be made; the message says why and what to do."""
+
+
+def canonical_name(name: str) -> str:
+    """A distribution's name as package indexes compare it (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def read_pins(path: Path) -> dict[str, str]:
+    """Canonical name -> version of every ``name==version`` line. Anything looser raises :class:`BundleError`."""
+    pins: dict[str, str] = {}
+    for number, raw in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        line = raw.partition("#")[0].strip()
+        if not line:
+            continue
+        match = re.fullmatch(r"([A-Za-z0-9._-]+)==([A-Za-z0-9.+!]+)", line)
+        if match is None:
+            raise BundleError(f"{path.name}, line {number}: {line!r} is not an exact pin (name==version)")
+        pins[canonical_name(match[1])] = match[2]
+    return pins
+
+
+def install_packages(names: list[str], requirements: Path, target: Path) -> dict[str, str]:
+    """Install the named packages at their pinned versions into ``target``, without dependencies; returns the versions."""
+    pins = read_pins(requirements)
+    missing = [name for name in names if canonical_name(name) not in pins]
+    if missing:
+        raise BundleError(f"{requirements.name} does not pin {', '.join(missing)}, which the bundle takes from it")
+    chosen = {canonical_name(name): pins[canonical_name(name)] for name in names}
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-compile", "--disable-pip-version-check"]
+    pip += ["--root-user-action=ignore", "--target", str(target)]
+    cross = ["--only-binary=:all:", "--python-version", PYTHON_VERSION, "--implementation", "cp"]
+    cross += [word for platform in PLATFORMS for word in ("--platform", platform)]
+    wheels = [f"{name}=={version}" for name, version in chosen.items() if name not in SOURCE_ONLY]
+    sources = [f"{name}=={version}" for name, version in chosen.items() if name in SOURCE_ONLY]
+    for command in ([*pip, *cross, *wheels], [*pip, *sources] if sources else []):
+        if command and subprocess.run(command, stdin=subprocess.DEVNULL).returncode:
+            raise BundleError(f"pip could not install the packages of {requirements.name} (its message is above)")
+    return chosen
+
+
+def prune(site: Path) -> None:
+    """Delete what a GPU machine never loads from a site directory."""
+    for folder in [path for path in site.rglob("*") if path.is_dir() and not path.is_symlink()]:
+        if folder.name in LEFT_OUT or (folder.parent == site and folder.name in TOP_LEFT_OUT):
+            shutil.rmtree(folder, ignore_errors=True)
+    for library in site.glob("bitsandbytes/libbitsandbytes_*.so"):
+        if library.name not in BITSANDBYTES_KEPT:
+            library.unlink()
+    kept = {path.name for path in site.glob("bitsandbytes/libbitsandbytes_*.so")}
+    if kept != BITSANDBYTES_KEPT:
+        raise BundleError(f"bitsandbytes in {site.name}/ lacks {', '.join(sorted(BITSANDBYTES_KEPT - kept))}")
+
+
+def add_llama_cpp(staging: Path, cache: Path) -> None:
+    """The converter's tree and the native package, both from set-up's cache, so that both are one commit."""
+    tree, wheels = cache / "llama.cpp", sorted((cache / "wheel").glob("*.whl"))
+    if not tree.is_dir() or len(wheels) != 1:
+        raise BundleError(f"llama.cpp is not in {cache}: run `make setup` first")
+    shutil.copytree(tree, staging / "llama.cpp", ignore=shutil.ignore_patterns("tests", "examples", "__pycache__"))
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        wanted = [name for name in wheel.namelist() if name.startswith("llama_cpp")]
+        wheel.extractall(staging / "site", wanted)
+
+
+def walk_files(folder: Path) -> Iterator[Path]:
+    """Every regular file below ``folder``, in a fixed order."""
+    yield from sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+
+
+def describe_files(staging: Path) -> dict[str, dict[str, Any]]:
+    """Relative path -> bytes and sha256."""
+    return {
+        path.relative_to(staging).as_posix(): {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }
+        for path in walk_files(staging)
+    }
+
+
+def write_archive(staging: Path, files: dict[str, dict[str, Any]], archive: Path) -> None:
+    """A deterministic .tar.gz (no times, no owners), complete under its name or absent."""
+    first: dict[str, str] = {}
+    partial = archive.with_name(archive.name + ".partial")
+    with (
+        open(partial, "wb") as raw,
+        gzip.GzipFile(filename="", fileobj=raw, mode="wb", compresslevel=9, mtime=0) as packed,
+        tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as tar,
+    ):
+        for name in [*files, "MANIFEST.json"]:
+            path = staging / name
+            info = tarfile.TarInfo(f"forge-gpu-bundle/{name}")
+            info.mode = 0o755 if os.access(path, os.X_OK) else 0o644
+            digest = files[name]["sha256"] if name in files and files[name]["bytes"] else ""
+            if digest and digest in first:
+                info.type, info.linkname = tarfile.LNKTYPE, f"forge-gpu-bundle/{first[digest]}"
+                tar.addfile(info)
+                continue
+            first.setdefault(digest, name)
+            info.size = path.stat().st_size
+            with open(path, "rb") as stream:
+                tar.addfile(info, stream)
+    if partial.stat().st_size > LIMIT_BYTES:
+        size = partial.stat().st_size
+        raise BundleError(f"the archive has {size:,} bytes, more than {LIMIT_BYTES:,}; it is kept as {partial}")
+    os.replace(partial, archive)
+
+
+def build_bundle(archive: Path, cache: Path) -> dict[str, Any]:
+    """Make the archive; returns its manifest without the list of files."""
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=archive.parent, prefix=".staging-") as folder:
+        staging = Path(folder)
+        versions = {
+            "site": install_packages(SITE_PACKAGES, ROOT / "requirements-gpu.txt", staging / "site"),
+            "legacy": install_packages(LEGACY_PACKAGES, ROOT / "requirements-legacy.txt", staging / "legacy"),
+        }
+        for name in versions:
+            prune(staging / name)
+        add_llama_cpp(staging, cache)
+        (staging / "activate.sh").write_text(ACTIVATE, encoding="utf-8")
+        (staging / "legacy-python").write_text(LEGACY_PYTHON, encoding="utf-8")
+        (staging / "legacy-python").chmod(0o755)
+        files = describe_files(staging)
+        summary = {
+            "python": PYTHON_VERSION,
+            "platform": "linux x86_64, glibc >= 2.34",
+            "packages": versions,
+            "unpacked_bytes": sum(entry["bytes"] for entry in files.values()),
+        }
+        manifest = json.dumps({**summary, "files": files}, indent=1, sort_keys=True)
+        (staging / "MANIFEST.json").write_text(manifest + "\n", encoding="utf-8")
+        write_archive(staging, files, archive)
+    return summary
+
+
+def main() -> int:
+    """Parse the command line, build, print where the archive is and how large."""
+    cache = Path(os.environ.get("FORGE_CACHE") or "~/.cache/forge").expanduser() / LLAMA_CPP_DIR
+    parser = argparse.ArgumentParser(description="Build the archive for a GPU machine without a network.")
+    parser.add_argument("--output", type=Path, default=ROOT / "gpu-bundle" / "forge-gpu-bundle.tar.gz")
+    arguments = parser.parse_args()
+    try:
+        summary = build_bundle(arguments.output, cache)
+    except BundleError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 4
+    size, unpacked = arguments.output.stat().st_size, summary["unpacked_bytes"]
+    print(f"{arguments.output}: {size / 1e6:.1f} MB ({unpacked / 1e6:.0f} MB unpacked)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
