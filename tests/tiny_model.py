@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,18 +54,48 @@ def write_tokenizer(directory: Path) -> Any:
     return fast
 
 
-def write_base(directory: Path, *, tied: bool = True, dtype: str = "bfloat16", max_shard_size: str = "500MB") -> Any:
+@cache
+def scratch() -> Path:
+    """A directory that lasts as long as the tests' process."""
+    directory = Path(tempfile.mkdtemp(prefix="forge-tests-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return directory
+
+
+@cache
+def shared_base(*, tied: bool = True, dtype: str = "bfloat16") -> Path:
+    """A base in three shards, made once for all tests; nobody may change it."""
+    directory = scratch() / f"base-{'tied' if tied else 'untied'}-{dtype}"
+    write_base(directory, tied=tied, dtype=dtype, max_shard_size="1MB")
+    return directory
+
+
+@cache
+def shared_adapter() -> Path:
+    """A plain adapter for the tied bfloat16 base, made once for all tests; nobody may change it."""
+    directory = scratch() / "adapter"
+    write_adapter(shared_base(), directory)
+    return directory
+
+
+def write_base(
+    directory: Path,
+    *,
+    tied: bool = True,
+    dtype: str = "bfloat16",
+    max_shard_size: str = "500MB",
+    num_steps: int = 60,
+    **config_fields: Any,
+) -> Any:
     """A Qwen2 with two layers of width 256, trained for a few steps so that its logits mean something."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
     tokenizer = write_tokenizer(directory)
+    fields: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2} | config_fields
     config = Qwen2Config(
         vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
@@ -69,11 +103,12 @@ def write_base(directory: Path, *, tied: bool = True, dtype: str = "bfloat16", m
         bos_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
         eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
         pad_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+        **fields,
     )
     model = Qwen2ForCausalLM(config)
     ids = [torch.tensor([tokenizer(text)["input_ids"]]) for text in SENTENCES]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for step in range(60):
+    for step in range(num_steps):
         batch = ids[step % len(ids)]
         model(input_ids=batch, labels=batch).loss.backward()
         optimizer.step()

@@ -8,6 +8,7 @@ old file or the new one and never half of one, and a full or read-only disk is o
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from forge.training.errors import DiskError
+from forge.training.errors import DiskError, LockedError
 
 _CHUNK_BYTES = 8 << 20
 _DISK_ERRNOS = {
@@ -149,6 +150,29 @@ def staged_directory(path: Path | str, *, force: bool = False) -> Iterator[Path]
                 shutil.rmtree(old, ignore_errors=True)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def locked(directory: Path | str) -> Iterator[None]:
+    """Hold a directory against other processes; the lock dies with its process. Raises :class:`LockedError`."""
+    directory = Path(directory)
+    with disk_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        handle = open(directory / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - held until the end
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            handle.seek(0)
+            holder = handle.read().strip() or "(unknown)"
+            raise LockedError(
+                f"{directory} is in use by process {holder}",
+                remedy="wait for it, stop it, or name another directory with --out",
+            ) from None
+        handle.truncate(0)
+        handle.write(str(os.getpid()))
+        handle.flush()
+        yield
 
 
 def _umask() -> int:

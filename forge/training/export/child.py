@@ -57,15 +57,15 @@ def _merge(progress: Callable[[str], None], **arguments: Any) -> dict[str, Any]:
 
 
 def _open_chat(_: Callable[[str], None], **arguments: Any) -> dict[str, Any]:
-    from forge.training.export import conversation
+    from forge.training.export import chat_session
 
-    return conversation.open_model(**arguments)
+    return chat_session.open_model(**arguments)
 
 
 def _reply(progress: Callable[[str], None], **arguments: Any) -> dict[str, Any]:
-    from forge.training.export import conversation
+    from forge.training.export import chat_session
 
-    return conversation.reply(on_text=progress, **arguments)
+    return chat_session.reply(on_text=progress, **arguments)
 
 
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {

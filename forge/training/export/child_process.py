@@ -8,6 +8,7 @@ part of the error when something goes wrong.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -59,7 +60,7 @@ class Child:
         self._answers, write_end = os.pipe()
         os.set_blocking(self._answers, False)
         self._unread = b""
-        arguments = [sys.executable, "-m", "forge.training.export.child", str(write_end), str(os.getpid())]
+        arguments = [sys.executable, "-P", "-m", "forge.training.export.child", str(write_end), str(os.getpid())]
         if self._memory_limit_bytes is not None:
             arguments.append(str(self._memory_limit_bytes))
         try:
@@ -82,16 +83,12 @@ class Child:
 
     def __exit__(self, *_: object) -> None:
         if self._process.poll() is None:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         self._process.wait()
         if self._process.stdin is not None:
-            try:
+            with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.close()
-            except BrokenPipeError:
-                pass
         os.close(self._answers)
         self._log.close()
 

@@ -22,6 +22,7 @@ from forge.training.files import disk_errors, refuse_existing, sha256_file
 
 ConvertedType = Literal["f32", "f16", "bf16", "q8_0"]
 QuantizedType = Literal["q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k"]
+CONVERTED_TYPES = ("f32", "f16", "bf16")
 QUANTIZED_TYPES: tuple[QuantizedType, ...] = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k")
 
 _GIB = 1 << 30
@@ -159,6 +160,13 @@ def verify_gguf(
     An adapter's values are checked by applying it to ``base``, a GGUF model, where one is given.
     Raises :class:`CheckError` saying what is wrong; never crashes or hangs with the file.
     """
+    return measure_verification(path, architecture=architecture, adapter=adapter, base=base)[0]
+
+
+def measure_verification(
+    path: Path, *, architecture: str | None = None, adapter: bool = False, base: Path | None = None
+) -> tuple[GgufReport, Answer]:
+    """:func:`verify_gguf`, and what it cost."""
     check_header(path)
     num_bytes = path.stat().st_size
     if base is not None:
@@ -174,9 +182,15 @@ def verify_gguf(
         },
         doing=f"verify {path}",
         limit_seconds=time_limit_seconds(num_bytes),
-        memory_limit_bytes=16 * _GIB + 4 * num_bytes,  # mapped, repacked for the CPU, and threads' stacks
+        memory_limit_bytes=memory_limit_bytes(num_bytes),
     )
-    return GgufReport(name=path.name, num_bytes=path.stat().st_size, sha256=sha256_file(path), **answer.value)
+    report = GgufReport(name=path.name, num_bytes=path.stat().st_size, sha256=sha256_file(path), **answer.value)
+    return report, answer
+
+
+def memory_limit_bytes(num_bytes: int) -> int:
+    """Address space for loading a file: mapped, repacked for the CPU, and what threads reserve."""
+    return 16 * _GIB + 4 * num_bytes
 
 
 def _require_files(directory: Path, *names: str) -> None:

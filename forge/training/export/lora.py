@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from forge.training.errors import DataError
-from forge.training.export.checkpoint import Checkpoint, read_checkpoint, read_json_object
+from forge.training.export.weights import ModelWeights, read_json_object, read_weights
 from forge.training.files import write_json
 
 CONFIG = "adapter_config.json"
@@ -62,7 +62,7 @@ class Adapter:
     pairs: Mapping[str, Pair]
 
 
-def read_adapter(adapter_dir: Path, base: Checkpoint) -> Adapter:
+def read_adapter(adapter_dir: Path, base: ModelWeights) -> Adapter:
     """Read an adapter and check it against its base.
 
     Raises :class:`DataError` for everything that plain LoRA, rsLoRA and rank or alpha patterns
@@ -89,7 +89,7 @@ def write_canonical_adapter(adapter_dir: Path, base_dir: Path, out_dir: Path) ->
     """
     from safetensors.torch import save_file
 
-    adapter = read_adapter(adapter_dir, read_checkpoint(base_dir))
+    adapter = read_adapter(adapter_dir, read_weights(base_dir))
     alpha = float(adapter.config["lora_alpha"])
     tensors = {}
     for pair in adapter.pairs.values():
@@ -121,7 +121,7 @@ def _check_config(adapter_dir: Path, config: dict[str, Any]) -> None:
         raise refuse(f"uses what cannot be merged: {listed}")
 
 
-def _read_factors(adapter_dir: Path, config: dict[str, Any], base: Checkpoint) -> dict[str, dict[str, Any]]:
+def _read_factors(adapter_dir: Path, config: dict[str, Any], base: ModelWeights) -> dict[str, dict[str, Any]]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -154,7 +154,7 @@ def _read_factors(adapter_dir: Path, config: dict[str, Any], base: Checkpoint) -
 
 
 def _check_complete(
-    adapter_dir: Path, config: dict[str, Any], factors: dict[str, dict[str, Any]], base: Checkpoint
+    adapter_dir: Path, config: dict[str, Any], factors: dict[str, dict[str, Any]], base: ModelWeights
 ) -> None:
     modules = [name.removesuffix(".weight") for name in base.tensors if name.endswith(".weight")]
     expected = {module for module in modules if _is_target(config, module)}
@@ -210,7 +210,7 @@ def _of_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> A
     return default
 
 
-def _check_shapes(adapter_dir: Path, pair: Pair, base: Checkpoint) -> None:
+def _check_shapes(adapter_dir: Path, pair: Pair, base: ModelWeights) -> None:
     shape = base.tensors[pair.weight_name].shape
     change = (pair.b.shape[0], pair.a.shape[1])
     if shape != change:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from forge.training.errors import DataError
-from forge.training.export.checkpoint import INDEX, Checkpoint, Shard, Tensor, read_checkpoint
 from forge.training.export.lora import WEIGHTS, Adapter, Pair, read_adapter
+from forge.training.export.weights import INDEX, ModelWeights, Shard, Tensor, read_weights
 from forge.training.files import sha256_file, sha256_json, staged_directory, write_json
 
 RECORD = "merge.json"
@@ -74,7 +74,7 @@ def merge_adapter(
     merged (see :mod:`~forge.training.export.lora`), :class:`DiskError`. Nothing is left behind then.
     """
     base_dir, adapter_dir, out_dir = Path(base_dir), Path(adapter_dir), Path(out_dir)
-    base = read_checkpoint(base_dir)
+    base = read_weights(base_dir)
     _check_base(base, expected_base_sha256)
     adapter = read_adapter(adapter_dir, base)
     for name in adapter.pairs:
@@ -108,7 +108,7 @@ def merge_adapter(
     return record
 
 
-def _check_base(base: Checkpoint, expected_sha256: str | None) -> None:
+def _check_base(base: ModelWeights, expected_sha256: str | None) -> None:
     if base.config.get("quantization_config"):
         raise DataError(
             f"{base.directory} is quantised; merging into quantised weights would lose what was learned",

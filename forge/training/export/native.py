@@ -40,7 +40,6 @@ def import_llama_cpp() -> Any:
     global _log_callback
     if _log_callback is None:
 
-        @llama_cpp.llama_log_callback
         def keep_warnings(level: int, text: bytes, _: Any) -> None:
             global _last_level
             _last_level = _last_level if level == _CONTINUED else level
@@ -50,8 +49,8 @@ def import_llama_cpp() -> Any:
                 if decoded.strip(". \n"):
                     _log_lines.append(decoded.strip())
 
-        _log_callback = keep_warnings
-        llama_cpp.llama_log_set(keep_warnings, ctypes.c_void_p(0))
+        _log_callback = llama_cpp.llama_log_callback(keep_warnings)
+        llama_cpp.llama_log_set(_log_callback, ctypes.c_void_p(0))
     return llama_cpp
 
 
@@ -121,7 +120,7 @@ def _read_structure(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
         is_array = bool(field.types) and field.types[0] == gguf.GGUFValueType.ARRAY
         fields[key] = len(field.data) if is_array else field.contents()
     file_type = fields.get("general.file_type")
-    known = {int(member): member.name for member in gguf.LlamaFileType}
+    known: dict[Any, str] = {int(member): member.name for member in gguf.LlamaFileType}
     name = known.get(file_type, str(file_type)).removeprefix("MOSTLY_").removeprefix("ALL_").lower()
     suspects = next((types for mark, types in _FALLBACK_TYPES.items() if mark.lower() in name), set())
     report = {

@@ -43,7 +43,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class ModelWeights:
     """All weight files of a model directory and its config.json."""
 
     directory: Path
@@ -81,7 +81,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_checkpoint(directory: Path) -> Checkpoint:
+def read_weights(directory: Path) -> ModelWeights:
     """Read the headers of a model directory. Raises :class:`DataError` if it is incomplete or not safetensors."""
     if not directory.is_dir():
         raise DataError(f"{directory} is not a directory", remedy="name the base model's directory")
@@ -104,7 +104,7 @@ def read_checkpoint(directory: Path) -> Checkpoint:
     if weight_map is not None and set(weight_map) != set(tensors):
         differing = sorted(set(weight_map) ^ set(tensors))
         raise DataError(f"{index_path} and its shards disagree on {len(differing)} tensors, such as {differing[0]}")
-    return Checkpoint(directory=directory, config=config, shards=shards, tensors=tensors)
+    return ModelWeights(directory=directory, config=config, shards=shards, tensors=tensors)
 
 
 def read_shard(path: Path) -> Shard:

@@ -1,0 +1,161 @@
+"""The model card, README.md of an export: what was trained, on what, with what result, and how to run it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from forge.training.record import RunRecord
+
+if TYPE_CHECKING:
+    from forge.training.export.export_record import ExportRecord
+
+_PACKAGES = ("torch", "transformers", "peft", "trl", "unsloth", "bitsandbytes", "accelerate", "datasets")
+
+
+def write_card(run: RunRecord, export: ExportRecord, evaluation: dict[str, Any] | None) -> str:
+    """The card's Markdown. Only what the records hold; figures not measured are left out, no path of this machine."""
+    sections = [
+        _opening(run, export),
+        _files(export),
+        _how_to_run(run, export),
+        _training(run),
+        _results(run, evaluation),
+        _chain(run, export),
+    ]
+    if export.notes:
+        sections.append("## Notes\n\n" + "\n".join(f"- {note}" for note in export.notes))
+    return "\n\n".join(sections) + "\n"
+
+
+def _opening(run: RunRecord, export: ExportRecord) -> str:
+    base = _base_name(run)
+    lines = ["---", f"base_model: {base}", "library_name: gguf", "tags: [gguf, lora, forge]", "---"]
+    lines += ["", f"# {export.model}", ""]
+    description = run.workload.get("description")
+    if description:
+        lines += [str(description), ""]
+    lines.append(f"A LoRA adapter trained on {base} and merged into its original weights, as GGUF for llama.cpp.")
+    return "\n".join(lines)
+
+
+def _files(export: ExportRecord) -> str:
+    rows = []
+    for report in [*export.files, export.adapter_file]:
+        if report is not None:
+            types = ", ".join(f"{count} {name}" for name, count in sorted(report.tensor_types.items()))
+            rows.append((f"`{report.name}`", f"{report.num_bytes:,}", types, f"`{report.sha256}`"))
+    table = _table(("file", "bytes", "tensors", "SHA-256"), rows)
+    checked = "Each file was loaded with every value checked, by the llama.cpp that made it"
+    return f"## Files\n\n{table}\n\n{checked} ({export.llama_cpp_commit}); `sha256sum -c SHA256SUMS` checks your copy."
+
+
+def _how_to_run(run: RunRecord, export: ExportRecord) -> str:
+    name = export.modelfile_uses
+    parameters = run.workload.get("export", {}).get("parameters", {})
+    context = parameters.get("num_ctx", 2048)
+    lines = ["## How to run", "", "```sh", f"ollama create {export.model.lower()} -f Modelfile"]
+    lines += [f"ollama run {export.model.lower()}", f"llama-cli -m {name} -c {context} --jinja -cnv", "```"]
+    system = run.workload.get("data", {}).get("system_prompt")
+    if system:
+        lines += ["", f"It was trained with the system prompt {system!r}; the Modelfile sets it."]
+    if export.adapter_file is not None:
+        lines += ["", f"`{export.adapter_file.name}` is for the unmerged base: `--lora {export.adapter_file.name}`."]
+    return "\n".join(lines)
+
+
+def _training(run: RunRecord) -> str:
+    workload, inputs = run.workload, run.inputs
+    data, lora, optimizer = workload.get("data", {}), workload.get("lora", {}), workload.get("optimizer", {})
+    training, model = workload.get("training", {}), workload.get("model", {})
+    validation = f"{inputs.num_validation_examples:,} held-out examples" if inputs.num_validation_examples else "none"
+    rows = [
+        ("backend", run.backend),
+        ("examples", f"{inputs.num_train_examples:,}; validation: {validation}"),
+        ("tokens", f"{inputs.num_train_tokens:,}, of which {inputs.num_trained_tokens:,} carry the loss"),
+        ("longest example", f"{data.get('max_length')} tokens; longer documents: {data.get('long_documents')}"),
+        ("loss on", data.get("loss_on")),
+        ("base weights", f"{model.get('quantization')} quantisation, {model.get('dtype')}"),
+        ("LoRA", f"rank {lora.get('rank')}, alpha {lora.get('alpha')}, dropout {lora.get('dropout')}"),
+        ("LoRA targets", ", ".join(lora.get("targets", []))),
+        ("trained parameters", f"{run.trainable.num_parameters:,}" if run.trainable else None),
+        ("optimizer", f"{optimizer.get('name')}, {optimizer.get('schedule')}, peak {optimizer.get('learning_rate')}"),
+        ("steps", f"{run.num_steps:,} of {training.get('effective_batch')} examples, seed {run.seed}"),
+        ("started", run.started_at),
+        ("training time", _unit(run.timing.train_seconds, "s")),
+        ("tokens a second", _unit(run.timing.tokens_per_second, "")),
+        ("peak GPU memory", _peak_memory(run)),
+        *_environment(run.environment),
+    ]
+    return "## Training\n\n" + _table(("", ""), [row for row in rows if row[1]])
+
+
+def _results(run: RunRecord, evaluation: dict[str, Any] | None) -> str:
+    losses = [(name.replace("_", " "), f"{value:.4f}") for name, value in run.losses if isinstance(value, float)]
+    text = "## Results\n\nNats a trained token.\n\n" + _table(("loss", "nats"), losses)
+    rows = list(_evaluation_rows(evaluation or {}))
+    if rows:
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        cells = [[_figure(row.get(column)) for column in columns] for row in rows]
+        text += "\n\nHeld-out documents, in a neutral process:\n\n"
+        text += _table([column.replace("_", " ") for column in columns], cells)
+    return text
+
+
+def _evaluation_rows(evaluation: dict[str, Any]) -> Iterable[dict[str, Any]]:
+    """One row a subject (base, adapter, merged), its plain figures."""
+    subjects = evaluation.get("subjects", [])
+    if isinstance(subjects, dict):
+        subjects = [{"subject": name, **values} for name, values in subjects.items() if isinstance(values, dict)]
+    for subject in subjects:
+        if isinstance(subject, dict):
+            plain = {key: value for key, value in subject.items() if isinstance(value, str | int | float)}
+            yield {key: value for key, value in plain.items() if not os.path.isabs(str(value))}
+
+
+def _chain(run: RunRecord, export: ExportRecord) -> str:
+    rows = [
+        ("base weights", run.inputs.base_sha256),
+        ("tokenizer", run.inputs.tokenizer_sha256),
+        ("training corpus", run.inputs.corpus_sha256),
+        ("training examples", run.inputs.train_examples_sha256),
+        ("workload", run.workload_sha256),
+        ("adapter", export.adapter_sha256),
+        ("merged weights", export.merged_sha256),
+    ]
+    named = [(name, f"`{digest}`") for name, digest in rows if digest]
+    return "## Where it came from\n\n" + _table(("artefact", "SHA-256"), named)
+
+
+def _base_name(run: RunRecord) -> str:
+    path = str(run.workload.get("model", {}).get("path") or run.base_path)
+    return os.path.basename(path.rstrip("/")) if os.path.isabs(path) else path
+
+
+def _environment(environment: dict[str, Any]) -> list[tuple[str, str | None]]:
+    packages = environment.get("packages") or {}
+    versions = ", ".join(f"{name} {packages[name]}" for name in _PACKAGES if packages.get(name))
+    gpu = environment.get("gpu")
+    if isinstance(gpu, dict):
+        gpu = gpu.get("name")
+    return [("GPU", str(gpu) if gpu else None), ("versions", versions or None)]
+
+
+def _peak_memory(run: RunRecord) -> str | None:
+    peak = max((phase.peak_allocated_bytes for phase in run.memory), default=0)
+    return f"{peak / 2**30:.2f} GiB" if peak else None
+
+
+def _unit(value: float | None, unit: str) -> str | None:
+    return f"{value:,.1f} {unit}".strip() if value is not None else None
+
+
+def _figure(value: Any) -> str:
+    return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    columns = list(columns)
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -1,0 +1,245 @@
+"""A run's adapter -> merged weights -> GGUF files, verified, with all that is needed to use them.
+
+The directory appears under its name only when everything in it is complete and verified.
+Intermediate files are deleted as soon as they have been used.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from forge.training.errors import CheckError, DataError
+from forge.training.export import gguf, space
+from forge.training.export.card import write_card
+from forge.training.export.chat_template import chatml_default_system, read_chat_template
+from forge.training.export.child_process import Answer, Progress, run_child, time_limit_seconds
+from forge.training.export.export_record import ExportRecord, Step, print_export
+from forge.training.export.lora import WEIGHTS
+from forge.training.export.merge import RECORD as MERGE_RECORD
+from forge.training.export.modelfile import CHATML_STOPS, chatml_template, write_modelfile
+from forge.training.export.weights import ModelWeights, read_json_object, read_weights
+from forge.training.files import locked, refuse_existing, sha256_file, staged_directory, write_json, write_text
+from forge.training.record import RunRecord, completed_record
+
+__all__ = ["export_run", "print_export"]
+_INTERMEDIATE = "intermediate.f16.gguf"
+
+
+def export_run(
+    run_dir: Path | str,
+    *,
+    quantizations: Sequence[str],
+    lora: bool = False,
+    out_dir: Path | None = None,
+    force: bool = False,
+    keep_merged: bool = False,
+    allow_fallback: bool = False,
+    progress: Progress | None = None,
+) -> ExportRecord:
+    """Export a completed run. ``keep_merged`` leaves the merged weights in ``run_dir/merged``.
+
+    A merge already there is used if it is of the same base and adapter. Everything that can be
+    refused is refused first: :class:`ConfigurationError`, :class:`DataError`, :class:`MachineError`
+    and :class:`DiskError` with the bytes needed. :class:`CheckError` if a file fails its checks.
+    """
+    run_dir = Path(run_dir)
+    run = completed_record(run_dir)
+    adapter_bytes = _check_adapter(run_dir, run)
+    target = (out_dir or run_dir / "export").absolute()
+    refuse_existing(target, force)
+    space.check_quantizations(quantizations)
+    base = read_weights(Path(run.base_path))
+    space.check_architecture(base)
+    if not allow_fallback:
+        space.check_row_sizes(base, quantizations)
+    with locked(run_dir):
+        _clear_leftovers(target)
+        _clear_leftovers((run_dir / "merged").absolute())
+        merged = _usable_merge(run_dir, run)
+        needed = space.peak_disk_bytes(
+            base,
+            quantizations,
+            adapter_bytes=adapter_bytes,
+            writes_merged=merged is None,
+            keeps_merged=keep_merged,
+        )
+        space.check_space(target.parent, needed)
+        work = _Export(run, run_dir, base, allow_fallback, progress or (lambda _: None))
+        with staged_directory(target, force=force) as staging:
+            merged_dir = run_dir / "merged" if keep_merged or merged is not None else staging / "merged"
+            if merged is None:
+                merged = work.merge(merged_dir, force=keep_merged)
+            work.convert(merged_dir, staging, quantizations)
+            if merged_dir.parent == staging:
+                shutil.rmtree(merged_dir)
+            work.quantize(staging, quantizations)
+            adapter_file = work.convert_adapter(staging) if lora else None
+            (staging / _INTERMEDIATE).unlink(missing_ok=True)
+            record = ExportRecord(
+                model=work.name,
+                out_dir=str(target),
+                base_sha256=run.inputs.base_sha256,
+                adapter_sha256=merged["adapter_sha256"],
+                merged_sha256=merged["merged_sha256"],
+                merge=merged,
+                files=[work.reports[name] for name in quantizations],
+                adapter_file=adapter_file,
+                modelfile_uses=min(work.reports.values(), key=lambda report: report.num_bytes).name,
+                needed_disk_bytes=needed,
+                steps=work.steps,
+                notes=work.notes,
+            )
+            _write_texts(staging, record, run, run_dir, base)
+    return record
+
+
+class _Export:
+    """The steps, each in a process of its own, and what they cost."""
+
+    def __init__(
+        self, run: RunRecord, run_dir: Path, base: ModelWeights, allow_fallback: bool, progress: Progress
+    ) -> None:
+        self.run, self.run_dir, self.base = run, run_dir, base
+        self.allow_fallback, self.progress = allow_fallback, progress
+        self.name = str(run.workload["name"])
+        self.steps: list[Step] = []
+        self.notes: list[str] = []
+        self.reports: dict[str, gguf.GgufReport] = {}
+
+    def merge(self, merged_dir: Path, *, force: bool) -> dict[str, Any]:
+        """Merge the adapter into the run's base, which must be the one it was trained on."""
+        self.progress("merge: comparing the base with the run's")
+        arguments = {
+            "base_dir": str(self.base.directory.absolute()),
+            "adapter_dir": str((self.run_dir / "adapter").absolute()),
+            "out_dir": str(merged_dir.absolute()),
+            "force": force,
+            "expected_base_sha256": self.run.inputs.base_sha256,
+        }
+        answer = run_child(
+            "merge",
+            arguments,
+            doing=f"merge {self.run_dir / 'adapter'}",
+            limit_seconds=time_limit_seconds(4 * self.base.num_bytes),
+            progress=self.progress,
+        )
+        self._count("merge", answer, self.base.num_bytes)
+        return answer.value
+
+    def convert(self, merged_dir: Path, staging: Path, quantizations: Sequence[str]) -> None:
+        """Convert and verify what is not quantised, and the f16 file that the rest is quantised from."""
+        converted = {name: staging / self._file_name(name) for name in quantizations if name in gguf.CONVERTED_TYPES}
+        if len(converted) < len(quantizations):
+            converted.setdefault("f16", staging / _INTERMEDIATE)
+        for name, path in converted.items():
+            self.progress(f"convert to {name}")
+            answer = gguf.convert_to_gguf(merged_dir, path, name, model_name=self.name)  # type: ignore[arg-type]
+            self._count(f"convert {name}", answer, path.stat().st_size)
+            report = self._verify(path, name)
+            if name in quantizations:
+                self.reports[name] = report
+
+    def quantize(self, staging: Path, quantizations: Sequence[str]) -> None:
+        """Quantise the f16 file and verify each result; delete the f16 file if nobody asked for it."""
+        source = staging / (self._file_name("f16") if "f16" in self.reports else _INTERMEDIATE)
+        for name in quantizations:
+            if name in gguf.QUANTIZED_TYPES:
+                self.progress(f"quantise to {name}")
+                path = staging / self._file_name(name)
+                answer = gguf.quantize(source, path, name)
+                self._count(f"quantise {name}", answer, path.stat().st_size)
+                self.reports[name] = self._verify(path, name)
+
+    def convert_adapter(self, staging: Path) -> gguf.GgufReport:
+        """The adapter as GGUF, checked by applying it to the smallest model file: the shapes are those of the base."""
+        self.progress("convert the adapter")
+        path = staging / f"{self.name}-lora.gguf"
+        answer = gguf.convert_lora_to_gguf(self.run_dir / "adapter", self.base.directory, path)
+        self._count("convert adapter", answer, path.stat().st_size)
+        smallest = min(self.reports.values(), key=lambda report: report.num_bytes)
+        report, answer = gguf.measure_verification(path, adapter=True, base=staging / smallest.name)
+        self._count("verify adapter", answer, 0)
+        return report
+
+    def _verify(self, path: Path, quantization: str) -> gguf.GgufReport:
+        self.progress(f"verify {path.name}")
+        report, answer = gguf.measure_verification(path)
+        self._count(f"verify {quantization}", answer, 0)
+        if report.file_type != quantization:
+            raise CheckError(f"{path.name} says it is {report.file_type}, not {quantization}")
+        if report.fallbacks and not self.allow_fallback:
+            raise CheckError(
+                f"{path.name}: {len(report.fallbacks)} tensors are not {quantization}: {report.fallbacks[0]}, ...",
+                remedy="leave this quantisation out, or accept larger types with --allow-fallback",
+            )
+        if report.fallbacks:
+            self.notes.append(f"{path.name}: {len(report.fallbacks)} tensors in larger types: {report.tensor_types}")
+        return report
+
+    def _file_name(self, quantization: str) -> str:
+        return f"{self.name}.{quantization}.gguf"
+
+    def _count(self, name: str, answer: Answer, num_bytes: int) -> None:
+        self.steps.append(Step(name, round(answer.seconds, 3), num_bytes, answer.peak_rss_bytes))
+
+
+def _check_adapter(run_dir: Path, run: RunRecord) -> int:
+    """Bytes of the run's adapter. Raises :class:`DataError` if it is gone or not the one that the run wrote."""
+    path = run_dir / "adapter" / WEIGHTS
+    if not path.is_file():
+        raise DataError(f"{path} is missing", remedy="train again, or name a run with its adapter")
+    if run.adapter_sha256 is not None and sha256_file(path) != run.adapter_sha256:
+        raise DataError(f"{path} is not the adapter that the run wrote: its SHA-256 differs from run.json")
+    return path.stat().st_size
+
+
+def _usable_merge(run_dir: Path, run: RunRecord) -> dict[str, Any] | None:
+    """The record of ``run_dir/merged`` if it is complete and of this base and this adapter."""
+    path = run_dir / "merged" / MERGE_RECORD
+    if not path.is_file():
+        return None
+    merged = read_json_object(path)
+    expected = (run.inputs.base_sha256, sha256_file(run_dir / "adapter" / WEIGHTS))
+    if (merged.get("base_sha256"), merged.get("adapter_sha256")) != expected:
+        return None
+    digests = merged.get("shard_sha256") or {"": ""}
+    same = all((path.parent / name).is_file() and sha256_file(path.parent / name) == digests[name] for name in digests)
+    return merged if same else None
+
+
+def _clear_leftovers(target: Path) -> None:
+    """Remove what a killed export left; what it was about to replace gets its name back."""
+    for old in target.parent.glob(f".{target.name}.*.old"):
+        if not target.exists() and (old / target.name).exists():
+            os.replace(old / target.name, target)
+        shutil.rmtree(old, ignore_errors=True)
+    for partial in target.parent.glob(f".{target.name}.*.part"):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_texts(staging: Path, record: ExportRecord, run: RunRecord, run_dir: Path, base: ModelWeights) -> None:
+    jinja = read_chat_template(base.directory)
+    default_system = chatml_default_system(jinja) if jinja else None
+    if jinja is None:
+        record.notes.append("the tokenizer has no chat template: `chat` refuses these files")
+    if default_system is None:
+        record.notes.append("the chat template is not ChatML: the Modelfile leaves the template to the GGUF file's own")
+    modelfile = write_modelfile(
+        record.modelfile_uses,
+        run.workload["data"].get("system_prompt"),
+        run.workload["export"].get("parameters"),
+        template=None if default_system is None else chatml_template(default_system),
+        stops=() if default_system is None else CHATML_STOPS,
+    )
+    write_text(staging / "Modelfile", modelfile)
+    evaluation = run_dir / "evaluation.json"
+    card = write_card(run, record, read_json_object(evaluation) if evaluation.is_file() else None)
+    write_text(staging / "README.md", card)
+    write_json(staging / "export.json", record.to_json())
+    digests = {report.name: report.sha256 for report in [*record.files, record.adapter_file] if report is not None}
+    digests |= {name: sha256_file(staging / name) for name in ("Modelfile", "README.md", "export.json")}
+    write_text(staging / "SHA256SUMS", "".join(f"{digests[name]}  {name}\n" for name in sorted(digests)))
