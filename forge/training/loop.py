@@ -6,6 +6,7 @@ Import only after the backend's ``prepare()``: this module imports transformers.
 from __future__ import annotations
 
 import hashlib
+import json
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
+from transformers.utils.logging import disable_progress_bar
 
 from forge.training import checkpoint
 from forge.training.data.examples import Examples
@@ -22,6 +24,10 @@ from forge.training.files import staged_directory, write_json
 from forge.training.job import TrainingJob
 from forge.training.meter import Meter
 from forge.training.plan import micro_batches, step_order
+
+BEST = "best.json"  # beside the best adapter: its step and held-out loss
+
+disable_progress_bar()  # progress.py shows one bar, of steps
 
 
 class StepBatches(torch.utils.data.BatchSampler):  # type: ignore[misc]
@@ -92,6 +98,7 @@ def forge_trainer(base: Any) -> Callable[..., Any]:
                 processing_class=load_tokenizer(job.base_dir),
                 **more,
             )
+            self.remove_callback(PrinterCallback)
             initialise_adapter(self.model, job.workload.training.seed)
 
         def _collate(self, rows: list[dict[str, Any]]) -> Any:
@@ -151,8 +158,8 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         self.identity = identity
         self.on_step = on_step
         self.figures: dict[str, Any] = {}
-        self.validation: list[tuple[int, float]] = []
-        self.best: tuple[int, float] | None = None
+        self.validation: list[tuple[int, float]] = meter.validation
+        self.best = _read_best(self.job.run_dir / "best") if self.validation else None
         self.signal_number: int | None = None
 
     def catch_signals(self) -> None:
@@ -204,7 +211,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         self.meter.write({"step": state.global_step, "validation_loss": loss})
         if self.best is None or loss < self.best[1]:
             self.best = (state.global_step, loss)
-            save_adapter(self.trainer.model, self.job, self.job.run_dir / "best")
+            save_adapter(self.trainer.model, self.job, self.job.run_dir / "best", self.best)
         patience = self.job.workload.training.early_stopping_patience
         if patience is not None:
             since = [step for step, _ in self.validation if step > self.best[0]]
@@ -219,10 +226,16 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         self.meter.resume_clock()
 
 
-def save_adapter(model: Any, job: TrainingJob, directory: Path) -> None:
-    """Write ``adapter_model.safetensors`` and ``adapter_config.json``, complete or not at all."""
-    import json
+def _read_best(directory: Path) -> tuple[int, float] | None:
+    try:
+        content = json.loads((directory / BEST).read_text(encoding="utf-8"))
+        return int(content["step"]), float(content["validation_loss"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
+
+def save_adapter(model: Any, job: TrainingJob, directory: Path, evaluated: tuple[int, float] | None = None) -> None:
+    """Write ``adapter_model.safetensors`` and ``adapter_config.json``, complete or not at all."""
     with staged_directory(directory, force=True) as staging:
         model.save_pretrained(staging, safe_serialization=True)
         for name in ("README.md", "training_args.bin"):
@@ -230,5 +243,7 @@ def save_adapter(model: Any, job: TrainingJob, directory: Path) -> None:
         config = json.loads((staging / "adapter_config.json").read_text(encoding="utf-8"))
         config["base_model_name_or_path"] = job.workload.model.path
         write_json(staging / "adapter_config.json", config)
+        if evaluated is not None:
+            write_json(staging / BEST, {"step": evaluated[0], "validation_loss": evaluated[1]})
         for path in staging.iterdir():
             path.chmod(0o644)

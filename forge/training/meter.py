@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from forge.training.data.conversation import IGNORED
+from forge.training.files import write_text
 from forge.training.record import MemoryPhase
 
 
@@ -43,18 +44,23 @@ def document_labels(batch: Mapping[str, Any]) -> list[bytes]:
 class Meter:
     """Collects micro-batches as they are fetched and turns them into one line a step."""
 
-    def __init__(self, log_path: Path, accumulation: int, cuda: bool) -> None:
+    def __init__(self, log_path: Path, accumulation: int, cuda: bool, *, resumed_step: int = 0) -> None:
+        """``resumed_step``: steps of the log that still count; later ones are done again."""
+        before = _read_log(log_path, resumed_step)
+        write_text(log_path, "".join(json.dumps(line) + "\n" for line in before))
         self._log = open(log_path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - lives as long as the run
         self._accumulation = accumulation
         self._cuda = cuda
         self._pending: deque[tuple[list[bytes], int, int]] = deque()
         self._mark = time.perf_counter()
         self._loss: Any = None
-        self.step_seconds: list[float] = []
-        self.step_tokens: list[int] = []
-        self.step_documents: list[int] = []
-        self.losses: list[float] = []
-        self.batch_digests: list[str] = []
+        steps = [line for line in before if "loss" in line]
+        self.step_seconds: list[float] = [line["seconds"] for line in steps]
+        self.step_tokens: list[int] = [line["tokens"] for line in steps]
+        self.step_documents: list[int] = [line["documents"] for line in steps]
+        self.losses: list[float] = [line["loss"] for line in steps]
+        self.batch_digests: list[str] = [line["labels_sha256"] for line in steps]
+        self.validation = [(line["step"], line["validation_loss"]) for line in before if "validation_loss" in line]
         self.memory: list[MemoryPhase] = []
 
     def fetched(self, batch: Mapping[str, Any]) -> None:
@@ -125,6 +131,20 @@ class Meter:
     def close(self) -> None:
         """Close the step log."""
         self._log.close()
+
+
+def _read_log(path: Path, until_step: int) -> list[dict[str, Any]]:
+    if not until_step or not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue  # the line that a kill cut short
+        if line["step"] <= until_step:
+            lines.append(line)
+    return lines
 
 
 def _num_trained(document: bytes) -> int:

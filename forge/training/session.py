@@ -188,7 +188,8 @@ def _run(
     record.write(run_dir)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run_dir / "tensorboard")
     cuda = torch.cuda.is_available()
-    meter = Meter(run_dir / "steps.jsonl", job.accumulation, cuda)
+    resumed_step = int(found.name.removeprefix("checkpoint-")) if found else 0
+    meter = Meter(run_dir / "steps.jsonl", job.accumulation, cuda, resumed_step=resumed_step)
     callback: Any = None
     try:
         started = time.perf_counter()

@@ -20,6 +20,7 @@ def prepare() -> None:
 
 def build(job: TrainingJob) -> Any:
     """The trainer for ``job``. Raises :class:`ConfigurationError` for a plan that TRL cannot carry out."""
+    import torch
     from trl import SFTConfig, SFTTrainer
 
     from forge.training.loop import forge_trainer
@@ -29,8 +30,23 @@ def build(job: TrainingJob) -> Any:
             "plan.gradient_checkpointing=offload is Unsloth's; TRL knows none and full",
             remedy="set it to full",
         )
+    trainer_class = SFTTrainer if torch.cuda.is_available() else _with_models_own_loss(SFTTrainer)
     config = make_config(SFTConfig, job)
-    return forge_trainer(SFTTrainer)(job, load_model(job), config, peft_config=lora_config(job))
+    return forge_trainer(trainer_class)(job, load_model(job), config, peft_config=lora_config(job))
+
+
+def _with_models_own_loss(base: Any) -> Any:
+    """SFTTrainer for a CPU: TRL 1.15's loss head is a Triton kernel, which needs a GPU.
+
+    The model's own loss is the same mean over the step's trained tokens, from full logits.
+    """
+    from transformers import Trainer
+
+    class CpuTrainer(base):  # type: ignore[misc]
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            return Trainer.compute_loss(self, *args, **kwargs)
+
+    return CpuTrainer
 
 
 def make_config(config_class: Any, job: TrainingJob) -> Any:
