@@ -42,7 +42,7 @@ SITE_PACKAGES = """
     unsloth unsloth_zoo trl datasets dill multiprocess bitsandbytes xformers torchao cut-cross-entropy tyro
     docstring_parser typeguard hf_transfer diffusers importlib_metadata zipp msgspec structlog nest-asyncio
     lazy-importer pydantic pydantic_core annotated-types typing-inspection typing_extensions evaluate rouge_score
-    absl-py nltk pathspec bc-detect-secrets unidiff diskcache pytest-benchmark py-cpuinfo2 pytest-timeout pytest-socket
+    absl-py six nltk joblib defusedxml pathspec bc-detect-secrets unidiff diskcache pytest-benchmark py-cpuinfo2 pytest-timeout pytest-socket
     nvidia-ml-py
 """.split()
 LEGACY_PACKAGES = """
@@ -55,6 +55,8 @@ SOURCE_ONLY = {"rouge-score"}  # published without a wheel; pure Python, so any 
 TOP_LEFT_OUT = {"bin", "include", "lib", "share", "studio", "test", "tests", "unsloth_cli"}
 LEFT_OUT = {"__pycache__", "tests"}
 BITSANDBYTES_KEPT = {"libbitsandbytes_cpu.so", "libbitsandbytes_cuda130.so"}
+# Built for torch 2.10: on the pinned 2.11 both packages see that, say so and go on without (8 MB of the archive).
+NOT_LOADABLE = ("torchao/_C*.so", "xformers/_C.so")
 
 ACTIVATE = """\
 # source this file (bash or zsh): the environment of the bundle beside it
@@ -70,9 +72,7 @@ LEGACY_PYTHON = """\
 #!/bin/sh
 # The interpreter of the legacy arm: the machine's own, with the pinned old stack before everything else.
 bundle=$(cd "$(dirname "$0")" && pwd)
-PYTHONPATH="$bundle/legacy${FORGE_LEGACY_PYTHONPATH:+:$FORGE_LEGACY_PYTHONPATH}"
-export PYTHONPATH
-exec "${FORGE_MACHINE_PYTHON:-python3}" "$@"
+PYTHONPATH="$bundle/legacy" exec python3 "$@"
 """
 
 
@@ -126,6 +126,8 @@ def prune(site: Path) -> None:
     for library in site.glob("bitsandbytes/libbitsandbytes_*.so"):
         if library.name not in BITSANDBYTES_KEPT:
             library.unlink()
+    for library in [path for pattern in NOT_LOADABLE for path in site.glob(pattern)]:
+        library.unlink()
     kept = {path.name for path in site.glob("bitsandbytes/libbitsandbytes_*.so")}
     if kept != BITSANDBYTES_KEPT:
         raise BundleError(f"bitsandbytes in {site.name}/ lacks {', '.join(sorted(BITSANDBYTES_KEPT - kept))}")
