@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_model import shared_adapter, shared_base, write_adapter
 from transformers import AutoModelForCausalLM
 
 from forge.training.errors import DataError, DiskError
 from forge.training.export.merge import merge_adapter
+from tests.tiny_model import shared_adapter, shared_base, write_adapter
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -142,6 +142,7 @@ KEY = "base_model.model.model.layers.1.mlp.up_proj.lora_{}.weight"
 def poisoned(value: float) -> Any:
     def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         tensors[KEY.format("A")][0, 0] = value
+        tensors[KEY.format("B")][0, 0] = 100
         return tensors
 
     return change
@@ -157,7 +158,7 @@ def poisoned(value: float) -> Any:
         (lambda t: t | {KEY.format("A"): torch.zeros(4, 128)}, "the base has"),
         (lambda t: t | {"base_model.model.model.norm.weight": torch.zeros(256)}, "not LoRA factors"),
         (lambda t: {k: v * 0 if "lora_B" in k else v for k, v in t.items()}, "never trained"),
-        (lambda t: {k: v * 1e-6 if "lora_B" in k else v for k, v in t.items()}, "no effect"),
+        (lambda t: {k: v * 1e-12 if "lora_B" in k else v for k, v in t.items()}, "no effect"),
         (poisoned(float("nan")), "NaN or infinity"),
         (poisoned(float("inf")), "NaN or infinity"),
         (poisoned(3e38), "not finite"),

@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from forge.training.errors import DataError
-from forge.training.export.weights import ModelWeights, read_json_object, read_weights
+from forge.training.export.weights import (
+    FLOAT_DTYPES,
+    ModelWeights,
+    read_json_object,
+    read_tensor_by_name,
+    read_weights,
+)
 from forge.training.files import write_json
 
 CONFIG = "adapter_config.json"
@@ -135,22 +141,31 @@ def _read_factors(adapter_dir: Path, config: dict[str, Any], base: ModelWeights)
     factors: dict[str, dict[str, Any]] = {}
     foreign = []
     for key, tensor in tensors.items():
-        match = _KEY.match(key)
-        if match is None:
+        if match := _KEY.match(key):
+            if not bool(tensor.isfinite().all()):
+                raise DataError(f"{path}: {key} holds NaN or infinity", remedy="the training diverged; train again")
+            factors.setdefault(match["module"], {})[match["side"]] = tensor
+        elif not _is_base_weight(key, tensor, base):
             foreign.append(key)
-            continue
-        if not bool(tensor.isfinite().all()):
-            raise DataError(f"{path}: {key} holds NaN or infinity", remedy="the training diverged; train again")
-        factors.setdefault(match["module"], {})[match["side"]] = tensor
-    if foreign:
-        raise DataError(f"{path} holds {len(foreign)} tensors that are not LoRA factors: {foreign[0]}, ...")
     for module in factors:
         if base.ties_embeddings and module.rpartition(".")[2] in ("lm_head", "embed_tokens"):
             raise DataError(
                 f"{path} changes {module}, but the base ties lm_head to the embedding: the change would land in both",
                 remedy="leave lm_head and embed_tokens out of the LoRA targets",
             )
+    if foreign:
+        raise DataError(f"{path} holds {len(foreign)} tensors that are not LoRA factors: {foreign[0]}, ...")
     return factors
+
+
+def _is_base_weight(key: str, tensor: Any, base: ModelWeights) -> bool:
+    """PEFT saves lm_head's own weight too where lm_head is a target; unchanged, it says nothing new."""
+    import torch
+
+    name = key.removeprefix("base_model.model.").replace(".base_layer.weight", ".weight")
+    if ".base_layer." not in key or name not in base.tensors or base.tensors[name].dtype not in FLOAT_DTYPES:
+        return False
+    return bool(torch.equal(tensor.float(), read_tensor_by_name(base, name).float()))
 
 
 def _check_complete(

@@ -17,12 +17,11 @@ from typing import IO, Any
 
 from forge.training.errors import DataError
 from forge.training.export.lora import WEIGHTS, Adapter, Pair, read_adapter
-from forge.training.export.weights import INDEX, ModelWeights, Shard, Tensor, read_weights
+from forge.training.export.weights import FLOAT_DTYPES, INDEX, ModelWeights, Shard, Tensor, read_tensor, read_weights
 from forge.training.files import sha256_file, sha256_json, staged_directory, write_json
 
 RECORD = "merge.json"
 _COPY_BYTES = 16 << 20
-_MERGEABLE_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 # What a model directory needs beside its weights; weights of other formats are never taken along.
 _COMPANIONS = (
@@ -78,7 +77,7 @@ def merge_adapter(
     _check_base(base, expected_base_sha256)
     adapter = read_adapter(adapter_dir, base)
     for name in adapter.pairs:
-        if base.tensors[name].dtype not in _MERGEABLE_DTYPES:
+        if base.tensors[name].dtype not in FLOAT_DTYPES:
             raise DataError(f"{base_dir}: {name} is {base.tensors[name].dtype}; only 16- and 32-bit weights are merged")
     merger = _Merger(adapter, _choose_device(device))
     with staged_directory(out_dir, force=force) as staging:
@@ -163,23 +162,23 @@ class _Merger:
     def _merge(self, source: IO[bytes], tensor: Tensor, pair: Pair) -> Any:
         import torch
 
-        dtype = getattr(torch, _MERGEABLE_DTYPES[tensor.dtype])
-        raw = bytearray(tensor.end - tensor.begin)
-        if source.readinto(raw) != len(raw):  # type: ignore[attr-defined]
-            raise DataError(f"{source.name} became shorter while it was read")
-        original = torch.frombuffer(raw, dtype=dtype).view(tensor.shape).to(self.device)
+        original = read_tensor(source, tensor).to(self.device)
         delta = pair.b.to(self.device, torch.float32) @ pair.a.to(self.device, torch.float32)
         delta *= pair.scale
-        exact = original.float()
-        exact += delta
-        merged = exact.to(dtype)
+        exact = original.float() + delta  # never in place: a float32 weight is its own .float()
+        merged = exact.to(original.dtype)
         if not bool(merged.isfinite().all()):
             raise DataError(f"{tensor.name} is not finite after the merge: NaN, or beyond the range of {tensor.dtype}")
         self.num_effective_tensors += int(not torch.equal(merged, original))
-        self.delta_squares += float(delta.norm()) ** 2
-        exact -= merged
-        self.rounding_squares += float(exact.norm()) ** 2
+        self.delta_squares += _square_sum(delta)
+        self.rounding_squares += _square_sum(exact - merged)
         return merged.cpu().contiguous().view(torch.uint8).numpy().data
+
+
+def _square_sum(tensor: Any) -> float:
+    import torch
+
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
 
 
 def _copy(source: IO[bytes], num_bytes: int, write: Callable[[bytes], None]) -> None:

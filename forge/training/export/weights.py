@@ -11,7 +11,7 @@ import math
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from forge.training.errors import DataError
 
@@ -19,6 +19,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _MAX_HEADER_BYTES = 100 << 20  # the format's own limit
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+FLOAT_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # torch's names
 
 
 @dataclass(frozen=True)
@@ -147,3 +149,22 @@ def _read_entries(path: Path, header: dict[str, Any], preamble: int) -> list[Ten
             raise DataError(f"{path}: {name} has {end - begin} bytes, which is not {tensor.dtype} of {tensor.shape}")
         tensors.append(tensor)
     return tensors
+
+
+def read_tensor(source: IO[bytes], tensor: Tensor) -> Any:
+    """A 16- or 32-bit tensor (torch, CPU) from its open file, which is left at the tensor's end."""
+    import torch
+
+    source.seek(tensor.begin)
+    raw = bytearray(tensor.end - tensor.begin)
+    if source.readinto(raw) != len(raw):  # type: ignore[attr-defined]
+        raise DataError(f"{source.name} became shorter while it was read")
+    return torch.frombuffer(raw, dtype=getattr(torch, FLOAT_DTYPES[tensor.dtype])).view(tensor.shape)
+
+
+def read_tensor_by_name(weights: ModelWeights, name: str) -> Any:
+    """A 16- or 32-bit tensor of a model directory."""
+    tensor = weights.tensors[name]
+    shard = next(shard for shard in weights.shards if tensor in shard.tensors)
+    with open(shard.path, "rb") as source:
+        return read_tensor(source, tensor)
