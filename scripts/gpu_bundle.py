@@ -36,7 +36,10 @@ LIMIT_BYTES = 60_000_000
 LLAMA_CPP_DIR = "llama_cpp_python-0.3.36"
 PYTHON_VERSION = "3.12"
 # pip matches manylinux_2_N exactly, so every N up to the glibc of the oldest system served (2.28) is named.
-PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in range(28, 4, -1)] + ["manylinux2014_x86_64", "manylinux1_x86_64"]
+PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in range(28, 4, -1)] + [
+    "manylinux2014_x86_64",
+    "manylinux1_x86_64",
+]
 
 SITE_PACKAGES = """
     unsloth unsloth_zoo trl datasets dill multiprocess bitsandbytes xformers torchao cut-cross-entropy tyro

@@ -1,0 +1,54 @@
+# Everything that a checkout can do. `make demo` and `make test` need nothing done before: they set up what they use.
+# Needs: Python >= 3.11 with venv, a C++ compiler, make (Debian/Ubuntu: apt-get install python3-venv g++ make).
+
+PYTHON ?= python3
+PYTHON_GPU ?= python3.12
+PY := .venv/bin/python
+PYTEST := $(PY) -m pytest
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help setup demo test test-slow test-all lint format check-pins gpu-env legacy-env gpu-bundle clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## .venv with the pinned CPU stack; llama.cpp compiled once (~/.cache/forge, or FORGE_CACHE)
+	@$(PYTHON) scripts/set_up.py .venv requirements-cpu.txt --llama-cpp --project
+
+demo: setup ## documents in, a tested GGUF out, on the embedded documents and a CPU
+	$(PY) -m forge.training run smoke
+
+test: setup ## the fast tests (at most 10 minutes on 2 cores)
+	$(PYTEST)
+
+test-slow: setup ## the slow tests alone
+	$(PYTEST) -m "slow and not gpu"
+
+test-all: test test-slow ## every test that needs no GPU (about an hour)
+
+lint: setup ## ruff and mypy --strict
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	MYPYPATH=scripts $(PY) -m mypy scripts/*.py
+
+format: setup ## let ruff rewrite what it can
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+check-pins: ## resolve requirements-{gpu,legacy}.txt again, as a whole, for Linux and Python 3.12
+	@$(PYTHON_GPU) scripts/check_pins.py requirements-gpu.txt requirements-legacy.txt
+
+gpu-env: ## .venv-gpu: the fast stack, for a machine with an NVIDIA GPU and a network
+	@$(PYTHON_GPU) scripts/set_up.py .venv-gpu requirements-gpu.txt --minimum 3.12 --llama-cpp --project
+
+legacy-env: ## .venv-legacy: the stack being replaced, for the same machine
+	@$(PYTHON_GPU) scripts/set_up.py .venv-legacy requirements-legacy.txt --minimum 3.12 --project
+
+gpu-bundle: setup ## one archive for a GPU machine without a network (gpu-bundle/)
+	$(PY) scripts/gpu_bundle.py
+
+clean: ## delete environments, bundle and caches of this checkout (not ~/.cache/forge, not runs/)
+	rm -rf .venv .venv-gpu .venv-legacy gpu-bundle build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
