@@ -4,7 +4,7 @@
 Leaves in ``${FORGE_CACHE:-~/.cache/forge}/llama_cpp_python-VERSION/``
 
 - ``wheel/*.whl``   the native library with its Python binding
-- ``llama.cpp/``    the converter of the same commit: convert_*.py, conversion/, gguf-py/, LICENSE and Qwen2's vocabulary
+- ``llama.cpp/``    the converter of the same commit: convert_*.py, conversion/, gguf-py/, LICENSE, Qwen2's vocabulary
 - ``build.json``    what both were made from
 
 One source distribution for all of it, because llama.cpp's converter and loader must be one commit. Each part appears
@@ -28,7 +28,7 @@ from pathlib import Path, PurePosixPath
 
 VERSION = "0.3.36"
 SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
-# No multimodal tools: 127 compile units instead of 178. Not tuned to this machine's CPU: the wheel runs on any x86-64 with AVX2.
+# No multimodal tools: 127 compile units instead of 178. Not tuned to this machine's CPU: any x86-64 with AVX2 runs it.
 CMAKE_ARGS = "-DLLAVA_BUILD=OFF -DGGML_NATIVE=OFF"
 BUILD_TOOLS = ("scikit-build-core==1.1.2", "cmake==4.4.4", "ninja==1.13.2", "packaging==26.3", "pathspec==1.1.1")
 TREE_FILES = ("LICENSE", "models/ggml-vocab-qwen2.gguf")
@@ -119,7 +119,7 @@ def locked(cache: Path) -> Iterator[None]:
 
 
 def build(cache: Path) -> None:
-    """Fetch, check, unpack, compile (5 minutes on two idle cores, 15 on busy ones), then move all into place at once."""
+    """Fetch, check, unpack, compile (5 to 15 minutes on two cores), then move all into place at once."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise BuildError("no C++ compiler: apt-get install g++ (or set CXX)")
@@ -130,7 +130,7 @@ def build(cache: Path) -> None:
         print(f"set-up: fetching the source distribution of llama-cpp-python {VERSION} (77 MB)", flush=True)
         run([sys.executable, "-m", "venv", tools], "make the build environment", log)
         python = tools / "bin" / "python"
-        pip = [python, "-m", "pip", "--disable-pip-version-check"]
+        pip: list[str | Path] = [python, "-m", "pip", "--disable-pip-version-check"]
         run([*pip, "install", *BUILD_TOOLS], "install the build tools", log)
         # Build tools on PATH and no isolated build environment: what compiles is what is pinned above.
         path = f"{tools / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"

@@ -32,8 +32,15 @@ def resolve(requirements: Path) -> dict[str, str]:
 
 def compare(pins: dict[str, str], resolved: dict[str, str]) -> list[str]:
     """What differs, one line each."""
-    lines = [f"{name}=={resolved[name]} is installed but not pinned" for name in sorted(resolved.keys() - pins.keys())]
-    lines += [f"{name}=={pins[name]} is pinned but not needed" for name in sorted(pins.keys() - resolved.keys())]
+    lines = []
+    for name in sorted(pins.keys() | resolved.keys()):
+        pinned, found = pins.get(name), resolved.get(name)
+        if pinned is None:
+            lines.append(f"{name}: installed as {found}, but not pinned")
+        elif found is None:
+            lines.append(f"{name}: pinned {pinned}, but nothing needs it")
+        elif pinned != found:
+            lines.append(f"{name}: pinned {pinned}, resolves to {found}")
     return lines
 
 

@@ -9,8 +9,8 @@
 - ``activate.sh`` and ``legacy-python``  the environment; the interpreter of the legacy arm
 - ``MANIFEST.json``  every package's version, files and bytes, and the sha256 of every file
 
-Versions are read from the two requirements files: this script names packages only. Left out: CUDA variants that the
-machine's torch cannot load, programs, tests, byte code. A file that occurs twice is stored once, as a hard link.
+Both sets are read from the requirements files: what they pin less what the machine has. Left out: CUDA variants that
+its torch cannot load, programs, tests, byte code. A file that occurs twice is stored once, as a hard link.
 """
 
 from __future__ import annotations
@@ -36,22 +36,23 @@ LIMIT_BYTES = 60_000_000
 LLAMA_CPP_DIR = "llama_cpp_python-0.3.36"
 PYTHON_VERSION = "3.12"
 # pip matches manylinux_2_N exactly, so every N up to the glibc of the oldest system served (2.28) is named.
-PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in range(28, 4, -1)] + [
-    "manylinux2014_x86_64",
-    "manylinux1_x86_64",
-]
+PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in range(28, 4, -1)]
+PLATFORMS += ["manylinux2014_x86_64", "manylinux1_x86_64"]
 
-SITE_PACKAGES = """
-    unsloth unsloth_zoo trl datasets dill multiprocess bitsandbytes xformers torchao cut-cross-entropy tyro
-    docstring_parser typeguard hf_transfer diffusers importlib_metadata zipp msgspec structlog nest-asyncio
-    lazy-importer pydantic pydantic_core annotated-types typing-inspection typing_extensions evaluate rouge_score
-    absl-py six nltk joblib defusedxml pathspec bc-detect-secrets unidiff diskcache pytest-benchmark py-cpuinfo2 pytest-timeout pytest-socket
-    nvidia-ml-py
-""".split()
-LEGACY_PACKAGES = """
-    trl transformers peft accelerate datasets bitsandbytes tokenizers huggingface_hub fsspec dill multiprocess
-    pydantic pydantic_core annotated-types typing-inspection typing_extensions pathspec nvidia-ml-py
-""".split()
+# What such a machine has. Everything else that a requirements file pins is bundled, so that nothing can be forgotten.
+# fmt: off
+PRESENT = {
+    "torch", "torchvision", "triton", "transformers", "peft", "accelerate", "tokenizers", "huggingface-hub", "hf-xet",
+    "safetensors", "sentencepiece", "numpy", "scipy", "pandas", "pyarrow", "pillow", "einops", "sympy", "mpmath",
+    "networkx", "regex", "protobuf", "pyyaml", "jinja2", "markupsafe", "typer", "click", "shellingham", "annotated-doc",
+    "rich", "markdown-it-py", "mdurl", "pygments", "pytest", "iniconfig", "pluggy", "packaging", "setuptools", "wheel",
+    "tensorboard", "tensorboard-data-server", "werkzeug", "markdown", "grpcio", "psutil", "tqdm", "filelock", "fsspec",
+    "cloudpickle", "python-dateutil", "tzdata", "requests", "urllib3", "certifi", "charset-normalizer", "idna", "httpx",
+    "httpcore", "h11", "anyio", "aiohttp", "aiohappyeyeballs", "aiosignal", "attrs", "frozenlist", "multidict",
+    "propcache", "yarl", "xxhash",
+}
+# fmt: on
+PRESENT_PREFIXES = ("nvidia-c", "nvidia-n", "cuda-")  # torch's own libraries; nvidia-ml-py is none of them
 SOURCE_ONLY = {"rouge-score"}  # published without a wheel; pure Python, so any machine's build of it serves
 
 # Folders at the top of a site directory that no import of Forge needs: programs, a web studio, tests.
@@ -102,23 +103,25 @@ def read_pins(path: Path) -> dict[str, str]:
     return pins
 
 
-def install_packages(names: list[str], requirements: Path, target: Path) -> dict[str, str]:
-    """Install the named packages at their pinned versions into ``target``, without dependencies; returns the versions."""
-    pins = read_pins(requirements)
-    missing = [name for name in names if canonical_name(name) not in pins]
-    if missing:
-        raise BundleError(f"{requirements.name} does not pin {', '.join(missing)}, which the bundle takes from it")
-    chosen = {canonical_name(name): pins[canonical_name(name)] for name in names}
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-compile", "--disable-pip-version-check"]
+def choose_packages(pins: dict[str, str], others: dict[str, str]) -> dict[str, str]:
+    """The pins that a machine lacks: not there at all, or there in the other version that ``others`` pins."""
+    there = {name for name in pins if name in PRESENT or name.startswith(PRESENT_PREFIXES)}
+    return {
+        name: version for name, version in pins.items() if name not in there or others.get(name, version) != version
+    }
+
+
+def install_packages(packages: dict[str, str], target: Path) -> None:
+    """Install exactly these versions for the GPU machine into ``target``, without their dependencies."""
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-qq", "--no-deps", "--no-compile"]
     pip += ["--root-user-action=ignore", "--target", str(target)]
     cross = ["--only-binary=:all:", "--python-version", PYTHON_VERSION, "--implementation", "cp"]
     cross += [word for platform in PLATFORMS for word in ("--platform", platform)]
-    wheels = [f"{name}=={version}" for name, version in chosen.items() if name not in SOURCE_ONLY]
-    sources = [f"{name}=={version}" for name, version in chosen.items() if name in SOURCE_ONLY]
+    wheels = [f"{name}=={version}" for name, version in packages.items() if name not in SOURCE_ONLY]
+    sources = [f"{name}=={version}" for name, version in packages.items() if name in SOURCE_ONLY]
     for command in ([*pip, *cross, *wheels], [*pip, *sources] if sources else []):
         if command and subprocess.run(command, stdin=subprocess.DEVNULL).returncode:
-            raise BundleError(f"pip could not install the packages of {requirements.name} (its message is above)")
-    return chosen
+            raise BundleError(f"pip could not install the packages of {target.name}/ (its message is above)")
 
 
 def prune(site: Path) -> None:
@@ -196,11 +199,10 @@ def build_bundle(archive: Path, cache: Path) -> dict[str, Any]:
     archive.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=archive.parent, prefix=".staging-") as folder:
         staging = Path(folder)
-        versions = {
-            "site": install_packages(SITE_PACKAGES, ROOT / "requirements-gpu.txt", staging / "site"),
-            "legacy": install_packages(LEGACY_PACKAGES, ROOT / "requirements-legacy.txt", staging / "legacy"),
-        }
-        for name in versions:
+        gpu, legacy = read_pins(ROOT / "requirements-gpu.txt"), read_pins(ROOT / "requirements-legacy.txt")
+        packages = {"site": choose_packages(gpu, gpu), "legacy": choose_packages(legacy, gpu)}
+        for name, chosen in packages.items():
+            install_packages(chosen, staging / name)
             prune(staging / name)
         add_llama_cpp(staging, cache)
         (staging / "activate.sh").write_text(ACTIVATE, encoding="utf-8")
@@ -210,7 +212,7 @@ def build_bundle(archive: Path, cache: Path) -> dict[str, Any]:
         summary = {
             "python": PYTHON_VERSION,
             "platform": "linux x86_64, glibc >= 2.34",
-            "packages": versions,
+            "packages": packages,
             "unpacked_bytes": sum(entry["bytes"] for entry in files.values()),
         }
         manifest = json.dumps({**summary, "files": files}, indent=1, sort_keys=True)

@@ -73,7 +73,7 @@ def set_up(environment: Path, requirements: Path, *, with_llama_cpp: bool, edita
     python = environment / "bin" / "python"
     # Without a stamp the last set-up did not end: nothing in there can be trusted.
     run([sys.executable, "-m", "venv", *(["--clear"] if previous is None else []), environment], "make the environment")
-    pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "-qq"]
+    pip: list[str | Path] = [python, "-m", "pip", "--disable-pip-version-check", "install", "-qq"]
     run([*pip, "-r", requirements], f"install {requirements.name}")
     if wheel is not None:
         run([*pip, "--no-deps", "--force-reinstall", wheel], f"install {wheel.name}")
