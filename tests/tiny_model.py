@@ -136,6 +136,6 @@ def write_adapter(base_dir: Path, directory: Path, **lora: Any) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name or "lora_embedding_B" in name:
-                parameter.normal_(std=0.02)
+                parameter.normal_(std=0.05)
     model.save_pretrained(directory)
     return model
