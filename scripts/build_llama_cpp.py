@@ -115,6 +115,9 @@ def locked(cache: Path) -> Iterator[None]:
         except BlockingIOError:
             print("set-up: waiting for another build of llama.cpp", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
+        # Whoever holds the lock is alone, so these are from builds that were killed.
+        for abandoned in cache.parent.glob(f"{cache.name}-building-*"):
+            shutil.rmtree(abandoned, ignore_errors=True)
         yield
 
 
@@ -179,6 +182,8 @@ def main() -> int:
     except BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 4
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -107,6 +107,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (SetUpError, BuildError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_ENVIRONMENT
+    except KeyboardInterrupt:
+        print("interrupted: the same command makes the environment anew", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -190,6 +190,14 @@ def test_an_incomplete_cache_is_not_used(tmp_path: Path, damage: str) -> None:
     assert build_llama_cpp.find_complete(tmp_path) is None
 
 
+def test_what_a_killed_build_left_is_cleared_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORGE_CACHE", str(tmp_path))
+    left = tmp_path / f"llama_cpp_python-{build_llama_cpp.VERSION}-building-x" / "new"
+    left.mkdir(parents=True)
+    with build_llama_cpp.locked(build_llama_cpp.cache_directory()):
+        assert not left.parent.exists()
+
+
 # GPU bundle
 
 
