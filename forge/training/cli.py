@@ -197,6 +197,9 @@ def export(
     ] = None,
     lora: Annotated[bool, typer.Option("--lora", help="Also the adapter as GGUF.")] = False,
     keep_merged: Annotated[bool, typer.Option("--keep-merged", help="Keep the merged 16-bit model.")] = False,
+    allow_fallback: Annotated[
+        bool, typer.Option("--allow-fallback", help="Accept tensors that a quantisation cannot hold in larger types.")
+    ] = False,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: RUN/export.")] = None,
     force: Force = False,
     as_json: Json = False,
@@ -216,6 +219,7 @@ def export(
         out_dir=out,
         force=force,
         keep_merged=keep_merged,
+        allow_fallback=allow_fallback,
         progress=lambda line: console.print(line),
     )
     print_json(record) if as_json else print_export(record, results())
@@ -230,8 +234,7 @@ def chat(
     lora: Annotated[Path | None, typer.Option("--lora", help="An adapter as GGUF.")] = None,
 ) -> None:
     """Ask a GGUF model through llama.cpp, greedily, with the file's own chat template."""
-    from forge.training.export.chat import answer
-    from forge.training.export.chat import chat as converse
+    from forge.training.export.chat import answer, converse
 
     if prompt is None:
         converse(model, system=system, max_tokens=max_tokens, lora=lora)

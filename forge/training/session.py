@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,10 +22,9 @@ from forge.training.errors import (
     ForgeError,
     GpuMemoryError,
     Interrupted,
-    LockedError,
     MachineError,
 )
-from forge.training.files import disk_errors, refuse_existing, sha256_file, sha256_json, write_text
+from forge.training.files import disk_errors, locked, refuse_existing, sha256_file, sha256_json, write_text
 from forge.training.job import TrainingJob
 from forge.training.meter import Meter
 from forge.training.plan import Backend, load_plan
@@ -54,29 +51,6 @@ def _has_cuda() -> bool:
         return bool(pynvml.nvmlDeviceGetCount() > 0)
     except Exception:
         return False
-
-
-@contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
-    """Hold the run directory; the lock dies with its process. Raises :class:`LockedError`."""
-    with disk_errors(run_dir):
-        run_dir.mkdir(parents=True, exist_ok=True)
-        handle = open(run_dir / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - held until the end
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            handle.seek(0)
-            raise LockedError(
-                f"{run_dir} is in use by process {handle.read().strip() or '(unknown)'}",
-                remedy="wait for it, stop it, or train into another directory with --out",
-            ) from None
-        handle.truncate(0)
-        handle.write(str(os.getpid()))
-        handle.flush()
-        yield
-    finally:
-        handle.close()
 
 
 def base_directory(workload: Workload) -> Path:
