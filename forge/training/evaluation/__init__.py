@@ -1,0 +1,1 @@
+"""The parts of ``evaluate``: neutral models, likelihoods, greedy answers, ROUGE, the record."""

@@ -1,0 +1,101 @@
+"""Greedy answers: to questions of facts, and to the instructions of held-out documents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from forge.training.data.conversation import IGNORED
+from forge.training.data.examples import Examples
+from forge.training.evaluation.likelihood import Document
+from forge.training.evaluation.neutral_model import NeutralModel
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids that end where the answer begins, and the document's own first tokens, as text."""
+
+    document: str
+    input_ids: np.ndarray  # int32 of shape (length,)
+    reference: str
+
+
+def document_prompts(
+    examples: Examples, documents: Sequence[Document], tokenizer: Any, *, num_prompts: int, max_new_tokens: int
+) -> list[Prompt]:
+    """Prompts of the first documents that have one, ids as they were trained on.
+
+    ``reference`` has at most ``max_new_tokens`` tokens: an answer that stops there is compared with
+    as much of the document, not with all of it.
+    """
+    opening = _assistant_opening(tokenizer)
+    prompts: list[Prompt] = []
+    for document in documents:
+        if len(prompts) == num_prompts:
+            break
+        ids, labels = (rows[document.examples[0]] for rows in (examples.input_ids, examples.labels))
+        begin = _answer_begin(ids, labels, opening)
+        if begin is not None and begin < len(ids):
+            text = tokenizer.decode(ids[begin : begin + max_new_tokens].tolist(), skip_special_tokens=True)
+            prompts.append(Prompt(document.name, ids[:begin], text))
+    return prompts
+
+
+def _assistant_opening(tokenizer: Any) -> list[int]:
+    """The ids with which the chat template opens the assistant's turn."""
+    talk = [{"role": "user", "content": "a"}]
+    without = tokenizer.apply_chat_template(talk, tokenize=False)
+    opened = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(opened.removeprefix(without), add_special_tokens=False)["input_ids"])
+
+
+def _answer_begin(ids: np.ndarray, labels: np.ndarray, opening: list[int]) -> int | None:
+    """Where the first answer begins; where prompts are trained too, after the assistant's first opening."""
+    trained = labels != IGNORED
+    if not trained[0]:
+        return int(np.argmax(trained))
+    width = len(opening)
+    for begin in range(len(ids) - width):
+        if width and ids[begin] == opening[0] and ids[begin : begin + width].tolist() == opening:
+            return begin + width
+    return None
+
+
+def question_ids(tokenizer: Any, question: str, system_prompt: str | None) -> np.ndarray:
+    """A question through the chat template, as int32 of shape (length,), up to where the answer begins."""
+    talk = [{"role": "system", "content": system_prompt}] if system_prompt is not None else []
+    talk.append({"role": "user", "content": question})
+    text = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+    return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
+
+
+def greedy_answer(model: NeutralModel, tokenizer: Any, input_ids: np.ndarray, max_new_tokens: int) -> str:
+    """The most probable next token, again and again, until the turn ends or ``max_new_tokens``."""
+    import torch
+    from transformers import GenerationConfig
+
+    given = model.causal.generation_config
+    # a model's own settings sample and penalise repetition, even where do_sample is switched off
+    model.causal.generation_config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=_end_ids(tokenizer, given),
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+    )
+    ids = torch.from_numpy(input_ids.astype(np.int64))[None].to(model.device)
+    try:
+        with torch.inference_mode():
+            produced = model.causal.generate(input_ids=ids, attention_mask=torch.ones_like(ids))
+    finally:
+        model.causal.generation_config = given
+    return str(tokenizer.decode(produced[0, len(input_ids) :].tolist(), skip_special_tokens=True))
+
+
+def _end_ids(tokenizer: Any, given: Any) -> list[int]:
+    """Every token that ends a turn: the tokenizer's, and those the model's own settings name."""
+    named = given.eos_token_id if given is not None else None
+    ends = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
+    return sorted(int(end) for end in ends if end is not None)
