@@ -179,12 +179,12 @@ def write_archive(staging: Path, files: dict[str, dict[str, Any]], archive: Path
             path = staging / name
             info = tarfile.TarInfo(f"forge-gpu-bundle/{name}")
             info.mode = 0o755 if os.access(path, os.X_OK) else 0o644
-            digest = files[name]["sha256"] if name in files and files[name]["bytes"] else ""
-            if digest and digest in first:
+            digest = files[name]["sha256"] if name in files else name
+            if digest in first:
                 info.type, info.linkname = tarfile.LNKTYPE, f"forge-gpu-bundle/{first[digest]}"
                 tar.addfile(info)
                 continue
-            first.setdefault(digest, name)
+            first[digest] = name
             info.size = path.stat().st_size
             with open(path, "rb") as stream:
                 tar.addfile(info, stream)

@@ -143,12 +143,13 @@ def sdist_with(folder: Path, names: list[str]) -> Path:
 
 def test_only_the_converters_files_are_unpacked(tmp_path: Path) -> None:
     inside = [f"vendor/llama.cpp/{name}" for name in (*build_llama_cpp.TREE_NEEDED, "gguf-py/gguf/__init__.py")]
-    outside = ["setup.py", "vendor/llama.cpp/src/llama.cpp", "vendor/llama.cpp/conversion/../../../escape.py"]
+    outside = ["setup.py", "vendor/llama.cpp/src/llama.cpp", "vendor/llama.cpp/conversion/../../escape.py"]
     build_llama_cpp.unpack_tree(sdist_with(tmp_path, inside + outside), tmp_path / "tree")
     found = {
         path.relative_to(tmp_path / "tree").as_posix() for path in (tmp_path / "tree").rglob("*") if path.is_file()
     }
     assert found == {name.removeprefix("vendor/llama.cpp/") for name in inside}
+    assert not (tmp_path / "escape.py").exists()
 
 
 def test_a_source_distribution_without_the_converter_is_refused(tmp_path: Path) -> None:
