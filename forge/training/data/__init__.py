@@ -1,0 +1,1 @@
+"""From documents to examples: discovery, corpus, records, token ids and labels."""

@@ -1,0 +1,235 @@
+"""The whole genome of a repository as instruction/input/output JSONL, one record a document.
+
+Documents stay whole: cutting or dividing them is the workload's business, when examples are made.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from forge.training.data.corpus_report import CorpusReport, Folder, MarkerCount, Output, print_report, reasons
+from forge.training.data.discovery import Skipped, discover, read_text
+from forge.training.data.duplicates import deduplicate
+from forge.training.data.secrets import Secret, find_secrets
+from forge.training.data.split import hold_out
+from forge.training.errors import ConfigurationError, DataError, DiskError
+from forge.training.files import atomic_file, refuse_existing, sha256_file
+from forge.training.workload import InstructionRule
+
+__all__ = ["DEFAULT_RULES", "CorpusReport", "build_corpus", "embedded_documents", "print_report", "render_document"]
+
+MAX_FILE_BYTES = 4 << 20
+DEFAULT_RULES = (InstructionRule(prefix="", text="Set out the ideas, facts and principles of the document `{path}`"),)
+
+_CONTROL_MARKER = re.compile(r"<\|[A-Za-z0-9_]{1,40}\|>")
+_BACKTICKS = re.compile(r"`{3,}")
+_MARKDOWN_SUFFIXES = frozenset({".md", ".markdown", ".mdown", ".mkd", ".mdx"})
+_LANGUAGES = {
+    suffix: language
+    for language, suffixes in {
+        "bash": ".sh .bash",
+        "c": ".c .h",
+        "cmake": ".cmake cmakelists.txt",
+        "cpp": ".cc .cpp .cxx .hpp .hh",
+        "csharp": ".cs",
+        "css": ".css .scss",
+        "csv": ".csv",
+        "cuda": ".cu .cuh",
+        "dockerfile": "dockerfile",
+        "go": ".go",
+        "hcl": ".tf",
+        "html": ".html .htm",
+        "ini": ".ini .cfg",
+        "java": ".java",
+        "javascript": ".js .mjs .cjs .jsx",
+        "json": ".json .jsonl .ipynb",
+        "julia": ".jl",
+        "kotlin": ".kt",
+        "latex": ".tex",
+        "lua": ".lua",
+        "makefile": "makefile .mk",
+        "php": ".php",
+        "powershell": ".ps1",
+        "protobuf": ".proto",
+        "python": ".py .pyi",
+        "r": ".r",
+        "ruby": ".rb",
+        "rust": ".rs",
+        "scala": ".scala",
+        "sql": ".sql",
+        "swift": ".swift",
+        "toml": ".toml",
+        "typescript": ".ts .tsx",
+        "xml": ".xml .svg",
+        "yaml": ".yaml .yml",
+        "zsh": ".zsh",
+    }.items()
+    for suffix in suffixes.split()
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Document:
+    path: str
+    text: str
+
+
+def embedded_documents() -> Path:
+    """The folder of Markdown files that ``documents: embedded`` stands for."""
+    return Path(__file__).with_name("embedded")
+
+
+def build_corpus(
+    root: Path,
+    output: Path,
+    *,
+    validation_share: float = 0.0,
+    rules: Sequence[InstructionRule] = DEFAULT_RULES,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    allow_secrets: bool = False,
+    force: bool = False,
+) -> CorpusReport:
+    """Write a repository's documents to ``output``, sorted by path, and say what became of each file.
+
+    With a ``validation_share``, ``NAME.train.jsonl`` and ``NAME.validation.jsonl`` are written instead
+    of ``NAME.jsonl``, both or neither. The first of ``rules`` whose prefix a path begins with words
+    its instruction, and :data:`DEFAULT_RULES` where none does. Raises :class:`DataError` where there is
+    nothing to use, :class:`DiskError` where an output exists (unless ``force``) or cannot be written.
+    """
+    started = time.perf_counter()
+    if not 0.0 <= validation_share < 1.0:
+        raise ConfigurationError(f"a validation share of {validation_share} is not in [0, 1)")
+    if not root.is_dir():
+        problem = "is not a directory" if root.exists() else "does not exist"
+        raise DataError(f"{root} {problem}", remedy="name the folder that holds the documents")
+    sides = [output.with_name(f"{output.stem}.{side}{output.suffix}") for side in ("train", "validation")]
+    targets = sides if validation_share else [output]
+    for target in targets:
+        if target.is_dir():
+            raise DiskError(f"{target} is a directory", remedy="name a file, for example corpus.jsonl")
+        refuse_existing(target, force)
+
+    root = root.resolve()
+    exclude = _own_files([output, *sides])
+    documents, skipped, secrets = _read_documents(root, exclude, max_file_bytes, allow_secrets)
+    found = deduplicate([d.path for d in documents], [d.text for d in documents])
+    for duplicate in found.duplicates:
+        reason = "exact duplicate" if duplicate.exact else "near duplicate"
+        skipped.append(Skipped(duplicate.path, reason, f"of {duplicate.kept}"))
+    kept = [documents[index] for index in found.kept]
+    if not kept:
+        why = reasons(skipped)
+        raise DataError(
+            f"no usable document in {root}: {why or 'it is empty'}",
+            remedy="documents are UTF-8 text files that .gitignore does not name",
+        )
+
+    held: set[int] = set()
+    if validation_share:
+        held = hold_out([d.path for d in kept], [d.text for d in kept], found.groups, validation_share)
+    lines = [_record_line(document, rules) for document in kept]
+    train, validation = ([line for i, line in enumerate(lines) if (i in held) == side] for side in (False, True))
+    outputs = _write(targets, [train, validation])
+
+    seconds = time.perf_counter() - started
+    num_bytes = sum(len(document.text.encode()) for document in documents)
+    markers = [MarkerCount(d.path, num) for d in kept if (num := len(_CONTROL_MARKER.findall(d.text)))]
+    return CorpusReport(
+        root=str(root),
+        num_files=len(documents) - len(found.duplicates) + sum(not s.path.endswith("/") for s in skipped),
+        num_kept=len(kept),
+        num_characters=sum(len(document.text) for document in kept),
+        num_bytes=num_bytes,
+        num_train=len(train),
+        num_validation=len(validation),
+        folders=_by_folder(kept),
+        skipped=sorted(skipped, key=lambda s: s.path),
+        duplicates=found.duplicates,
+        control_markers=markers,
+        secrets=secrets,
+        secrets_allowed=allow_secrets,
+        outputs=outputs,
+        seconds=seconds,
+        megabytes_per_second=num_bytes / 1e6 / seconds,
+    )
+
+
+def _own_files(outputs: list[Path]) -> Callable[[str], bool]:
+    """True for the outputs of this or an earlier call, and for what an interrupted one left beside them."""
+    places = [(str(o.parent.resolve()), o.name) for o in outputs]
+    whole = {os.path.join(*place) for place in places}
+    partial = tuple(os.path.join(folder, f".{name}.") for folder, name in places)
+    return lambda path: path in whole or (path.startswith(partial) and path.endswith(".part"))
+
+
+def _read_documents(
+    root: Path, exclude: Callable[[str], bool], max_file_bytes: int, allow_secrets: bool
+) -> tuple[list[_Document], list[Skipped], list[Secret]]:
+    documents: list[_Document] = []
+    skipped: list[Skipped] = []
+    secrets: list[Secret] = []
+    for found in discover(root, exclude=exclude):
+        text = found if isinstance(found, Skipped) else read_text(found, max_bytes=max_file_bytes)
+        if isinstance(text, Skipped):
+            skipped.append(text)
+            continue
+        leaked = find_secrets(found.path, text)
+        secrets.extend(leaked)
+        if leaked and not allow_secrets:
+            skipped.append(Skipped(found.path, "secret", f"line {leaked[0].line}: {leaked[0].rule}"))
+        else:
+            documents.append(_Document(found.path, text))
+    documents.sort(key=lambda document: document.path)
+    return documents, skipped, sorted(secrets, key=lambda s: (s.path, s.line, s.rule))
+
+
+def render_document(path: str, text: str) -> str:
+    """What is learnt: Markdown as it is; anything else under its name, in a fence longer than any in it."""
+    name = path.rsplit("/", 1)[-1]
+    suffix = os.path.splitext(name)[1].lower()
+    if suffix in _MARKDOWN_SUFFIXES:
+        return text
+    language = _LANGUAGES.get(name.lower()) or _LANGUAGES.get(suffix, "")
+    fence = "`" * max(3, 1 + max(map(len, _BACKTICKS.findall(text)), default=0))
+    end = "" if text.endswith("\n") else "\n"
+    return f"# File: {name}\n\n{fence}{language}\n{text}{end}{fence}\n"
+
+
+def _record_line(document: _Document, rules: Sequence[InstructionRule]) -> str:
+    rule = next(rule for rule in (*rules, *DEFAULT_RULES) if document.path.startswith(rule.prefix))
+    record = {
+        "instruction": rule.text.replace("{path}", document.path),
+        "input": "",
+        "output": render_document(document.path, document.text),
+    }
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def _write(targets: list[Path], sides: list[list[str]]) -> list[Output]:
+    """Write one file or both. Everything is on the disk before the first name is given; an old
+    training file goes first, so that no interruption leaves it beside a new validation file."""
+    first, *second = targets
+    with atomic_file(first) as stream:
+        stream.writelines(sides[0])
+        if second:
+            with atomic_file(second[0]) as other:
+                other.writelines(sides[1])
+                for each in (stream, other):
+                    each.flush()
+                    os.fsync(each.fileno())
+                first.unlink(missing_ok=True)
+    return [Output(str(t), len(side), sha256_file(t)) for t, side in zip(targets, sides, strict=False)]
+
+
+def _by_folder(documents: list[_Document]) -> list[Folder]:
+    sizes: dict[str, list[int]] = {}
+    for document in documents:
+        folder, separator, _ = document.path.partition("/")
+        sizes.setdefault(folder if separator else ".", []).append(len(document.text))
+    return [Folder(name, len(rows), sum(rows)) for name, rows in sorted(sizes.items())]

@@ -1,0 +1,214 @@
+"""The strict JSONL reader: every bad line is named, nothing is guessed, text is kept exactly.
+
+Our own because the common readers accept what they should not: ``json`` keeps the last of two
+equal keys and takes NaN, ``datasets`` turns a missing answer into the word "None" and hides
+which line was broken.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from forge.training.errors import DataError
+
+_NUM_ERRORS_SHOWN = 10
+_DOCUMENT_KEYS = frozenset({"instruction", "input", "output"})
+_MESSAGE_KEYS = frozenset({"role", "content"})
+_ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn. ``role``: ``system``, ``user`` or ``assistant``."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One line of a corpus. ``document``: from instruction/input/output, its answer may be divided."""
+
+    line: int
+    messages: tuple[Message, ...]
+    document: bool
+    num_unknown_keys: int = 0
+
+
+class _BadLine(Exception):
+    """Why a line is no record."""
+
+
+def read_records(path: Path | str) -> list[Record]:
+    """Read ``instruction``/``input``/``output`` or ``messages`` records, one JSON object a line.
+
+    A BOM at the start, CRLF and blank lines are accepted; keys that are not known are counted.
+    Raises :class:`DataError` naming the first ten bad lines and how many more there are.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise DataError(f"{path} is a directory", remedy="name a JSONL file; `dataset` makes one from a directory")
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path} is not a regular file")
+    records: list[Record] = []
+    errors: list[str] = []
+    num_errors = 0
+    try:
+        with open(path, "rb") as stream:
+            for number, raw in enumerate(stream, start=1):  # bytes split at \n only, so U+2028 is text
+                if number == 1:
+                    raw = raw.removeprefix(b"\xef\xbb\xbf")
+                    _refuse_other_formats(path, raw)
+                if not raw.strip():
+                    continue
+                try:
+                    records.append(_record(number, raw.rstrip(b"\r\n")))
+                except _BadLine as bad:
+                    num_errors += 1
+                    if len(errors) < _NUM_ERRORS_SHOWN:
+                        errors.append(f"  line {number}: {bad}")
+    except FileNotFoundError as error:
+        raise DataError(f"{path} does not exist", remedy="`dataset ROOT -o FILE` makes a corpus") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    if num_errors:
+        if num_errors > len(errors):
+            errors.append(f"  and {num_errors - len(errors):,} more")
+        plural = "s" if num_errors > 1 else ""
+        raise DataError(
+            f"{path}: {num_errors:,} line{plural} cannot be used\n" + "\n".join(errors),
+            remedy="correct or remove them; nothing is skipped silently",
+        )
+    if not records:
+        raise DataError(f"{path} has no records", remedy="it must hold one JSON object a line")
+    return records
+
+
+def _refuse_other_formats(path: Path, first: bytes) -> None:
+    if first.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(f"{path} is UTF-16", remedy="save it as UTF-8")
+    if first.strip() == b"[":
+        raise DataError(f"{path} is one JSON array", remedy="put each record on a line of its own, no brackets")
+
+
+def _record(number: int, raw: bytes) -> Record:
+    value = _parse(raw)
+    if isinstance(value, list):
+        raise _BadLine("an array, not an object; put each record on a line of its own")
+    if not isinstance(value, dict):
+        raise _BadLine(f"{_kind(value)}, not an object")
+    if "messages" in value:
+        mixed = sorted(_DOCUMENT_KEYS & value.keys())
+        if mixed:
+            raise _BadLine(f"both messages and {', '.join(mixed)}; use one form")
+        messages, num_unknown = _conversation(value["messages"])
+        return Record(number, messages, False, num_unknown + len(value) - 1)
+    missing = [key for key in ("instruction", "output") if key not in value]
+    if missing:
+        present = ", ".join(sorted(value)[:8]) or "nothing"
+        raise _BadLine(f"{' and '.join(missing)} missing (it has: {present:.200})")
+    question, answer = _text(value, "instruction"), _text(value, "output")
+    extra = _text(value, "input", may_be_empty=True) if "input" in value else ""
+    if extra.strip():
+        question = f"{question}\n\n{extra}"
+    messages = (Message("user", question), Message("assistant", answer))
+    return Record(number, messages, True, len(value.keys() - _DOCUMENT_KEYS))
+
+
+def _parse(raw: bytes) -> Any:
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _BadLine(f"not UTF-8 at byte {error.start + 1}") from error
+    if "\0" in text:
+        raise _BadLine("a NUL character")
+    try:
+        return _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        raise _BadLine(f"broken JSON at column {error.colno}: {error.msg}") from error
+    except RecursionError as error:
+        raise _BadLine("broken JSON: nested too deeply") from error
+    except ValueError as error:  # an integer of more digits than Python converts
+        raise _BadLine(f"broken JSON: {str(error).split(';')[0]}") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise _BadLine(f"key {twice!r} stands twice")
+    return result
+
+
+def _constant(name: str) -> NoReturn:
+    raise _BadLine(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
+
+
+def _text(fields: dict[str, Any], key: str, *, may_be_empty: bool = False, where: str = "") -> str:
+    value = fields[key]
+    if not isinstance(value, str):
+        raise _BadLine(f"{where}{key} is {_kind(value)}, not text")
+    if not may_be_empty and not value.strip():
+        raise _BadLine(f"{where}{key} is {'only blanks' if value else 'empty'}")
+    if "\0" in value:
+        raise _BadLine(f"{where}{key} has a NUL character")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise _BadLine(f"{where}{key} has half of a surrogate pair at character {error.start + 1}") from error
+    return value
+
+
+def _conversation(value: Any) -> tuple[tuple[Message, ...], int]:
+    """The messages, and how many of their keys are not known."""
+    if not isinstance(value, list):
+        raise _BadLine(f"messages is {_kind(value)}, not an array")
+    messages: list[Message] = []
+    num_unknown = 0
+    for index, turn in enumerate(value, start=1):
+        where = f"message {index}: "
+        if not isinstance(turn, dict):
+            raise _BadLine(f"{where}{_kind(turn)}, not an object")
+        for key in ("role", "content"):
+            if key not in turn:
+                raise _BadLine(f"{where}{key} missing")
+        role = turn["role"]
+        if role not in _ROLES:
+            raise _BadLine(f"{where}role is {role!r:.60}, not one of {', '.join(_ROLES)}")
+        _refuse_disorder(where, [m.role for m in messages[-1:]], role)
+        messages.append(Message(role, _text(turn, "content", where=where)))
+        num_unknown += len(turn.keys() - _MESSAGE_KEYS)
+    if not messages:
+        raise _BadLine("messages is empty")
+    if messages[-1].role != "assistant":
+        raise _BadLine("the last message is not the assistant's, so it has nothing to learn")
+    return tuple(messages), num_unknown
+
+
+def _refuse_disorder(where: str, before: list[str], role: str) -> None:
+    if role == "system" and before:
+        raise _BadLine(f"{where}a system message may only stand first")
+    expected = "assistant" if before == ["user"] else "user"
+    if role not in ("system", expected):
+        raise _BadLine(f"{where}{expected} expected, found {role}; user and assistant take turns")
+
+
+_KINDS: tuple[tuple[Callable[[Any], bool], str], ...] = (
+    (lambda v: v is None, "null"),
+    (lambda v: isinstance(v, bool), "a boolean"),
+    (lambda v: isinstance(v, int | float), "a number"),
+    (lambda v: isinstance(v, str), "text"),
+    (lambda v: isinstance(v, list), "an array"),
+)
+
+
+def _kind(value: Any) -> str:
+    return next((name for matches, name in _KINDS if matches(value)), "an object")
