@@ -10,6 +10,10 @@ PYTEST := $(PY) -m pytest
 .NOTPARALLEL:
 .PHONY: help setup demo test test-slow test-all lint format check-pins gpu-env legacy-env gpu-bundle clean
 
+define need_python_gpu
+	@command -v $(PYTHON_GPU) >/dev/null || { echo "error: no $(PYTHON_GPU) here; set PYTHON_GPU to a Python 3.12" >&2; exit 4; }
+endef
+
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
@@ -38,12 +42,15 @@ format: setup ## let ruff rewrite what it can
 	$(PY) -m ruff format .
 
 check-pins: ## resolve requirements-{gpu,legacy}.txt again, as a whole, for Linux and Python 3.12
+	$(need_python_gpu)
 	@$(PYTHON_GPU) scripts/check_pins.py requirements-gpu.txt requirements-legacy.txt
 
 gpu-env: ## .venv-gpu: the fast stack, for a machine with an NVIDIA GPU and a network
+	$(need_python_gpu)
 	@$(PYTHON_GPU) scripts/set_up.py .venv-gpu requirements-gpu.txt --minimum 3.12 --llama-cpp --project
 
 legacy-env: ## .venv-legacy: the stack being replaced, for the same machine
+	$(need_python_gpu)
 	@$(PYTHON_GPU) scripts/set_up.py .venv-legacy requirements-legacy.txt --minimum 3.12 --project
 
 gpu-bundle: setup ## one archive for a GPU machine without a network (gpu-bundle/)

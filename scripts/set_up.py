@@ -1,9 +1,8 @@
 #!/usr/bin/env python3
 """Make one virtual environment from one requirements file, completely or not at all. ``make setup`` runs this.
 
-A stamp inside the environment names what it was made from: the same requirements, interpreter and script mean
-nothing to do; other requirements are installed over; an environment whose set-up was interrupted has no stamp and is
-made anew. Uses the standard library only, on any Python >= 3.11.
+A stamp inside the environment names what it was made from, requirements and interpreter. The same again: nothing to do.
+Anything else, or no stamp because the last set-up did not end: made anew. Uses the standard library only.
 """
 
 from __future__ import annotations
@@ -65,14 +64,13 @@ def set_up(environment: Path, requirements: Path, *, with_llama_cpp: bool, edita
     wheel = provide_llama_cpp() if with_llama_cpp else None
     stamp = environment / STAMP
     wanted = fingerprint(requirements, [str(wheel), str(editable), str(environment.absolute())])
-    previous = stamp.read_text(encoding="utf-8").strip() if stamp.is_file() else None
-    if previous == wanted:
+    if stamp.is_file() and stamp.read_text(encoding="utf-8").strip() == wanted:
         return False
     stamp.unlink(missing_ok=True)
     print(f"set-up: {environment.name} from {requirements.name} (a few minutes the first time)", flush=True)
     python = environment / "bin" / "python"
-    # Without a stamp the last set-up did not end: nothing in there can be trusted.
-    run([sys.executable, "-m", "venv", *(["--clear"] if previous is None else []), environment], "make the environment")
+    # Whatever was there was made from something else or not to the end: no package of it may stay.
+    run([sys.executable, "-m", "venv", "--clear", environment], "make the environment")
     pip: list[str | Path] = [python, "-m", "pip", "--disable-pip-version-check", "install", "-qq"]
     run([*pip, "-r", requirements], f"install {requirements.name}")
     if wheel is not None:

@@ -98,8 +98,10 @@ def test_set_up_twice_does_nothing_the_second_time(tmp_path: Path, quiet_network
     requirements.write_text("# none\n")
     assert set_up.set_up(environment, requirements, with_llama_cpp=False, editable=None)
     assert not set_up.set_up(environment, requirements, with_llama_cpp=False, editable=None)
+    (environment / "of-the-first").touch()
     requirements.write_text("# none, still\n")
     assert set_up.set_up(environment, requirements, with_llama_cpp=False, editable=None)
+    assert not (environment / "of-the-first").exists()
 
 
 def test_a_set_up_that_fails_is_not_taken_for_complete(
