@@ -202,7 +202,8 @@ def test_another_base_of_equal_shape_is_refused_by_its_digest(tmp_path: Path) ->
     from forge.training.models.identity import base_sha256
 
     trained_on = base_sha256(shared_base())
-    merge_adapter(shared_base(), shared_adapter(), tmp_path / "merged", expected_base_sha256=trained_on)
+    record = merge_adapter(shared_base(), shared_adapter(), tmp_path / "merged", expected_base_sha256=trained_on)
+    assert record.merged_sha256 == base_sha256(tmp_path / "merged") != trained_on
     with pytest.raises(DataError, match="not the base that was trained on"):
         merge_adapter(tmp_path / "merged", shared_adapter(), tmp_path / "twice", expected_base_sha256=trained_on)
 

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
+from forge.training.evaluation.record import Evaluation
+from forge.training.export.weights import read_json_object
 from forge.training.record import RunRecord
 
 if TYPE_CHECKING:
@@ -14,7 +19,7 @@ if TYPE_CHECKING:
 _PACKAGES = ("torch", "transformers", "peft", "trl", "unsloth", "bitsandbytes", "accelerate", "datasets")
 
 
-def write_card(run: RunRecord, export: ExportRecord, evaluation: dict[str, Any] | None) -> str:
+def write_card(run: RunRecord, export: ExportRecord, evaluation: Evaluation | None) -> str:
     """The card's Markdown. Only what the records hold; figures not measured are left out, no path of this machine."""
     sections = [
         _opening(run, export),
@@ -27,6 +32,21 @@ def write_card(run: RunRecord, export: ExportRecord, evaluation: dict[str, Any] 
     if export.notes:
         sections.append("## Notes\n\n" + "\n".join(f"- {note}" for note in export.notes))
     return "\n\n".join(sections) + "\n"
+
+
+def read_evaluation(run_dir: Path, export: ExportRecord) -> Evaluation | None:
+    """The run's evaluation, None if there is none; one of another adapter is noted and left out."""
+    path = run_dir / "evaluation.json"
+    if not path.is_file():
+        return None
+    try:
+        evaluation = Evaluation.model_validate(read_json_object(path))
+    except ValidationError:
+        evaluation = None
+    if evaluation is None or evaluation.adapter_sha256 != export.adapter_sha256:
+        export.notes.append("evaluation.json is not an evaluation of this adapter: the model card leaves it out")
+        return None
+    return evaluation
 
 
 def _opening(run: RunRecord, export: ExportRecord) -> str:
@@ -91,27 +111,28 @@ def _training(run: RunRecord) -> str:
     return "## Training\n\n" + _table(("", ""), [row for row in rows if row[1]])
 
 
-def _results(run: RunRecord, evaluation: dict[str, Any] | None) -> str:
+def _results(run: RunRecord, evaluation: Evaluation | None) -> str:
     losses = [(name.replace("_", " "), f"{value:.4f}") for name, value in run.losses if isinstance(value, float)]
-    text = "## Results\n\nNats a trained token.\n\n" + _table(("loss", "nats"), losses)
-    rows = list(_evaluation_rows(evaluation or {}))
-    if rows:
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        cells = [[_figure(row.get(column)) for column in columns] for row in rows]
-        text += "\n\nHeld-out documents, in a neutral process:\n\n"
-        text += _table([column.replace("_", " ") for column in columns], cells)
+    text = "## Results\n\nDuring training, nats a trained token:\n\n" + _table(("loss", "nats"), losses)
+    if evaluation is None:
+        return text
+    rows = [
+        (row.subject, *map(_figure, (row.nats_per_token, row.bits_per_byte, row.rouge1, row.rouge2, row.rouge_l)))
+        for row in evaluation.subjects
+    ]
+    where = f"On {evaluation.num_documents:,} held-out documents ({evaluation.num_tokens:,} tokens), {evaluation.dtype}"
+    text += f"\n\n{where}, apart from the training program:\n\n"
+    text += _table(("model", "nats a token", "bits a byte", "ROUGE-1", "ROUGE-2", "ROUGE-L"), rows)
+    for pair in evaluation.comparisons:
+        error = pair.standard_error_nats_per_token
+        spread = "" if error is None else f" (standard error {error:.4f})"
+        text += (
+            f"\n\n{pair.subject} minus {pair.reference}: {pair.difference_nats_per_token:+.4f} nats a token{spread}."
+        )
+    if evaluation.facts:
+        facts = [(row.question, row.expected, row.subject, "yes" if row.found else "no") for row in evaluation.facts]
+        text += "\n\n" + _table(("question", "expected", "model", "said"), facts)
     return text
-
-
-def _evaluation_rows(evaluation: dict[str, Any]) -> Iterable[dict[str, Any]]:
-    """One row a subject (base, adapter, merged), its plain figures."""
-    subjects = evaluation.get("subjects", [])
-    if isinstance(subjects, dict):
-        subjects = [{"subject": name, **values} for name, values in subjects.items() if isinstance(values, dict)]
-    for subject in subjects:
-        if isinstance(subject, dict):
-            plain = {key: value for key, value in subject.items() if isinstance(value, str | int | float)}
-            yield {key: value for key, value in plain.items() if not os.path.isabs(str(value))}
 
 
 def _chain(run: RunRecord, export: ExportRecord) -> str:
@@ -151,11 +172,15 @@ def _unit(value: float | None, unit: str) -> str | None:
     return f"{value:,.1f} {unit}".strip() if value is not None else None
 
 
-def _figure(value: Any) -> str:
-    return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _cell(value: Any) -> str:
+    return " ".join(str(value).replace("|", "\\|").split())
 
 
 def _table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     columns = list(columns)
     lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)

@@ -14,7 +14,7 @@ from typing import Any
 
 from forge.training.errors import CheckError, DataError
 from forge.training.export import gguf, space
-from forge.training.export.card import write_card
+from forge.training.export.card import read_evaluation, write_card
 from forge.training.export.chat_template import chatml_default_system, read_chat_template
 from forge.training.export.child_process import Answer, Progress, run_child, time_limit_seconds
 from forge.training.export.export_record import ExportRecord, Step, print_export
@@ -236,9 +236,7 @@ def _write_texts(staging: Path, record: ExportRecord, run: RunRecord, run_dir: P
         stops=() if default_system is None else CHATML_STOPS,
     )
     write_text(staging / "Modelfile", modelfile)
-    evaluation = run_dir / "evaluation.json"
-    card = write_card(run, record, read_json_object(evaluation) if evaluation.is_file() else None)
-    write_text(staging / "README.md", card)
+    write_text(staging / "README.md", write_card(run, record, read_evaluation(run_dir, record)))
     write_json(staging / "export.json", record.to_json())
     digests = {report.name: report.sha256 for report in [*record.files, record.adapter_file] if report is not None}
     digests |= {name: sha256_file(staging / name) for name in ("Modelfile", "README.md", "export.json")}

@@ -36,7 +36,8 @@ class MergeRecord:
     """What a merge did. Norms are Frobenius norms over all changed tensors together.
 
     ``rounding_norm`` is the part of the change that the weights' own data type could not hold;
-    ``merged_sha256`` is over the names and SHA-256 of the merged weight files.
+    ``merged_sha256`` identifies the merged weights as ``base_sha256`` does the base's: it is what
+    :func:`forge.training.models.identity.base_sha256` says of ``out_dir``.
     """
 
     adapter_sha256: str

@@ -35,7 +35,7 @@ def check_architecture(base: ModelWeights) -> None:
     if names[0] not in known:
         raise MachineError(
             f"llama.cpp's converter does not know the architecture {names[0]} of {base.directory}",
-            remedy="`merge` still works; GGUF needs an architecture that this llama.cpp knows",
+            remedy="train from a base of an architecture that llama.cpp knows, such as Qwen2ForCausalLM",
         )
 
 
