@@ -16,9 +16,11 @@ import pytest
 
 from forge.training.errors import CheckError, ConfigurationError, DataError, DiskError, LockedError, MachineError
 from forge.training.export import space
-from forge.training.export.export import export_run
+from forge.training.export.export import _usable_merge, export_run
+from forge.training.export.merge import merge_adapter
 from forge.training.export.weights import read_weights
 from forge.training.files import locked
+from forge.training.record import read_record
 from tests.tiny_model import shared_adapter, shared_base
 from tests.tiny_run import write_run
 
@@ -163,14 +165,23 @@ def test_an_interrupted_export_leaves_nothing_under_its_name_and_can_be_repeated
     assert not (run_dir / "export").exists()
     assert any(run_dir.glob(".export.*.part")) == (number == signal.SIGKILL)
     if number == signal.SIGKILL:
-        export_run(run_dir, quantizations=["q8_0"])
-        assert sorted(os.listdir(run_dir)) == [".lock", "adapter", "export", "run.json"]
+        record = export_run(run_dir, quantizations=["q8_0"], keep_merged=True)
+        assert sorted(os.listdir(run_dir)) == [".lock", "adapter", "export", "merged", "run.json"]
+        assert sorted(os.listdir(run_dir / "export")) == [
+            *("Modelfile", "README.md", "SHA256SUMS", "export.json", "lighthouse.q8_0.gguf")
+        ]
+        assert _usable_merge(run_dir, read_record(run_dir)) == record.merge
 
 
-def test_a_merge_that_is_there_is_used_if_it_is_of_this_run(run_dir: Path) -> None:
-    first = export_run(run_dir, quantizations=["f16"], keep_merged=True)
-    assert "merge" in [step.name for step in first.steps]
-    second = export_run(run_dir, quantizations=["q8_0"], force=True)
-    assert "merge" not in [step.name for step in second.steps]
-    assert second.merged_sha256 == first.merged_sha256
-    assert (run_dir / "merged" / "config.json").is_file()
+def test_a_merge_that_is_there_is_used_only_if_it_is_of_this_base_and_adapter_and_whole(run_dir: Path) -> None:
+    run = read_record(run_dir)
+    assert _usable_merge(run_dir, run) is None
+    base = run.inputs.base_sha256
+    made = merge_adapter(shared_base(), run_dir / "adapter", run_dir / "merged", expected_base_sha256=base)
+    assert _usable_merge(run_dir, run) == made.to_json()
+    other = run.model_copy(update={"inputs": run.inputs.model_copy(update={"base_sha256": "0" * 64})})
+    assert _usable_merge(run_dir, other) is None
+    shard = next((run_dir / "merged").glob("*00002-of*"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert _usable_merge(run_dir, run) is None
