@@ -148,6 +148,7 @@ def build_corpus(
         num_bytes=num_bytes,
         num_train=len(train),
         num_validation=len(validation),
+        validation_share=validation_share,
         folders=_by_folder(kept),
         skipped=sorted(skipped, key=lambda s: s.path),
         duplicates=found.duplicates,

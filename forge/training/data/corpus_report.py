@@ -48,7 +48,8 @@ class CorpusReport:
     """``num_files``: kept and skipped ones, not what lies in skipped folders (their names end in ``/``).
 
     ``num_bytes`` and ``megabytes_per_second`` are of all text read, duplicates included; a megabyte
-    is 10^6 bytes. Secrets stand in skipped documents, or in kept ones where ``secrets_allowed``.
+    is 10^6 bytes. Secrets stand in skipped documents, or in kept ones where ``secrets_allowed``. Fewer
+    than ``validation_share`` are held out where large families of related documents stay together.
     """
 
     root: str
@@ -58,6 +59,7 @@ class CorpusReport:
     num_bytes: int
     num_train: int
     num_validation: int
+    validation_share: float
     folders: list[Folder]
     skipped: list[Skipped]
     duplicates: list[Duplicate]
@@ -94,7 +96,9 @@ def print_report(report: CorpusReport, console: Console) -> None:
         ("speed", f"{report.megabytes_per_second:.1f} MB/s: {report.num_bytes / 1e6:.1f} MB, {report.seconds:.2f} s"),
     ]
     if report.num_validation:
-        rows.insert(2, ("split", f"{report.num_train:,} to train, {report.num_validation:,} held out"))
+        few = report.num_validation < 0.8 * report.validation_share * report.num_kept
+        why = ", fewer than asked: related documents stay on one side" if few else ""
+        rows.insert(2, ("split", f"{report.num_train:,} to train, {report.num_validation:,} held out{why}"))
     for name, value in rows:
         table.add_row(name, Text(value))
     console.print(table)

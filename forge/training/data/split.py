@@ -36,7 +36,8 @@ def hold_out(paths: Sequence[str], texts: Sequence[str], groups: Sequence[int], 
     for related in sorted(members.values(), key=lambda related: _key(paths[related[0]], texts[related[0]])):
         if len(held) + len(related) <= wanted:
             held.update(related)
-    return held or set(min(members.values(), key=lambda related: (len(related), related)))
+    smallest = min(members.values(), key=len)
+    return held or set(smallest)
 
 
 def _key(path: str, text: str) -> bytes:
