@@ -1,0 +1,1 @@
+"""The parts of ``check``: configuration, data, model and tokenizer, packages, machine."""

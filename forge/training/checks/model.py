@@ -1,0 +1,151 @@
+"""The base model and its tokenizer, against each other, the workload and the export."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from forge.training.checks.finding import Finding, failure, ok, warning
+from forge.training.errors import ConfigurationError, DataError, MachineError
+from forge.training.export.weights import ModelWeights, Shard, Tensor, read_weights
+from forge.training.files import cache_dir
+from forge.training.models.standin import QWEN2_7B, SMALL, STANDINS, TINY, resolve_base
+from forge.training.workload import Workload
+
+_SHAPES = {"tiny": TINY, "small": SMALL, "qwen2-7b": QWEN2_7B}
+_MAKING = {  # measured: two CPU cores; one H200
+    "tiny": "in about two minutes",
+    "small": "on the GPU in a few minutes",
+    "qwen2-7b": "with random weights, 15 GB, in under a minute on a GPU",
+}
+
+
+def find_base(workload: Workload, has_gpu: bool) -> tuple[ModelWeights | None, list[Finding]]:
+    """The base's weights as its headers describe them, without making or fetching anything.
+
+    A stand-in that is not made yet is described by its shape. Raises the errors of
+    :func:`~forge.training.models.standin.resolve_base`.
+    """
+    path = workload.model.path
+    if path in STANDINS:
+        made = sorted(cache_dir().glob(f"models/{path}-*/config.json"), key=os.path.getmtime)
+        if made:
+            return read_weights(made[-1].parent), [ok("model", f"the stand-in {path}")]
+        if path == "small" and not has_gpu:
+            raise MachineError("the base `small` is trained on a GPU and this machine shows none", remedy="use tiny")
+        return _planned_standin(path), [ok("model", f"the stand-in {path} will be made {_MAKING[path]}, once")]
+    if Path(path).is_dir():
+        base = read_weights(resolve_base(path))
+        return base, [ok("model", f"{base.num_parameters / 1e9:.2f} billion parameters in {path}")]
+    is_offline = os.environ.get("HF_HUB_OFFLINE") == "1" if workload.model.offline is None else workload.model.offline
+    try:
+        base = read_weights(resolve_base(path, offline=True, revision=workload.model.revision))
+    except MachineError:
+        if is_offline:
+            raise
+        return None, [warning("model", f"{path} is not on this machine and will be fetched from the hub")]
+    return base, [ok("model", f"{path}, {base.num_parameters / 1e9:.2f} billion parameters, in the hub's cache")]
+
+
+def _planned_standin(name: str) -> ModelWeights:
+    from forge.training.models.qwen2 import config_json, tensor_shapes
+
+    config = config_json(_SHAPES[name], {"<|endoftext|>": 0, "<|im_end|>": 0})
+    tensors = {
+        tensor: Tensor(tensor, "BF16", shape, 0, 2 * math.prod(shape)) for tensor, shape in tensor_shapes(_SHAPES[name])
+    }
+    directory = cache_dir() / "models" / name
+    shard = Shard(directory / "model.safetensors", sum(tensor.end for tensor in tensors.values()), 0, ())
+    return ModelWeights(directory, config, (shard,), tensors)
+
+
+def is_made(base: ModelWeights) -> bool:
+    """Whether the weights are on disk, and not only planned."""
+    return bool(base.shards[0].tensors)
+
+
+def check_fit(workload: Workload, base: ModelWeights) -> Iterator[Finding]:
+    """Lengths and LoRA targets against the model. Raises :class:`ConfigurationError`."""
+    limit = base.config.get("max_position_embeddings")
+    if limit and workload.data.max_length > limit:
+        raise ConfigurationError(
+            f"data.max_length={workload.data.max_length} exceeds the base model's {limit} positions",
+            remedy=f"set data.max_length to at most {limit}",
+        )
+    modules = {name.removesuffix(".weight").rpartition(".")[2] for name in base.tensors}
+    unknown = [target for target in workload.lora.targets if target not in modules]
+    if unknown:
+        raise ConfigurationError(
+            f"lora.targets: the base has no module {', '.join(unknown)}",
+            remedy="its linear layers are " + ", ".join(sorted(name for name in modules if name.endswith("_proj"))),
+        )
+    if base.ties_embeddings and {"lm_head", "embed_tokens"} & set(workload.lora.targets):
+        raise ConfigurationError(
+            "lora.targets names lm_head or embed_tokens, which share their weights in this base: no merge can hold it",
+            remedy="leave them out",
+        )
+    yield ok("model", f"documents of {workload.data.max_length:,} tokens fit into its {limit or 'unlimited'} positions")
+
+
+def check_tokenizer(base: ModelWeights) -> Iterator[Finding]:
+    """The tokenizer against the model: every id has a row, turns have an end, a template is there."""
+    from tokenizers import Tokenizer
+
+    from forge.training.export.chat_template import read_chat_template
+
+    path = base.directory / "tokenizer.json"
+    try:
+        vocabulary = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
+    except Exception as error:  # the Rust library raises bare Exception
+        raise DataError(f"{path} is not a usable tokenizer: {error}") from error
+    rows = int(base.config["vocab_size"])
+    largest = max(vocabulary.values())
+    if largest >= rows:
+        raise DataError(
+            f"the tokenizer has an id {largest} and the model only {rows} rows of embeddings",
+            remedy="tokenizer and model do not belong together: take both from one place",
+        )
+    if read_chat_template(base.directory) is None:
+        raise ConfigurationError(
+            "the base model's tokenizer has no chat template",
+            remedy="use an instruction-tuned base, or add chat_template.jinja to its directory",
+        )
+    settings = json.loads((base.directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    end, padding = (_token(settings.get(f"{kind}_token")) for kind in ("eos", "pad"))
+    for kind, token in (("eos", end), ("pad", padding)):
+        if token is not None and token not in vocabulary:
+            raise DataError(f"tokenizer_config.json names the {kind} token {token!r}, which tokenizer.json lacks")
+    if end is None:
+        raise DataError("the tokenizer names no eos token: answers would never end", remedy="add it to its files")
+    if padding is None or padding == end:
+        what = "names no pad token" if padding is None else f"pads with {end}, the token that ends a turn"
+        yield warning("tokenizer", f"it {what}", "give it a pad token of its own, such as <|endoftext|> in Qwen2")
+    yield ok("tokenizer", f"{len(vocabulary):,} tokens for {rows:,} rows of embeddings, turns end with {end}")
+
+
+def _token(value: Any) -> str | None:
+    """A special token as tokenizer_config.json spells it: text, or an object with the text as content."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def check_export(workload: Workload, base: ModelWeights) -> Iterator[Finding]:
+    """Whether llama.cpp knows the architecture and can hold its matrices in the types asked for."""
+    from forge.training.export.space import check_architecture, check_row_sizes
+
+    check_architecture(base)
+    asked = workload.export.quantizations
+    bad = []
+    for quantization in asked:
+        try:
+            check_row_sizes(base, [quantization])
+        except ConfigurationError as error:
+            bad.append(failure("export", error))
+    yield from bad
+    if not bad:
+        yield ok("export", f"{base.config['architectures'][0]} as {', '.join(asked)}")

@@ -1,0 +1,108 @@
+"""Installed packages against the pins, the security floors and what the backend needs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+from forge.training.checks.finding import Finding, failure, ok, warning
+from forge.training.environment import ROOT, package_version
+from forge.training.errors import MachineError
+from forge.training.plan import Backend
+from forge.training.workload import Workload
+
+# What the training stack is made of; the rest of a requirements file only supports it.
+_STACK = (
+    *("torch", "triton", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes"),
+    *("unsloth", "unsloth_zoo", "xformers", "torchao", "tokenizers", "safetensors"),
+)
+_NEEDED = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "safetensors", "tokenizers")
+_FLOORS = {
+    "torch": ("2.6", "CVE-2025-32434: code from a pickle despite weights_only"),
+    "transformers": ("5.3", "CVE-2026-4372: code from a config.json despite trust_remote_code=False"),
+}
+_CHILD_SECONDS = 120
+
+
+def check_packages(workload: Workload, backend: Backend, has_gpu: bool) -> Iterator[Finding]:
+    """Missing packages and floors are errors, other versions than the pinned warnings."""
+    found = {name: package_version(name) for name in _STACK}
+    needed = [*_NEEDED, *(("unsloth", "unsloth_zoo", "triton") if backend == "unsloth" else ())]
+    if backend == "unsloth" or workload.model.quantization == "nf4" or "8bit" in workload.optimizer.name:
+        needed.append("bitsandbytes")
+    kind = "legacy" if backend == "legacy" else "gpu" if has_gpu or backend == "unsloth" else "cpu"
+    file = f"requirements-{kind}.txt"
+    missing = [name for name in needed if found[name] is None]
+    if missing:
+        remedy = f"install {file}" + ("" if has_gpu or backend == "trl" else " on a machine with a CUDA GPU")
+        yield failure("packages", MachineError(f"not installed: {', '.join(missing)}", remedy=remedy))
+    pins = _read_pins(file)
+    differing = [
+        f"{name} {found[name]} (pinned {pins[name]})"
+        for name in _STACK
+        if name in pins and found[name] is not None and str(found[name]).partition("+")[0] != pins[name]
+    ]
+    if differing and backend == "legacy":
+        yield failure(
+            "packages",
+            MachineError(
+                "this interpreter is not the legacy stack: " + ", ".join(differing),
+                remedy=f"install {file} into an environment of its own and train with its python",
+            ),
+        )
+    elif differing:
+        yield warning("packages", ", ".join(differing), f"results can differ; {file} is the tested set")
+    elif pins and not missing:
+        yield ok("packages", f"as pinned in {file}")
+    yield from _check_floors(found, backend)
+
+
+def _read_pins(file: str) -> dict[str, str]:
+    """``name==version`` lines; empty where Forge is installed without its checkout."""
+    path = ROOT / file
+    if not path.is_file():
+        return {}
+    lines = path.read_text(encoding="utf-8").splitlines()
+    found = (re.match(r"([A-Za-z0-9_.-]+)==([^\s;#]+)", line) for line in lines)
+    return {match[1]: match[2] for match in found if match}
+
+
+def _check_floors(found: dict[str, str | None], backend: Backend) -> Iterator[Finding]:
+    for name, (floor, why) in _FLOORS.items():
+        installed = found[name]
+        if installed is None or _numbers(installed) >= _numbers(floor):
+            continue
+        message = f"{name} {installed} is below {floor} ({why})"
+        if backend == "legacy":
+            yield warning("security", message, "train only models that you trust with the legacy stack")
+        else:
+            yield failure("security", MachineError(message, remedy=f"install {name} {floor} or newer"))
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
+
+
+def check_attention(has_gpu: bool) -> Iterator[Finding]:
+    """Which attention a GPU run uses. xformers is tried in a child process: its import can crash."""
+    if not has_gpu:
+        return
+    if package_version("xformers") is not None and _xformers_loads():
+        yield ok("attention", "xformers' compiled part loads: unsloth can use it; trl uses PyTorch's own")
+        return
+    installed = package_version("xformers")
+    why = f"xformers {installed}'s compiled part does not load here" if installed else "xformers is not installed"
+    flash = "flash-attn is installed" if find_spec("flash_attn") else "flash-attn is not installed"
+    yield ok("attention", f"{why}, {flash}: PyTorch's scaled-dot-product attention is used instead")
+
+
+def _xformers_loads() -> bool:
+    code = "import sys, xformers._cpp_lib as lib; sys.exit(lib._cpp_library_load_exception is not None)"
+    try:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=_CHILD_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
