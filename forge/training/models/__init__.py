@@ -1,0 +1,1 @@
+"""Base models: made on the spot, or found and checked."""
