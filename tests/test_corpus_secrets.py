@@ -101,7 +101,9 @@ def test_the_cheap_tests_never_lose_what_a_rule_would_match(data: st.DataObject)
         assert secrets._NEEDS[name](secrets._Text(text))
 
 
-@pytest.mark.parametrize("unit", ["eyJ", "a1B2", "xoxb-1-", "AKC", "aws key ", "://a:", "SG.", "-", "=", "PRIVATE KEY\n"])
+@pytest.mark.parametrize(
+    "unit", ["eyJ", "a1B2", "xoxb-1-", "AKC", "aws key ", "://a:", "SG.", "-", "=", "PRIVATE KEY\n"]
+)
 def test_a_megabyte_of_the_start_of_a_token_is_scanned_in_linear_time(unit: str) -> None:
     def seconds(num: int) -> float:
         text = unit * (num // len(unit))

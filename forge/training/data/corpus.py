@@ -213,18 +213,27 @@ def _record_line(document: _Document, rules: Sequence[InstructionRule]) -> str:
 
 
 def _write(targets: list[Path], sides: list[list[str]]) -> list[Output]:
-    """Write one file or both. Everything is on the disk before the first name is given; an old
-    training file goes first, so that no interruption leaves it beside a new validation file."""
-    first, *second = targets
-    with atomic_file(first) as stream:
-        stream.writelines(sides[0])
-        if second:
-            with atomic_file(second[0]) as other:
-                other.writelines(sides[1])
-                for each in (stream, other):
+    """Write one file or both. Both are on the disk before either has its name, and an old training
+    file goes first, so that no interruption leaves it beside a new validation file."""
+    if len(targets) == 1:
+        with atomic_file(targets[0]) as stream:
+            stream.writelines(sides[0])
+    else:
+        train, validation = targets
+        naming = False
+        try:
+            with atomic_file(train) as stream, atomic_file(validation) as held_out:
+                for each, side in zip((stream, held_out), sides, strict=True):
+                    each.writelines(side)
                     each.flush()
                     os.fsync(each.fileno())
-                first.unlink(missing_ok=True)
+                naming = True
+                train.unlink(missing_ok=True)
+        except BaseException:
+            if naming:
+                for target in targets:
+                    target.unlink(missing_ok=True)
+            raise
     return [Output(str(t), len(side), sha256_file(t)) for t, side in zip(targets, sides, strict=False)]
 
 

@@ -154,7 +154,7 @@ def _read_ignore(location: Path, prefix: str) -> _Ignore | None:
         status = os.lstat(location)
         if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_IGNORE_FILE_BYTES:
             return None
-        lines = location.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+        lines = location.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
     except OSError:
         return None
     from pathspec import GitIgnoreSpec

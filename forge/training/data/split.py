@@ -31,7 +31,7 @@ def hold_out(paths: Sequence[str], texts: Sequence[str], groups: Sequence[int], 
             f"all {len(paths)} documents are near copies of one another, so none can be held out",
             remedy="add other documents, or leave --split out",
         )
-    wanted = max(1, round(share * len(paths)))
+    wanted = min(max(1, round(share * len(paths))), len(paths) - 1)
     held: set[int] = set()
     for related in sorted(members.values(), key=lambda related: _key(paths[related[0]], texts[related[0]])):
         if len(held) + len(related) <= wanted:
