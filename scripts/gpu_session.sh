@@ -30,15 +30,16 @@ step() {
 keep() { cp "$work/$1/run.json" "$out/$1.run.json"; cp "$work/$1/steps.jsonl" "$out/$1.steps.jsonl"; }
 documents=(--set "data.train=$train" --set "data.validation=$validation")
 steps=${FORGE_STEPS:-36}
+tiny=${FORGE_TINY:-tiny} # a directory saves the minute that making it takes
 big=(--set model.path=qwen2-7b "${documents[@]}" --set "training.max_steps=$steps")
 
 for stage in "$@"; do
     case $stage in
     tiny)
-        step 240 base-tiny python3 -m forge.training base tiny
+        step 240 base-tiny python3 -m forge.training base "$tiny"
         for backend in unsloth trl; do
             step 240 "tiny-$backend" python3 -m forge.training train smoke --backend "$backend" \
-                --set model.dtype=bfloat16 -o "$work/tiny-$backend"
+                --set "model.path=$tiny" --set model.dtype=bfloat16 -o "$work/tiny-$backend"
             step 120 "tiny-$backend-evaluate" python3 -m forge.training evaluate "$work/tiny-$backend"
             step 120 "tiny-$backend-export" python3 -m forge.training export "$work/tiny-$backend"
             keep "tiny-$backend"

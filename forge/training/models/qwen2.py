@@ -64,6 +64,7 @@ def config_json(shape: Shape, control_ids: dict[str, int]) -> dict[str, Any]:
         "sliding_window": None,
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
+        "transformers_version": "4.57.3",  # whose form this is; without it transformers 5 suspects the tokenizer
         "use_cache": True,
         "use_sliding_window": False,
         "vocab_size": shape.vocab_size,
@@ -192,9 +193,9 @@ def write_trained(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % max(1, recipe.num_steps // 10) == 0 or step >= recipe.num_steps - 10:
-            losses.append(float(loss))
+            losses.append(loss.item())
         if step % max(1, recipe.num_steps // 5) == 0:
-            say(f"training a base: step {step} of {recipe.num_steps}, loss {float(loss):.3f}")
+            say(f"training a base: step {step} of {recipe.num_steps}, loss {loss.item():.3f}")
     torch.set_num_threads(threads)
     state = {name: value.detach().to("cpu", torch.bfloat16).contiguous() for name, value in model.state_dict().items()}
     save_file(state, directory / "model.safetensors", metadata={"format": "pt"})

@@ -29,7 +29,7 @@ TINY = Shape(
     vocab_size=4096,
     max_position_embeddings=4096,
 )
-TINY_RECIPE = Recipe(num_steps=160, batch=12, sequence=256, learning_rate=3e-3)
+TINY_RECIPE = Recipe(num_steps=150, batch=8, sequence=256, learning_rate=3e-3)
 SMALL = Shape(
     hidden_size=512,
     intermediate_size=1536,
@@ -51,6 +51,7 @@ QWEN2_7B = Shape(
 )
 STANDINS = ("tiny", "small", "qwen2-7b")
 SUPPORTED = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM")
+_FORMAT = 2  # of the directory: configuration and tokenizer files
 _HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 
 
@@ -81,11 +82,11 @@ def _standin(name: str, say: Say) -> Path:
 
     makers: dict[str, Callable[[Path, Say], None]] = {"tiny": _make_tiny, "small": _make_small, "qwen2-7b": _make_7b}
     recipes: dict[str, Any] = {
-        "tiny": [asdict(TINY), asdict(TINY_RECIPE), _text_digest()],
-        "small": [asdict(SMALL), asdict(SMALL_RECIPE), _text_digest()],
+        "tiny": [asdict(TINY), asdict(TINY_RECIPE), _text_version()],
+        "small": [asdict(SMALL), asdict(SMALL_RECIPE), _text_version()],
         "qwen2-7b": [asdict(QWEN2_7B), "normal 0.02, seed 42"],
     }
-    directory = cache_dir() / "models" / f"{name}-{sha256_json(recipes[name])[:12]}"
+    directory = cache_dir() / "models" / f"{name}-{sha256_json([_FORMAT, recipes[name]])[:12]}"
     if directory.is_dir():
         return directory
     if name == "small" and not _has_cuda():
@@ -99,7 +100,7 @@ def _standin(name: str, say: Say) -> Path:
     return directory
 
 
-def _text_digest() -> str:
+def _text_version() -> str:
     import sys
 
     return ".".join(map(str, sys.version_info[:3]))  # the standard library's text changes with each release
