@@ -227,6 +227,35 @@ def test_a_disk_that_fills_up_at_any_moment_leaves_neither_side(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c.train.jsonl", "c.validation.jsonl", "r"]
 
 
+def test_a_disk_full_in_the_middle_of_writing_keeps_the_old_corpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = build_corpus(tree(tmp_path / "r"), tmp_path / "c.jsonl", validation_share=0.2).outputs
+
+    def fsync(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(DiskError, match="no space left"):
+        build_corpus(tree(tmp_path / "r", 30), tmp_path / "c.jsonl", validation_share=0.2, force=True)
+    assert [sha256_file(o.path) for o in old] == [o.sha256 for o in old]
+
+
+def test_a_new_validation_file_never_stands_beside_an_old_training_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_corpus(tree(tmp_path / "r"), tmp_path / "c.jsonl", validation_share=0.2)
+    replace, beside = os.replace, []
+
+    def observed(source: Path, target: Path) -> None:
+        replace(source, target)
+        beside.append((Path(target).name, (tmp_path / "c.train.jsonl").exists()))
+
+    monkeypatch.setattr(os, "replace", observed)
+    build_corpus(tree(tmp_path / "r", 30), tmp_path / "c.jsonl", validation_share=0.2, force=True)
+    assert beside == [("c.validation.jsonl", False), ("c.train.jsonl", True)]
+
+
 def test_unusable_roots_are_one_message_with_the_reasons(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     write(tmp_path / "bad", {"a.md": "", "b.md": "\0", "c.md": TOKEN})

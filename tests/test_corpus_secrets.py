@@ -29,6 +29,7 @@ SAMPLES = {
     "Google API Key": "AIza" + LETTERS[:35],
     "PyPI Token": "pypi-" + "AgEI" + LETTERS * 2,
     "Slack Token": "xoxb-" + "123456789012-abcdefghij",
+    "Discord Bot Token": "M" + LETTERS[:11] + "-" + LETTERS[:11] + "." + LETTERS[:6] + "." + LETTERS[:27],
     "Stripe Access Key": "sk_live_" + LETTERS[:24],
     "SendGrid API Key": "SG." + LETTERS[:22] + "." + (LETTERS * 2)[:43],
     "Basic Auth Credentials": "postgres://admin:" + "hunter2@db.internal/x",
@@ -43,6 +44,10 @@ def test_each_format_is_found_with_its_line_wherever_it_stands(rule: str, around
     text = around.format(SAMPLES[rule])
     line = text[: text.index(SAMPLES[rule])].count("\n") + 1
     assert Secret("a.md", line, rule) in find_secrets("a.md", text)
+
+
+def test_letter_case_does_not_hide_a_token() -> None:
+    assert find_secrets("a.md", SAMPLES["Slack Token"].upper()) == [Secret("a.md", 1, "Slack Token")]
 
 
 @pytest.mark.parametrize(

@@ -84,16 +84,16 @@ def discover(root: Path, *, exclude: Callable[[str], bool]) -> Iterator[Candidat
             path = prefix + entry.name
             if exclude(entry.path):
                 continue
-            skipped = _judge(entry, path, ignores, root)
-            if skipped is not None:
-                yield skipped
-            elif entry.is_dir(follow_symlinks=False):
-                pending.append((path + "/", ignores))
-            else:
-                try:
+            try:
+                skipped = _judge(entry, path, ignores, root)
+                if skipped is not None:
+                    yield skipped
+                elif entry.is_dir(follow_symlinks=False):
+                    pending.append((path + "/", ignores))
+                else:
                     yield Candidate(path, entry.path, entry.stat(follow_symlinks=False).st_size)
-                except OSError as error:
-                    yield Skipped(path, "unreadable", error.strerror or "")
+            except OSError as error:
+                yield Skipped(path, "unreadable", error.strerror or "")
 
 
 def _tool_of(names: set[str]) -> str | None:

@@ -66,7 +66,7 @@ def read_records(path: Path | str) -> list[Record]:
                 if not raw.strip():
                     continue
                 try:
-                    records.append(_record(number, raw.rstrip(b"\r\n")))
+                    records.append(_record(number, raw))
                 except _BadLine as bad:
                     num_errors += 1
                     if len(errors) < _NUM_ERRORS_SHOWN:
