@@ -12,8 +12,8 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from forge.training.data.records import Message
 
+from forge.training.data.records import Message
 from forge.training.errors import ConfigurationError
 
 IGNORED = -100  # torch's ignore_index: a label that carries no loss
