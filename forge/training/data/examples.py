@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from forge.training.data.records import Message, Record
 
 from forge.training.data.conversation import IGNORED, Encoder, encode_conversation
 from forge.training.data.division import divide
+from forge.training.data.records import Message, Record
 from forge.training.errors import DataError
 from forge.training.files import staged_directory, write_json
 from forge.training.workload import DataSection
