@@ -45,9 +45,10 @@ def prepare_inputs(workload: Workload, base_dir: Path, run_dir: Path) -> Prepare
     Raises :class:`ConfigurationError` where ``max_length`` exceeds what the base can attend to and
     :class:`DataError` for unusable data.
     """
+    from transformers import AutoTokenizer
+
     from forge.training.data.records import read_records
     from forge.training.models.identity import base_sha256, tokenizer_sha256
-    from transformers import AutoTokenizer
 
     limit = base_config(base_dir).get("max_position_embeddings")
     if limit and workload.data.max_length > limit:
