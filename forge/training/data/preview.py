@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from forge.training.data.records import read_records
 
 from forge.training.data.conversation import IGNORED
 from forge.training.data.examples import Examples, encode_records
 from forge.training.data.inputs import corpus_paths
+from forge.training.data.records import read_records
 from forge.training.plan import num_steps
 from forge.training.workload import Workload
 
