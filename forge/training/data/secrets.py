@@ -70,7 +70,7 @@ class _Text:
 
 _ARTIFACTORY_PASSWORD = re.compile(r"AP[\dABCDEF][a-zA-Z0-9]{8}")
 # A maximal run, a dot, and more; begun only where a run begins, so a base64 blob full of "eyJ" takes linear time.
-_JWT_RUN = re.compile(r"(?<![A-Za-z0-9\-_=])[A-Za-z0-9\-_=]{5,}\.(?=[A-Za-z0-9\-_=])")
+_JWT_RUN = re.compile(r"(?<![A-Za-z0-9\-_=])[A-Za-z0-9\-_=]{4,}\.(?=[A-Za-z0-9\-_=])")
 
 
 # By class name, what a rule of bc-detect-secrets 1.5.52 needs to match; one that is not here always runs.
