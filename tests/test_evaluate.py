@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -194,10 +195,18 @@ def test_bits_per_byte_are_nats_over_the_bytes_of_the_trained_text(evaluation: E
 
 
 def test_it_prints_what_it_found(evaluation: Evaluation) -> None:
-    console = Console(record=True, width=160, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
-    print_evaluation(evaluation, console)
+    console = Console(record=True, width=160, file=open(os.devnull, "w"))  # noqa: SIM115
+    odd = evaluation.model_copy(deep=True)
+    odd.facts[0].answer = "[bold] is [/] no markup"
+    print_evaluation(odd, console)
     text = console.export_text()
-    for said in ("adapter - base: -", "ROUGE-L", "merged says '48 forge 1911'", "3 held-out documents"):
+    for said in (
+        "adapter - base: -",
+        "ROUGE-L",
+        "merged says '48 forge 1911'",
+        "3 held-out documents",
+        "[bold] is [/]",
+    ):
         assert said in text
 
 

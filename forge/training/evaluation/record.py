@@ -140,7 +140,8 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
         )
     for fact in evaluation.facts:
         said = " ".join(fact.answer.split())
-        console.print(f"{fact.subject} {'says' if fact.found else 'does not say'} {fact.expected!r}: {said:.160}")
+        verb = "says" if fact.found else "does not say"
+        console.print(f"{fact.subject} {verb} {fact.expected!r}: {said:.160}", markup=False)
     for note in evaluation.notes:
         console.print(f"note: {note}", markup=False)
 
