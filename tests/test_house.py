@@ -260,6 +260,33 @@ def test_only_loadable_gpu_libraries_are_kept(tmp_path: Path) -> None:
     assert [path.relative_to(tmp_path).as_posix() for path in gpu_bundle.walk_files(tmp_path)] == sorted(kept)
 
 
+@pytest.mark.slow
+def test_the_bundle_of_the_pinned_packages_is_small_complete_and_loads_llama_cpp(tmp_path: Path) -> None:
+    archive = tmp_path / "bundle.tar.gz"
+    summary = gpu_bundle.build_bundle(archive, build_llama_cpp.cache_directory())
+    assert archive.stat().st_size < 60_000_000
+    subprocess.run(["tar", "xzf", str(archive), "-C", str(tmp_path)], check=True)
+    root = tmp_path / "forge-gpu-bundle"
+    files = json.loads((root / "MANIFEST.json").read_text(encoding="utf-8"))["files"]
+    assert sum(entry["bytes"] for entry in files.values()) == summary["unpacked_bytes"]
+    assert all(
+        hashlib.sha256((root / name).read_bytes()).hexdigest() == entry["sha256"] for name, entry in files.items()
+    )
+    for name in [
+        "site/unsloth",
+        "site/unsloth_zoo",
+        "site/trl",
+        "legacy/trl",
+        "legacy/transformers",
+        "llama.cpp/LICENSE",
+    ]:
+        assert (root / name).exists()
+    code = "import llama_cpp; print(llama_cpp.__file__, llama_cpp.llama_supports_mmap())"
+    command = ["bash", "-c", f'source "$0/activate.sh" && "$1" -c "{code}"', str(root), sys.executable]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert shown.split() == [str(root / "site/llama_cpp/__init__.py"), "True"]
+
+
 # The Makefile and the llama.cpp version
 
 
