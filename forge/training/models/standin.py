@@ -29,7 +29,7 @@ TINY = Shape(
     vocab_size=4096,
     max_position_embeddings=4096,
 )
-TINY_RECIPE = Recipe(num_steps=150, batch=8, sequence=256, learning_rate=3e-3)
+TINY_RECIPE = Recipe(num_steps=220, batch=8, sequence=256, learning_rate=3e-3)
 SMALL = Shape(
     hidden_size=512,
     intermediate_size=1536,
