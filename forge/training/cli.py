@@ -178,14 +178,24 @@ def evaluate(
     run: RunArgument,
     subjects: Annotated[str, typer.Option("--subjects", help="Any of base,adapter,merged.")] = "base,adapter,merged",
     max_documents: Annotated[int | None, typer.Option("--max-documents", min=1)] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="cpu or cuda; default: cuda where there is one.")
+    ] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Held-out loss by document, facts and ROUGE of base, adapter and merged model."""
     from forge.training.evaluate import evaluate_run, print_evaluation
 
-    asked = tuple(s.strip() for s in subjects.split(",") if s.strip())
-    evaluation = evaluate_run(run, subjects=asked, max_documents=max_documents, force=force)
+    console = logs()
+    evaluation = evaluate_run(
+        run,
+        subjects=tuple(s.strip() for s in subjects.split(",") if s.strip()),
+        device=device,
+        max_documents=max_documents,
+        force=force,
+        progress=lambda line: console.print(line),
+    )
     print_json(evaluation) if as_json else print_evaluation(evaluation, results())
 
 

@@ -31,8 +31,11 @@ from forge.training.plan import Backend, load_plan
 from forge.training.record import Inputs, Losses, RunRecord, Trainable
 from forge.training.workload import Workload
 
-STANDINS = ("tiny", "small", "qwen2-7b")
 NUM_WARMUP_STEPS = 2  # left out of the steady figures: compilation, allocator, caches
+_MADE_BY_A_RUN = (
+    *("run.json", "steps.jsonl", "checkpoints", "best", "adapter", "examples", "tensorboard"),
+    *("evaluation.json", "merged", "export", "outcome.json"),
+)
 Announce = Callable[[str], None]
 
 
@@ -102,7 +105,7 @@ def train(
         module.prepare()
         announce(f"base model {base_dir.name}, backend {backend}")
         if not resume:
-            for name in ("run.json", "steps.jsonl", "checkpoints", "best", "adapter", "examples", "merged", "export"):
+            for name in _MADE_BY_A_RUN:
                 _remove(run_dir / name)
         write_text(run_dir / "workload.yaml", workload.to_yaml())
         inputs = prepare_inputs(workload, base_dir, run_dir)

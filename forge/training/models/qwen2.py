@@ -178,7 +178,7 @@ def write_trained(
     stream = torch.tensor([i for text in encoded for i in text.ids], dtype=torch.long)
     generator = torch.Generator().manual_seed(recipe.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
-    losses = []
+    losses: list[float] = []
     for step in range(recipe.num_steps):
         share = step / recipe.num_steps
         pace = min(1.0, (step + 1) / (0.05 * recipe.num_steps + 1)) * (0.55 + 0.45 * math.cos(math.pi * share))
