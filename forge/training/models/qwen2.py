@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from forge.training.errors import DiskError
 from forge.training.files import write_json
 from forge.training.models.text import docstrings, documentation
 from forge.training.models.tokenizers import DEFAULT_SYSTEM_PROMPT
 
 Say = Callable[[str], None]
 SHARD_BYTES = 4_000_000_000
+_NUM_LAST_STEPS = 10
+_REMEDY = "free space, or name another place for such files with FORGE_CACHE"
 
 
 @dataclass(frozen=True)
@@ -109,8 +113,13 @@ def write_random(shape: Shape, directory: Path, *, seed: int, say: Say, shard_by
     Drawn on the GPU where there is one (a 7B model in seconds); memory stays within one shard.
     """
     import torch
-    from safetensors.torch import save_file
 
+    needed, free = 2 * sum(math.prod(size) for _, size in tensor_shapes(shape)), shutil.disk_usage(directory).free
+    if needed > free:
+        raise DiskError(
+            f"the weights take {needed / 1e9:.1f} GB and {directory.parent} has {free / 1e9:.1f} GB free",
+            remedy=_REMEDY,
+        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(seed)
     groups: list[list[tuple[str, tuple[int, ...]]]] = [[]]
@@ -137,11 +146,21 @@ def write_random(shape: Shape, directory: Path, *, seed: int, say: Say, shard_by
             tensors[name] = tensor
             weight_map[name] = file
             total += 2 * math.prod(size)
-        save_file(tensors, directory / file, metadata={"format": "pt"})
-        (directory / file).chmod(0o644)
+        _save(tensors, directory / file)
         say(f"random weights: {number} of {len(groups)} files, {total / 1e9:.1f} GB")
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_json(directory / "model.safetensors.index.json", index)
+
+
+def _save(tensors: dict[str, Any], path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # what the library makes of an error of the disk
+        raise DiskError(f"cannot write {path}: {error}", remedy=_REMEDY) from error
+    path.chmod(0o644)  # it leaves 0600, whatever the umask
 
 
 def training_texts() -> list[str]:
@@ -161,13 +180,26 @@ def training_texts() -> list[str]:
 def write_trained(
     shape: Shape, recipe: Recipe, tokenizer: Any, texts: list[str], directory: Path, *, device: str, say: Say
 ) -> float:
-    """Train a model on ``texts`` and write it in bfloat16. Returns the last steps' mean loss in nats per token."""
+    """Train a model on ``texts``, write it in bfloat16 and return the last ten steps' mean loss in nats per token."""
     import torch
-    from safetensors.torch import save_file
-    from transformers import Qwen2Config, Qwen2ForCausalLM
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(recipe.num_threads)
+    torch.set_num_threads(recipe.num_threads)  # sums over other parts round differently
+    try:
+        with torch.random.fork_rng():  # what runs next draws the same numbers, base made or found
+            state, loss = _train(shape, recipe, tokenizer, texts, device, say)
+    finally:
+        torch.set_num_threads(threads)
+    _save(state, directory / "model.safetensors")
+    return loss
+
+
+def _train(
+    shape: Shape, recipe: Recipe, tokenizer: Any, texts: list[str], device: str, say: Say
+) -> tuple[dict[str, Any], float]:
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
     torch.manual_seed(recipe.seed)
     config = config_json(shape, {token: tokenizer.token_to_id(token) for token in ("<|endoftext|>", "<|im_end|>")})
     model = Qwen2ForCausalLM(
@@ -192,13 +224,9 @@ def write_trained(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if step % max(1, recipe.num_steps // 10) == 0 or step >= recipe.num_steps - 10:
+        if step >= recipe.num_steps - _NUM_LAST_STEPS:
             losses.append(loss.item())
         if step % max(1, recipe.num_steps // 5) == 0:
             say(f"training a base: step {step} of {recipe.num_steps}, loss {loss.item():.3f}")
-    torch.set_num_threads(threads)
     state = {name: value.detach().to("cpu", torch.bfloat16).contiguous() for name, value in model.state_dict().items()}
-    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
-    (directory / "model.safetensors").chmod(0o644)
-    last = losses[-10:]
-    return sum(last) / len(last)
+    return state, sum(losses) / len(losses)

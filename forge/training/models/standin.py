@@ -6,15 +6,19 @@ digest of how it was made: another recipe, or a Python with other documentation,
 
 from __future__ import annotations
 
-import json
+import fcntl
 import os
-from collections.abc import Callable
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from forge.training.errors import ConfigurationError, DataError, MachineError
-from forge.training.files import cache_dir, sha256_json, staged_directory, write_json
+from forge.training.export.weights import read_json_object, read_weights
+from forge.training.files import cache_dir, disk_errors, sha256_json, staged_directory, write_json
 from forge.training.models.qwen2 import Recipe, Shape, training_texts, write_configs, write_random, write_trained
 from forge.training.models.tokenizers import CONTROL_TOKENS, rebuild_qwen2_tokenizer, save_tokenizer, train_tokenizer
 
@@ -78,8 +82,6 @@ def resolve_base(
 
 
 def _standin(name: str, say: Say) -> Path:
-    from filelock import FileLock
-
     makers: dict[str, Callable[[Path, Say], None]] = {"tiny": _make_tiny, "small": _make_small, "qwen2-7b": _make_7b}
     recipes: dict[str, Any] = {
         "tiny": [asdict(TINY), asdict(TINY_RECIPE), _text_version()],
@@ -91,8 +93,7 @@ def _standin(name: str, say: Say) -> Path:
         return directory
     if name == "small" and not _has_cuda():
         raise MachineError("the base `small` is trained on a GPU and this machine shows none", remedy="use tiny")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{directory}.lock"):  # a second process waits for the first one's model
+    with _one_maker(directory):
         if not directory.is_dir():
             say(f"making the base `{name}`: once on this machine")
             with staged_directory(directory) as staging:
@@ -100,9 +101,23 @@ def _standin(name: str, say: Say) -> Path:
     return directory
 
 
-def _text_version() -> str:
-    import sys
+@contextmanager
+def _one_maker(directory: Path) -> Iterator[None]:
+    """Let one process at a time make ``directory``; a second waits and finds the first one's model.
 
+    What a killed process left half-made is removed first: of a 7B model it can be 15 GB.
+    """
+    with disk_errors(directory, "make"):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        handle = open(f"{directory}.lock", "a", encoding="utf-8")  # noqa: SIM115 - held until the end
+    with handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        for left_over in directory.parent.glob(f".{directory.name}.*.part"):
+            shutil.rmtree(left_over, ignore_errors=True)
+        yield
+
+
+def _text_version() -> str:
     return ".".join(map(str, sys.version_info[:3]))  # the standard library's text changes with each release
 
 
@@ -165,14 +180,15 @@ def check_base(directory: Path) -> Path:
     Refused with :class:`DataError` or :class:`ConfigurationError`: no config, another architecture,
     remote code, pickled or quantised weights, a tokenizer that reaches outside the folder.
     """
-    config = _read_json(directory / "config.json")
+    config = read_json_object(directory / "config.json")
     for key in ("auto_map", "_attn_implementation_internal"):
         if key in config:
             raise DataError(f"{directory}/config.json asks for code of its own ({key})", remedy="Forge runs none")
-    architectures = config.get("architectures") or ["(none)"]
-    if architectures[0] not in SUPPORTED:
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or not architectures or architectures[0] not in SUPPORTED:
         raise ConfigurationError(
-            f"{directory} is a {architectures[0]}, which Forge does not support", remedy=f"use {', '.join(SUPPORTED)}"
+            f"{directory}/config.json: the architecture {architectures} is not supported",
+            remedy=f"use a model with one of {', '.join(SUPPORTED)}",
         )
     if config.get("quantization_config"):
         raise ConfigurationError(
@@ -183,26 +199,16 @@ def check_base(directory: Path) -> Path:
         pickled = any(directory.glob("*.bin")) or any(directory.glob("*.pt"))
         what = "only pickled weights, which Forge does not read" if pickled else "no safetensors file"
         raise DataError(f"{directory} holds {what}", remedy="convert it to safetensors, or download those")
+    read_weights(directory)  # every file that the index names is there and as long as its header says
     if not (directory / "tokenizer.json").is_file():
         raise DataError(f"{directory} has no tokenizer.json", remedy="save the model with its fast tokenizer")
-    tokenizer = _read_json(directory / "tokenizer_config.json")
+    tokenizer = read_json_object(directory / "tokenizer_config.json")
+    if "auto_map" in tokenizer:
+        raise DataError(f"{directory}/tokenizer_config.json asks for code of its own", remedy="Forge runs none")
     for key, value in tokenizer.items():
-        if (
-            key.endswith("_file")
-            and isinstance(value, str)
-            and (Path(value).is_absolute() or ".." in Path(value).parts)
-        ):
-            raise DataError(f"{directory}/tokenizer_config.json: {key} leaves the model's folder")
+        if key.endswith("_file") and isinstance(value, str) and Path(value).name != value:
+            raise DataError(
+                f"{directory}/tokenizer_config.json: {key} leaves the model's folder ({value})",
+                remedy="copy the file into the model's folder and name it there",
+            )
     return directory
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing", remedy="name a complete model directory") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is not readable JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{path} is not a JSON object")
-    return content

@@ -49,7 +49,7 @@ def _with_qwen2_rules(tokenizer: Any) -> Any:
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> Any:
-    """A byte-level BPE ``tokenizers.Tokenizer`` of ``vocabulary_size`` entries, control tokens last."""
+    """A byte-level BPE ``tokenizers.Tokenizer``, control tokens last; fewer entries than asked where text is short."""
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 
     tokenizer = _with_qwen2_rules(Tokenizer(models.BPE()))
