@@ -27,7 +27,7 @@ step() {
     note "$name: exit $code after $((SECONDS - started)) s"
     tail -n "${TAIL:-4}" "$out/$name.log"
 }
-keep() { cp "$work/$1/run.json" "$out/$1.run.json"; cp "$work/$1/steps.jsonl" "$out/$1.steps.jsonl"; }
+keep() { cp "$work/$1/run.json" "$out/$1.run.json" && cp "$work/$1/steps.jsonl" "$out/$1.steps.jsonl"; }
 documents=(--set "data.train=$train" --set "data.validation=$validation")
 steps=${FORGE_STEPS:-36}
 tiny=${FORGE_TINY:-tiny} # a directory saves the minute that making it takes

@@ -66,7 +66,9 @@ class TrainingDisplay:
         )
         steps = f"{job.num_steps:,} of {workload.training.effective_batch} examples"
         table.add_row("steps", f"{steps}, as {plan.micro_batch} x {job.accumulation}")
-        table.add_row("layout", f"padding {plan.padding}, checkpointing {plan.gradient_checkpointing}")
+        table.add_row(
+            "layout", f"padding {plan.padding}, checkpointing {plan.gradient_checkpointing}, attention {plan.attention}"
+        )
         lora = workload.lora
         table.add_row(
             "adapter",

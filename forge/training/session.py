@@ -170,6 +170,8 @@ def _run(
     callback: Any = None
     try:
         started = time.perf_counter()
+        if cuda:
+            torch.backends.cuda.enable_cudnn_sdp(job.plan.attention != "flash")
         trainer = _build(module, job)
         record.timing.load_seconds = time.perf_counter() - started
         meter.phase("load")
