@@ -10,6 +10,9 @@ from hypothesis import settings
 os.environ["HF_HUB_OFFLINE"] = "1"  # inherited by every process the tests start
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+# A tiny model is slower on two threads than on one when something else is running.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 settings.register_profile("forge", deadline=None, print_blob=True)
 settings.load_profile("forge")
 

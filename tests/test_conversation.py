@@ -42,7 +42,9 @@ def test_a_clean_conversation_has_the_templates_own_ids(tokenizer: Any) -> None:
     assert not contaminated
 
 
-@pytest.mark.parametrize("answer", ["It's a forge.", "\nstarts with a new line", "ends with one\n", "火と水", " padded "])
+@pytest.mark.parametrize(
+    "answer", ["It's a forge.", "\nstarts with a new line", "ends with one\n", "火と水", " padded "]
+)
 def test_the_answer_and_its_end_are_trained_and_nothing_else(tokenizer: Any, answer: str) -> None:
     messages = [Message("system", "Be brief."), Message("user", "What?"), Message("assistant", answer)]
     ids, labels, _ = encode_conversation(Encoder(tokenizer), messages, "answer")

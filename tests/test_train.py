@@ -54,7 +54,7 @@ def command(folder: Path, out: str, *more: str) -> list[str]:
 
 
 def run(folder: Path, out: str, *more: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         command(folder, out, *more), capture_output=True, text=True, env=environment, timeout=180, check=False
     )
@@ -108,7 +108,7 @@ def test_an_existing_run_is_refused_unless_forced(folder: Path, reference: dict[
 
 
 def stop(folder: Path, out: str, number: int, after_steps: int) -> int:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         command(folder, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
     )

@@ -44,7 +44,7 @@ class Plan(BaseModel):
 _DEFAULTS: dict[str, dict[str, Any]] = {
     # its owner's layout, fixed: the bar is set against it
     "legacy": {"micro_batch": 1, "gradient_checkpointing": "full", "padding": "longest"},
-    "trl": {"gradient_checkpointing": "full", "padding": "longest", "attention": "flash", "group_by_length": True},
+    "trl": {"gradient_checkpointing": "full", "padding": "longest", "group_by_length": True},
     "unsloth": {"gradient_checkpointing": "offload", "padding": "none", "attention": "flash", "group_by_length": True},
 }
 
