@@ -220,7 +220,7 @@ def _find(source: str | Path) -> Path:
     named = WORKLOADS / f"{source}.yaml"
     if "/" not in str(source) and named.is_file():
         return named
-    known = sorted(p.stem for p in WORKLOADS.glob("*.yaml"))
+    known = sorted(p.stem for p in WORKLOADS.glob("*.yaml") if "." not in p.stem)
     near = difflib.get_close_matches(str(source), known, 1)
     raise ConfigurationError(
         f"no workload {str(source)!r}: neither a file nor one of {', '.join(known) or '(none)'}",
