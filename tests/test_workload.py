@@ -77,7 +77,13 @@ def test_paths_in_the_file_are_relative_to_it_and_overrides_to_the_current_direc
 def test_the_digest_changes_with_the_mathematics_and_not_with_paths_or_output(tmp_path: Path) -> None:
     path = write(tmp_path, MINIMAL)
     digest = load_workload(path).digest()
-    for same in ("data.train=elsewhere.jsonl", "model.path=small", "report_to=[]", "export.quantizations=[f16]"):
+    for same in (
+        "data.train=elsewhere.jsonl",
+        "model.path=small",
+        "report_to=[]",
+        "export.quantizations=[f16]",
+        "training.save_every_steps=3",
+    ):
         assert load_workload(path, [same]).digest() == digest
     for other in ("lora.rank=8", "training.seed=7", "data.max_length=64", "data.loss_on=all", "model.dtype=bfloat16"):
         assert load_workload(path, [other]).digest() != digest

@@ -161,6 +161,7 @@ class Workload(_Section):
             del content[section][key]
         for key in ("documents", "train", "validation", "instructions", "validation_share"):
             del content["data"][key]
+        del content["training"]["save_every_steps"]
         return sha256_json(content)
 
     def to_yaml(self) -> str:
