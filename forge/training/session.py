@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -15,23 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from forge.training.data.inputs import prepare_inputs
+from forge.training.ending import describe_trainable, fill_record, status_of, translated
 from forge.training.errors import (
     DataError,
-    DiskError,
-    DivergedError,
     ForgeError,
-    GpuMemoryError,
     Interrupted,
     MachineError,
 )
-from forge.training.files import disk_errors, locked, refuse_existing, sha256_file, sha256_json, write_text
+from forge.training.files import locked, refuse_existing, sha256_file, write_text
 from forge.training.job import TrainingJob
 from forge.training.meter import Meter
 from forge.training.plan import Backend, load_plan
-from forge.training.record import Inputs, Losses, RunRecord, Trainable
+from forge.training.record import Inputs, RunRecord
 from forge.training.workload import Workload
 
-NUM_WARMUP_STEPS = 2  # left out of the steady figures: compilation, allocator, caches
 _MADE_BY_A_RUN = (
     *("run.json", "steps.jsonl", "checkpoints", "best", "adapter", "examples", "tensorboard"),
     *("evaluation.json", "merged", "export", "outcome.json"),
@@ -175,7 +171,7 @@ def _run(
         trainer = _build(module, job)
         record.timing.load_seconds = time.perf_counter() - started
         meter.phase("load")
-        record.trainable = _trainable(trainer.model)
+        record.trainable = describe_trainable(trainer.model)
         on_plan(job, {"trainable": record.trainable, "resumed_from": found.name if found else None})
         trainer.meter = meter
         callback = StepCallback(trainer, meter, identity, on_step)
@@ -200,13 +196,13 @@ def _run(
         record.adapter_sha256 = sha256_file(run_dir / "adapter" / "adapter_model.safetensors")
         record.status = "completed"
     except BaseException as error:
-        failure = _translated(error, job)
-        record.status, record.message = _status(failure), str(failure).splitlines()[0]
+        failure = translated(error, job)
+        record.status, record.message = status_of(failure), str(failure).splitlines()[0]
         if failure is error:
             raise
         raise failure from error
     finally:
-        _fill(record, meter, callback, job)
+        fill_record(record, meter, callback, job)
         meter.close()
         record.write(run_dir)
     shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)  # the finished adapter supersedes them
@@ -221,82 +217,3 @@ def _build(module: Any, job: TrainingJob) -> Any:
         if "Callback requires" in str(error):
             raise MachineError(f"report_to: {error}", remedy="install that tracker, or --set report_to=[]") from error
         raise
-
-
-def _translated(error: BaseException, job: TrainingJob) -> BaseException:
-    import torch
-
-    if isinstance(error, torch.OutOfMemoryError):
-        remedies = []
-        if job.plan.micro_batch > 1:
-            remedies.append("--plan micro_batch=1 (the same mathematics)")
-        if job.plan.gradient_checkpointing == "none":
-            remedies.append("--plan gradient_checkpointing=full (the same mathematics)")
-        remedies += ["--set data.max_length=... (shorter documents)", "--set lora.rank=... (a smaller adapter)"]
-        return GpuMemoryError(
-            f"out of GPU memory: {str(error).splitlines()[0]:.300}", remedy="in order of cost: " + "; ".join(remedies)
-        )
-    if isinstance(error, KeyboardInterrupt):
-        return Interrupted("stopped by Ctrl-C", signal_number=2, remedy="the same command with --resume goes on")
-    if isinstance(error, OSError):
-        try:
-            with disk_errors(job.run_dir):
-                raise error
-        except DiskError as translated:
-            return translated
-        except OSError:
-            return error
-    return error
-
-
-def _status(error: BaseException) -> Any:
-    kinds = {GpuMemoryError: "out_of_memory", DivergedError: "diverged", Interrupted: "interrupted"}
-    return next((status for kind, status in kinds.items() if isinstance(error, kind)), "failed")
-
-
-def _trainable(model: Any) -> Trainable:
-    """Count and digest the trainable parameters under names that no backend's wrapper changes."""
-    rows, dtypes = [], set()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            rows.append([name.replace(".default", "").replace("._orig_mod", ""), list(parameter.shape)])
-            dtypes.add(str(parameter.dtype).removeprefix("torch."))
-    return Trainable(
-        num_parameters=sum(_product(shape) for _, shape in rows),
-        names_sha256=sha256_json(sorted(rows)),
-        dtype=",".join(sorted(dtypes)),
-    )
-
-
-def _product(shape: list[int]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size
-
-
-def _fill(record: RunRecord, meter: Meter, callback: Any, job: TrainingJob) -> None:
-    """What was measured, into the record. Steady figures need more steps than the warm-up."""
-    record.memory = meter.memory
-    record.batch_digests = meter.batch_digests
-    record.num_steps = len(meter.losses)
-    if meter.losses:
-        record.losses = Losses(
-            first_train_loss=_finite(statistics.fmean(meter.losses[:5])),
-            last_train_loss=_finite(statistics.fmean(meter.losses[-5:])),
-        )
-        skip = NUM_WARMUP_STEPS if len(meter.step_seconds) > NUM_WARMUP_STEPS + 1 else 0
-        seconds = meter.step_seconds[skip:]
-        record.timing.num_warmup_steps_left_out = skip
-        record.timing.steady_step_seconds_median = statistics.median(seconds)
-        record.timing.documents_per_second = sum(meter.step_documents[skip:]) / sum(seconds)
-        record.timing.tokens_per_second = sum(meter.step_tokens[skip:]) / sum(seconds)
-    if callback is not None and callback.validation:
-        record.losses.first_validation_loss = callback.validation[0][1]
-        record.losses.last_validation_loss = callback.validation[-1][1]
-        if callback.best is not None:
-            record.losses.best_step, record.losses.best_validation_loss = callback.best
-
-
-def _finite(value: float) -> float | None:
-    return value if value == value and abs(value) != float("inf") else None

@@ -96,6 +96,7 @@ def load_model(directory: Path, placement: Placement, *, nf4_dtype: str | None =
     """Load a base or merged model for inference. ``nf4_dtype``: quantise to NF4, computing in that type."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.utils.logging import disable_progress_bar
 
     quantization = None
     if nf4_dtype is not None:
@@ -107,6 +108,7 @@ def load_model(directory: Path, placement: Placement, *, nf4_dtype: str | None =
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=getattr(torch, nf4_dtype),
         )
+    disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
         directory,
         dtype=getattr(torch, nf4_dtype or placement.dtype),

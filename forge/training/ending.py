@@ -1,0 +1,93 @@
+"""What a run's end writes into its record: the error in the user's words, and what was measured."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import Any
+
+from forge.training.errors import DiskError, DivergedError, GpuMemoryError, Interrupted
+from forge.training.files import disk_errors, sha256_json
+from forge.training.job import TrainingJob
+from forge.training.meter import Meter
+from forge.training.record import Losses, RunRecord, Status, Trainable
+
+NUM_WARMUP_STEPS = 2  # left out of the steady figures: compilation, allocator, caches
+
+
+def translated(error: BaseException, job: TrainingJob) -> BaseException:
+    """The error as :mod:`forge.training.errors` has it, where it is the user's: memory, disk, Ctrl-C."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        remedies = []
+        if job.plan.micro_batch > 1:
+            remedies.append("--plan micro_batch=1 (the same mathematics)")
+        if job.plan.gradient_checkpointing == "none":
+            remedies.append("--plan gradient_checkpointing=full (the same mathematics)")
+        remedies += ["--set data.max_length=... (shorter documents)", "--set lora.rank=... (a smaller adapter)"]
+        return GpuMemoryError(
+            f"out of GPU memory: {str(error).splitlines()[0]:.300}", remedy="in order of cost: " + "; ".join(remedies)
+        )
+    if isinstance(error, KeyboardInterrupt):
+        return Interrupted("stopped by Ctrl-C", signal_number=2, remedy="the same command with --resume goes on")
+    if isinstance(error, OSError):
+        try:
+            with disk_errors(job.run_dir):
+                raise error
+        except DiskError as translated:
+            return translated
+        except OSError:
+            return error
+    return error
+
+
+def status_of(error: BaseException) -> Status:
+    """The record's status for an error that ended a run."""
+    kinds: dict[type[BaseException], Status] = {
+        GpuMemoryError: "out_of_memory",
+        DivergedError: "diverged",
+        Interrupted: "interrupted",
+    }
+    return next((status for kind, status in kinds.items() if isinstance(error, kind)), "failed")
+
+
+def describe_trainable(model: Any) -> Trainable:
+    """Count and digest the trainable parameters under names that no backend's wrapper changes."""
+    rows, dtypes = [], set()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            rows.append([name.replace(".default", "").replace("._orig_mod", ""), list(parameter.shape)])
+            dtypes.add(str(parameter.dtype).removeprefix("torch."))
+    return Trainable(
+        num_parameters=sum(math.prod(shape) for _, shape in rows),
+        names_sha256=sha256_json(sorted(rows)),
+        dtype=",".join(sorted(dtypes)),
+    )
+
+
+def fill_record(record: RunRecord, meter: Meter, callback: Any, job: TrainingJob) -> None:
+    """What was measured, into the record. Steady figures need more steps than the warm-up."""
+    record.memory = meter.memory
+    record.batch_digests = meter.batch_digests
+    record.num_steps = len(meter.losses)
+    if meter.losses:
+        record.losses = Losses(
+            first_train_loss=_finite(statistics.fmean(meter.losses[:5])),
+            last_train_loss=_finite(statistics.fmean(meter.losses[-5:])),
+        )
+        skip = NUM_WARMUP_STEPS if len(meter.step_seconds) > NUM_WARMUP_STEPS + 1 else 0
+        seconds = meter.step_seconds[skip:]
+        record.timing.num_warmup_steps_left_out = skip
+        record.timing.steady_step_seconds_median = statistics.median(seconds)
+        record.timing.documents_per_second = sum(meter.step_documents[skip:]) / sum(seconds)
+        record.timing.tokens_per_second = sum(meter.step_tokens[skip:]) / sum(seconds)
+    if callback is not None and callback.validation:
+        record.losses.first_validation_loss = callback.validation[0][1]
+        record.losses.last_validation_loss = callback.validation[-1][1]
+        if callback.best is not None:
+            record.losses.best_step, record.losses.best_validation_loss = callback.best
+
+
+def _finite(value: float) -> float | None:
+    return value if value == value and abs(value) != float("inf") else None
