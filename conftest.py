@@ -7,6 +7,8 @@ import os
 import pytest
 from hypothesis import settings
 
+from forge.training.environment import has_cuda_gpu
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # inherited by every process the tests start
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -26,20 +28,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     """``pytest -m gpu`` without a CUDA GPU is a failure, not a green run of nothing."""
-    if _asks_for_gpu(session.config) and not _has_cuda():
+    if _asks_for_gpu(session.config) and not has_cuda_gpu():
         pytest.exit("pytest -m gpu needs a CUDA GPU and this machine shows none", returncode=4)
 
 
 def _asks_for_gpu(config: pytest.Config) -> bool:
     marked = str(config.getoption("-m") or "")
     return "gpu" in marked.replace("not gpu", "") and not config.getoption("collectonly")
-
-
-def _has_cuda() -> bool:
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        return bool(pynvml.nvmlDeviceGetCount() > 0)
-    except Exception:
-        return False

@@ -115,6 +115,11 @@ def describe_gpu() -> dict[str, Any] | None:
         }
 
 
+def has_cuda_gpu() -> bool:
+    """Whether NVML shows a GPU that this process may use. Imports no torch."""
+    return describe_gpu() is not None
+
+
 def gpu_snapshot() -> dict[str, Any] | None:
     """What changes from phase to phase: used memory, clocks, temperature, power, throttling; ``None`` without a GPU."""
     with _gpu() as (nvml, device):

@@ -15,6 +15,7 @@ from typing import Any
 
 from forge.training.data.inputs import prepare_inputs
 from forge.training.ending import describe_trainable, fill_record, status_of, translated
+from forge.training.environment import describe_environment, has_cuda_gpu
 from forge.training.errors import (
     DataError,
     ForgeError,
@@ -39,17 +40,7 @@ def choose_backend(name: str) -> Backend:
     """``auto`` is unsloth where it is installed and a CUDA GPU answers, else trl. Imports no torch."""
     if name != "auto":
         return name  # type: ignore[return-value]  # the command line has checked it
-    return "unsloth" if find_spec("unsloth") is not None and _has_cuda() else "trl"
-
-
-def _has_cuda() -> bool:
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        return bool(pynvml.nvmlDeviceGetCount() > 0)
-    except Exception:
-        return False
+    return "unsloth" if find_spec("unsloth") is not None and has_cuda_gpu() else "trl"
 
 
 def base_directory(workload: Workload) -> Path:
@@ -129,7 +120,6 @@ def _run(
     import torch
 
     from forge.training.checkpoint import newest_valid
-    from forge.training.environment import describe_environment
     from forge.training.loop import StepCallback, save_adapter
 
     workload, run_dir = job.workload, job.run_dir
