@@ -26,7 +26,6 @@ from forge.training.evaluation.answers import document_prompts, greedy_answer, q
 from forge.training.evaluation.likelihood import group_documents, sum_nats
 from forge.training.evaluation.neutral_model import NeutralModel, choose_placement, load_model
 from forge.training.evaluation.record import DocumentResult, Evaluation, compare
-from forge.training.evaluation.rouge import rouge
 from forge.training.export.merge import merge_adapter
 from forge.training.export.weights import read_weights
 from forge.training.files import sha256_file
@@ -277,6 +276,8 @@ def test_answers_are_the_argmax_whatever_the_models_own_settings_say(made: tuple
 
 
 def test_rouge_is_the_evaluate_librarys_and_needs_no_network() -> None:
+    from forge.training.evaluation.rouge import rouge  # imports datasets: not while tests are collected
+
     scores = rouge(["the cat sat on the mat", "no"], ["the cat lay on the mat", "yes"])
     assert scores == pytest.approx({"rouge1": 5 / 12, "rouge2": 3 / 10, "rougeL": 5 / 12})
     assert rouge(["a b"], ["a b"])["rouge2"] == 1.0

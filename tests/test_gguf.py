@@ -17,9 +17,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from forge.training.errors import CheckError, ConfigurationError, DataError, DiskError
 from forge.training.export.chat import answer, converse
@@ -29,6 +26,16 @@ from forge.training.export.gguf import convert_lora_to_gguf, convert_to_gguf, qu
 from forge.training.export.llama_cpp import llama_cpp_status, llama_cpp_tree, supported_architectures
 from forge.training.export.merge import merge_adapter
 from tests.tiny_model import SENTENCES, scratch, shared_adapter, shared_base, write_adapter, write_base
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _libraries() -> None:
+    """Imported when the first test runs: collecting the tests imports no torch."""
+    global torch, load_file, save_file, AutoModelForCausalLM, AutoTokenizer
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
 
 AWKWARD = [
     *(

@@ -8,13 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from forge.training.errors import DataError, DiskError
 from forge.training.export.merge import merge_adapter
 from tests.tiny_model import shared_adapter, shared_base, write_adapter
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _libraries() -> None:
+    """Imported when the first test runs: collecting the tests imports no torch."""
+    global torch, load_file, save_file, AutoModelForCausalLM
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
+from forge.training.environment import has_cuda_gpu
 from forge.training.errors import ConfigurationError, DataError, DiskError, ForgeError, MachineError
 from forge.training.files import sha256_file
 from forge.training.models import qwen2
@@ -28,6 +27,15 @@ from forge.training.models.standin import QWEN2_7B, SMALL, TINY, resolve_base
 from forge.training.models.text import docstrings, documentation
 from forge.training.models.tokenizers import CONTROL_TOKENS, save_tokenizer, train_tokenizer
 from tests.tiny_model import scratch
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _libraries() -> None:
+    """Imported when the first test runs: collecting the tests imports no torch."""
+    global torch, load_file, save_file
+    import torch
+    from safetensors.torch import load_file, save_file
+
 
 SHAPE = replace(TINY, hidden_size=64, intermediate_size=256, num_hidden_layers=2, vocab_size=512)
 RECIPE = Recipe(num_steps=30, batch=4, sequence=64, learning_rate=3e-3)
@@ -177,11 +185,11 @@ def test_a_disk_too_small_for_random_weights_is_found_before_the_first(tmp_path:
 def test_a_disk_that_fills_up_is_one_message(tmp_path: Path, writer: str) -> None:
     code = (
         "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "from pathlib import Path; from forge.training.errors import DiskError; import tests.test_standin as t\n"
+        "from pathlib import Path; from forge.training.errors import DiskError; import tests.test_standin as t, torch\n"
         f"out = Path({str(tmp_path)!r})\n"
         "try:\n"
         "    t.write_random(t.SHAPE, out, seed=1, say=t.silent) if 'random' == " + repr(writer) + " else "
-        "t.qwen2._save({'a': t.torch.zeros(100_000)}, out / 'model.safetensors')\n"
+        "t.qwen2._save({'a': torch.zeros(100_000)}, out / 'model.safetensors')\n"
         "except DiskError as error:\n"
         "    print('DiskError', error)\n"
     )
@@ -251,7 +259,7 @@ def test_a_cache_that_cannot_be_written_is_one_message(tmp_path: Path, monkeypat
         resolve_base("tiny")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the claim is about machines without a GPU")
+@pytest.mark.skipif(has_cuda_gpu(), reason="the claim is about machines without a GPU")
 def test_small_without_a_gpu_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORGE_CACHE", str(tmp_path))
     with pytest.raises(MachineError, match="trained on a GPU") as caught:
