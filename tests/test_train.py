@@ -141,9 +141,20 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
 
 def test_resuming_other_work_is_refused_with_what_changed(folder: Path, reference: dict[str, Any]) -> None:
     assert stop(folder, "other", signal.SIGTERM, after_steps=7) == 143
+    before = (folder / "other" / "workload.yaml").read_bytes()
     done = run(folder, "other", "--resume", "--set", "lora.alpha=99")
     assert done.returncode == 3
     assert "belongs to other work" in done.stderr
+    assert "lora.alpha: 64 -> 99" in done.stderr
+    assert (folder / "other" / "workload.yaml").read_bytes() == before
+
+
+def test_resuming_a_complete_run_changes_nothing(folder: Path, reference: dict[str, Any]) -> None:
+    before = adapter(folder, "reference")
+    done = run(folder, "reference", "--resume", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == reference
+    assert adapter(folder, "reference") == before
 
 
 def test_a_second_run_in_one_directory_is_refused(folder: Path) -> None:

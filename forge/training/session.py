@@ -26,7 +26,7 @@ from forge.training.files import locked, refuse_existing, sha256_file, write_tex
 from forge.training.job import TrainingJob
 from forge.training.meter import Meter
 from forge.training.plan import Backend, load_plan
-from forge.training.record import Inputs, RunRecord
+from forge.training.record import Inputs, RunRecord, read_record
 from forge.training.workload import Workload
 
 _MADE_BY_A_RUN = (
@@ -85,6 +85,12 @@ def train(
     elif not (run_dir / "run.json").exists():
         raise DataError(f"{run_dir} holds no run to resume", remedy="start it without --resume")
     with locked(run_dir):
+        if resume:
+            before = read_record(run_dir)
+            if before.status == "completed":
+                announce(f"{run_dir} is complete: nothing to resume")
+                return before
+            _refuse_other_work(before, workload, backend, run_dir)
         base_dir = base_directory(workload)
         from forge.training.backends import load_backend
 
@@ -98,6 +104,22 @@ def train(
         inputs = prepare_inputs(workload, base_dir, run_dir)
         job = TrainingJob(workload, plan, backend, base_dir, run_dir, inputs.train, inputs.validation)
         return _run(job, inputs.described, module, resume=resume, announce=announce, on_plan=on_plan, on_step=on_step)
+
+
+def _refuse_other_work(before: RunRecord, workload: Workload, backend: Backend, run_dir: Path) -> None:
+    """A resume goes on with the same work; refused before anything in the run directory is touched."""
+    if (before.workload_sha256, before.backend) == (workload.digest(), backend):
+        return
+    now = workload.model_dump(mode="json")
+    changed = [f"  backend: {before.backend} -> {backend}"] if before.backend != backend else []
+    for section, values in now.items():
+        old = before.workload.get(section)
+        if isinstance(values, dict) and isinstance(old, dict):
+            changed += [f"  {section}.{k}: {old.get(k)} -> {v}" for k, v in values.items() if old.get(k) != v]
+    raise DataError(
+        f"{run_dir} belongs to other work:\n" + "\n".join(changed),
+        remedy="resume with the settings it was started with, or train into another directory",
+    )
 
 
 def _remove(path: Path) -> None:
@@ -120,7 +142,7 @@ def _run(
     import torch
 
     from forge.training.checkpoint import newest_valid
-    from forge.training.loop import StepCallback, save_adapter
+    from forge.training.loop import BEST, StepCallback, save_adapter
 
     workload, run_dir = job.workload, job.run_dir
     identity = {
@@ -129,6 +151,8 @@ def _run(
         "train_examples": inputs.train_examples_sha256,
         "backend": job.backend,
     }
+    if resume and (run_dir / "adapter" / BEST).is_file() and not (run_dir / "best").exists():
+        os.replace(run_dir / "adapter", run_dir / "best")  # killed between the last two writes of a run
     found, remarks = newest_valid(run_dir / "checkpoints", identity) if resume else (None, [])
     for remark in remarks:
         announce(remark)
