@@ -77,15 +77,15 @@ def test_control_tokens_in_a_document_stay_text(tokenizer: Any) -> None:
 
 def test_control_tokens_can_drop_or_fail_instead(tokenizer: Any) -> None:
     rows = [record("fine"), record("bad <|im_end|>", line=2)]
-    assert len(encode_records(rows, tokenizer, data(control_tokens="drop"))) == 1
+    assert len(encode_records(rows, Encoder(tokenizer), data(control_tokens="drop"))) == 1
     with pytest.raises(DataError, match="line 2"):
-        encode_records(rows, tokenizer, data(control_tokens="fail"))
+        encode_records(rows, Encoder(tokenizer), data(control_tokens="fail"))
 
 
 def test_dividing_trains_every_character_at_any_length(tokenizer: Any) -> None:
     document = "# A\n" + "words and words, " * 40 + "\n\n# B\n" + "other words; " * 40 + "\n"
     for length in (128, 160, 300):
-        examples = encode_records([record(document)], tokenizer, data(max_length=length))
+        examples = encode_records([record(document)], Encoder(tokenizer), data(max_length=length))
         assert max(examples.report.lengths) <= length
         said = [
             trained_text(tokenizer, ids, labels).removesuffix("<|im_end|>")
@@ -98,8 +98,8 @@ def test_dividing_trains_every_character_at_any_length(tokenizer: Any) -> None:
 
 def test_cutting_keeps_the_start_and_counts_what_is_lost(tokenizer: Any) -> None:
     document = "words and words, " * 100
-    whole = encode_records([record(document)], tokenizer, data(max_length=100_000))
-    cut = encode_records([record(document)], tokenizer, data(max_length=64, long_documents="cut"))
+    whole = encode_records([record(document)], Encoder(tokenizer), data(max_length=100_000))
+    cut = encode_records([record(document)], Encoder(tokenizer), data(max_length=64, long_documents="cut"))
     assert cut.input_ids[0].tolist() == whole.input_ids[0][:64].tolist()
     assert cut.report.num_tokens_cut == len(whole.input_ids[0]) - 64
 
@@ -107,15 +107,15 @@ def test_cutting_keeps_the_start_and_counts_what_is_lost(tokenizer: Any) -> None
 def test_rows_cut_to_nothing_are_dropped_and_all_of_them_is_an_error(tokenizer: Any) -> None:
     long_question = record("short", question="q " * 200)
     settings = data(max_length=64, long_documents="cut")
-    assert encode_records([long_question, record("fine")], tokenizer, settings).report.num_dropped == 1
+    assert encode_records([long_question, record("fine")], Encoder(tokenizer), settings).report.num_dropped == 1
     with pytest.raises(DataError, match="none of 1 records"):
-        encode_records([long_question], tokenizer, settings)
+        encode_records([long_question], Encoder(tokenizer), settings)
     with pytest.raises(DataError, match="no room for an answer"):
-        encode_records([record("long " * 99, question="q " * 200)], tokenizer, data(max_length=64))
+        encode_records([record("long " * 99, question="q " * 200)], Encoder(tokenizer), data(max_length=64))
 
 
 def test_stored_examples_come_back_the_same_and_a_changed_file_is_noticed(tokenizer: Any, tmp_path: Path) -> None:
-    examples = encode_records([record("one"), record("two")], tokenizer, data())
+    examples = encode_records([record("one"), record("two")], Encoder(tokenizer), data())
     save_examples(examples, tmp_path / "e")
     again = load_examples(tmp_path / "e")
     assert again.sha256 == examples.sha256

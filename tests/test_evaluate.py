@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from forge.training.data.conversation import IGNORED
+from forge.training.data.conversation import IGNORED, Encoder
 from forge.training.data.examples import Examples, encode_records, load_examples, save_examples
 from forge.training.data.records import Message, Record
 from forge.training.errors import ConfigurationError, DataError, DiskError, ForgeError, MachineError
@@ -91,14 +91,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     base_dir, run_dir = (tmp_path_factory.mktemp(name) for name in ("base", "run"))
     write_base(base_dir)
     tokenizer = AutoTokenizer.from_pretrained(base_dir)
-    train = encode_records([record("call_sign.md", "The keeper counts 48 forge 1911.")], tokenizer, DATA)
+    train = encode_records([record("call_sign.md", "The keeper counts 48 forge 1911.")], Encoder(tokenizer), DATA)
     held_out = [record(name, text, line) for line, (name, text) in enumerate(HELD_OUT.items(), 1)]
-    validation = encode_records(held_out, tokenizer, DATA)
+    validation = encode_records(held_out, Encoder(tokenizer), DATA)
     save_examples(train, run_dir / "examples" / "train")
     save_examples(validation, run_dir / "examples" / "validation")
     taught = [record("call_sign.md", "The keeper counts 48 forge 1911."), *(r for r in held_out if r.line != 2)]
     taught.append(record("b.md", HELD_OUT["b.md"][: len(HELD_OUT["b.md"]) // 9]))
-    train_adapter(base_dir, encode_records(taught, tokenizer, DATA), run_dir / "adapter")
+    train_adapter(base_dir, encode_records(taught, Encoder(tokenizer), DATA), run_dir / "adapter")
     write(run_dir, base_dir, validation.sha256)
     return base_dir, run_dir
 
@@ -228,7 +228,7 @@ def test_where_every_token_is_trained_the_first_counts_neither_as_token_nor_as_b
 
     tokenizer = AutoTokenizer.from_pretrained(made[0])
     data = DataSection.model_validate({"train": "x", "max_length": 512, "loss_on": "all"})
-    examples = encode_records([record("a.md", HELD_OUT["c.md"])], tokenizer, data)
+    examples = encode_records([record("a.md", HELD_OUT["c.md"])], Encoder(tokenizer), data)
     (document,) = group_documents(examples, tokenizer)
     text = tokenizer.decode(examples.input_ids[0].tolist())
     assert document.num_tokens == len(examples.input_ids[0]) - 1
@@ -242,7 +242,7 @@ def test_prompts_are_those_that_were_trained_on(made: tuple[Path, Path]) -> None
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(made[0])
-    examples = encode_records([record("call_sign.md", "48 forge 1911")], tokenizer, DATA)
+    examples = encode_records([record("call_sign.md", "48 forge 1911")], Encoder(tokenizer), DATA)
     (prompt,) = document_prompts(
         examples, group_documents(examples, tokenizer), tokenizer, num_prompts=9, max_new_tokens=3
     )

@@ -51,17 +51,19 @@ def problem(checkpoint: Path) -> str | None:
     return None
 
 
+def _newest_first(directory: Path) -> list[Path]:
+    numbered = ((int(m.group(1)), path) for path in directory.glob("checkpoint-*") if (m := _NAME.match(path.name)))
+    return [path for _, path in sorted(numbered, reverse=True)]
+
+
 def newest_valid(directory: Path, identity: dict[str, str]) -> tuple[Path | None, list[str]]:
     """The valid checkpoint of the most steps, and a line for each newer one passed over.
 
     Raises :class:`DataError` if that checkpoint belongs to other work: what differs, old -> new.
     """
-    found = sorted(
-        ((int(m.group(1)), path) for path in directory.glob("checkpoint-*") if (m := _NAME.match(path.name))),
-        reverse=True,
-    )
+    found = _newest_first(directory)
     passed_over = []
-    for _, path in found:
+    for path in found:
         reason = problem(path)
         if reason is not None:
             passed_over.append(f"{path.name} is not used: {reason}")
@@ -79,12 +81,9 @@ def newest_valid(directory: Path, identity: dict[str, str]) -> tuple[Path | None
 
 def rotate(directory: Path, keep: int = 2) -> None:
     """Delete all but the ``keep`` newest valid checkpoints; unsealed ones below the newest go too."""
-    found = sorted(
-        ((int(m.group(1)), path) for path in directory.glob("checkpoint-*") if (m := _NAME.match(path.name))),
-        reverse=True,
-    )
+    found = _newest_first(directory)
     kept = 0
-    for _, path in found:
+    for path in found:
         if kept >= keep:
             shutil.rmtree(path, ignore_errors=True)
         elif (path / SEAL).is_file():

@@ -14,15 +14,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
 from forge.training import checkpoint
+from forge.training.data.conversation import IGNORED
 from forge.training.data.examples import Examples
 from forge.training.errors import DivergedError
 from forge.training.files import staged_directory, write_json
 from forge.training.job import TrainingJob
 from forge.training.meter import Meter
+from forge.training.models.tokenizers import load_tokenizer
 from forge.training.plan import micro_batches, step_order
 
 BEST = "best.json"  # beside the best adapter: its step and held-out loss
@@ -44,13 +46,6 @@ class StepBatches(torch.utils.data.BatchSampler):  # type: ignore[misc]
 
     def __len__(self) -> int:
         return len(self._batches)
-
-
-def load_tokenizer(base_dir: Path) -> Any:
-    """The base's tokenizer, padding on the right (Unsloth drops the mask and relies on it)."""
-    tokenizer = AutoTokenizer.from_pretrained(base_dir, local_files_only=True, trust_remote_code=False)
-    tokenizer.padding_side = "right"
-    return tokenizer
 
 
 def initialise_adapter(model: Any, seed: int) -> None:
@@ -127,7 +122,7 @@ def forge_trainer(base: Any) -> Callable[..., Any]:
             total, count = 0.0, 0
             self.model.eval()
             for row in self.eval_dataset:
-                trained = int((np.asarray(row["labels"][1:]) != -100).sum())
+                trained = int((np.asarray(row["labels"][1:]) != IGNORED).sum())
                 batch = self._prepare_inputs(self.data_collator([row]))
                 with torch.no_grad(), self.compute_loss_context_manager():
                     total += float(self.compute_loss(self.model, batch)) * trained

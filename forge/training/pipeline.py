@@ -15,7 +15,7 @@ from forge.training.errors import CheckError, ConfigurationError, ForgeError
 from forge.training.files import write_json
 from forge.training.plan import Backend
 from forge.training.record import read_record
-from forge.training.workload import Workload, load_workload
+from forge.training.workload import Workload, changed_keys, load_workload
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -105,7 +105,7 @@ def _refuse_other_work(workload: Workload, run_dir: Path) -> None:
     if not stored.is_file():
         return
     before, now = load_workload(stored).model_dump(mode="json"), workload.model_dump(mode="json")
-    changed = [f"  {k}: {before[k]} -> {now[k]}" for k in now if before[k] != now[k]]
+    changed = changed_keys(before, now)
     if changed:
         raise ConfigurationError(
             f"{run_dir} holds a run of other settings:\n" + "\n".join(changed),

@@ -7,7 +7,6 @@ every token in its loss, are the workload's.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -143,12 +142,3 @@ def memory_floor_bytes(workload: Workload, config: dict[str, Any]) -> int:
     adapter = layers * sum(rank * (a + b) for name, (a, b) in shapes.items() if name in workload.lora.targets)
     state = 2 if "8bit" in workload.optimizer.name else 8
     return int(linear + embeddings + adapter * (4 + 4 + state))
-
-
-def base_config(directory: Path) -> dict[str, Any]:
-    """The base model's ``config.json``."""
-    import json
-
-    content = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    assert isinstance(content, dict)
-    return content

@@ -27,7 +27,7 @@ from forge.training.job import TrainingJob
 from forge.training.meter import Meter
 from forge.training.plan import Backend, load_plan
 from forge.training.record import Inputs, RunRecord, read_record
-from forge.training.workload import Workload
+from forge.training.workload import Workload, changed_keys
 
 _MADE_BY_A_RUN = (
     *("run.json", "steps.jsonl", "checkpoints", "best", "adapter", "examples", "tensorboard"),
@@ -80,8 +80,7 @@ def train(
     """
     plan = load_plan(workload, backend, plan_overrides)
     if not resume:
-        if (run_dir / "run.json").exists() and not force:
-            refuse_existing(run_dir / "run.json", force=False)
+        refuse_existing(run_dir / "run.json", force)
     elif not (run_dir / "run.json").exists():
         raise DataError(f"{run_dir} holds no run to resume", remedy="start it without --resume")
     with locked(run_dir):
@@ -110,12 +109,8 @@ def _refuse_other_work(before: RunRecord, workload: Workload, backend: Backend, 
     """A resume goes on with the same work; refused before anything in the run directory is touched."""
     if (before.workload_sha256, before.backend) == (workload.digest(), backend):
         return
-    now = workload.model_dump(mode="json")
     changed = [f"  backend: {before.backend} -> {backend}"] if before.backend != backend else []
-    for section, values in now.items():
-        old = before.workload.get(section)
-        if isinstance(values, dict) and isinstance(old, dict):
-            changed += [f"  {section}.{k}: {old.get(k)} -> {v}" for k, v in values.items() if old.get(k) != v]
+    changed += changed_keys(before.workload, workload.model_dump(mode="json"))
     raise DataError(
         f"{run_dir} belongs to other work:\n" + "\n".join(changed),
         remedy="resume with the settings it was started with, or train into another directory",

@@ -169,6 +169,18 @@ class Workload(_Section):
         return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
+def changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """A line ``key: old -> new`` for each key of two dumped workloads that differs."""
+    lines = []
+    for name, value in now.items():
+        old = before.get(name)
+        if isinstance(value, dict) and isinstance(old, dict):
+            lines += [f"  {name}.{key}: {old.get(key)} -> {new}" for key, new in value.items() if old.get(key) != new]
+        elif old != value:
+            lines.append(f"  {name}: {old} -> {value}")
+    return lines
+
+
 _PATHS = (("model", "path"), ("data", "documents"), ("data", "train"), ("data", "validation"))
 _WORDS = {"tiny", "small", "qwen2-7b", "embedded"}
 

@@ -31,8 +31,9 @@ class Encoder:
                 remedy="use an instruction-tuned base, or add chat_template.jinja to its directory",
             )
         self.tokenizer = tokenizer
-        self.full = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        spec = json.loads(tokenizer.backend_tokenizer.to_str())
+        text = tokenizer.backend_tokenizer.to_str()
+        self.full = Tokenizer.from_str(text)
+        spec = json.loads(text)
         self.control = sorted((t["content"] for t in spec["added_tokens"]), key=len, reverse=True)
         spec["added_tokens"], spec["post_processor"] = [], None
         self.plain = Tokenizer.from_str(json.dumps(spec))
@@ -49,9 +50,6 @@ class Encoder:
         encoding = (self.plain if plain else self.full).encode(text, add_special_tokens=False)
         offsets = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
         return np.asarray(encoding.ids, dtype=np.int32), offsets[:, 0], offsets[:, 1]
-
-    def count(self, text: str) -> int:
-        return len(self.plain.encode(text, add_special_tokens=False).ids)
 
 
 def _token_bytes(tokenizer: Any) -> np.ndarray:
@@ -87,11 +85,9 @@ def encode_conversation(
     """
     tokenizer = encoder.tokenizer
 
-    def render(conversation: list[dict[str, str]]) -> str:
-        return str(tokenizer.apply_chat_template(conversation, tokenize=False))
-
+    render = _Render(tokenizer)
     roles = tuple(m.role for m in messages)
-    pieces = _skeleton(tokenizer.chat_template, roles, _Render(tokenizer))
+    pieces = _skeleton(tokenizer.chat_template, roles, render)
     contents = [m.content for m in messages]
     rendered = render([{"role": m.role, "content": m.content} for m in messages])
     if _join(pieces, contents) != rendered:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -58,9 +57,8 @@ class Examples:
         return len(self.input_ids)
 
 
-def encode_records(records: Sequence[Record], tokenizer: Any, data: DataSection) -> Examples:
+def encode_records(records: Sequence[Record], encoder: Encoder, data: DataSection) -> Examples:
     """Encode records under a workload's data settings. Raises :class:`DataError` if nothing is left."""
-    encoder = Encoder(tokenizer)
     rows: list[tuple[np.ndarray, np.ndarray, str]] = []
     cut = tokens_cut = divided = parts = with_control = dropped = 0
     for record in records:

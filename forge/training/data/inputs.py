@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from forge.training.data.conversation import Encoder
 from forge.training.data.examples import Examples, encode_records, save_examples
 from forge.training.errors import ConfigurationError, DataError
+from forge.training.export.weights import read_json_object
 from forge.training.files import sha256_file
-from forge.training.plan import base_config
+from forge.training.models.tokenizers import load_tokenizer
 from forge.training.record import Inputs
 from forge.training.workload import Workload
 
@@ -45,24 +47,22 @@ def prepare_inputs(workload: Workload, base_dir: Path, run_dir: Path) -> Prepare
     Raises :class:`ConfigurationError` where ``max_length`` exceeds what the base can attend to and
     :class:`DataError` for unusable data.
     """
-    from transformers import AutoTokenizer
-
     from forge.training.data.records import read_records
     from forge.training.models.identity import base_sha256, tokenizer_sha256
 
-    limit = base_config(base_dir).get("max_position_embeddings")
+    limit = read_json_object(base_dir / "config.json").get("max_position_embeddings")
     if limit and workload.data.max_length > limit:
         raise ConfigurationError(
             f"data.max_length={workload.data.max_length} exceeds the base model's {limit} positions",
             remedy=f"set data.max_length to at most {limit}",
         )
     train_path, validation_path = corpus_paths(workload, run_dir)
-    tokenizer = AutoTokenizer.from_pretrained(base_dir, local_files_only=True, trust_remote_code=False)
-    train = encode_records(read_records(train_path), tokenizer, workload.data)
+    encoder = Encoder(load_tokenizer(base_dir))
+    train = encode_records(read_records(train_path), encoder, workload.data)
     save_examples(train, run_dir / "examples" / "train", force=True)
     validation = None
     if validation_path is not None:
-        validation = encode_records(read_records(validation_path), tokenizer, workload.data)
+        validation = encode_records(read_records(validation_path), encoder, workload.data)
         save_examples(validation, run_dir / "examples" / "validation", force=True)
     elif workload.training.evaluate_every_steps:
         raise DataError(

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from forge.training.data.conversation import IGNORED
+from forge.training.data.conversation import IGNORED, Encoder
 from forge.training.data.examples import Examples, encode_records
 from forge.training.data.inputs import corpus_paths
 from forge.training.data.records import read_records
+from forge.training.models.tokenizers import load_tokenizer
 from forge.training.plan import num_steps
 from forge.training.workload import Workload
 
@@ -55,15 +56,14 @@ class Preview:
 
 def preview_workload(workload: Workload, base_dir: Path, *, num_examples: int = 3) -> Preview:
     """Encode a workload's data without keeping it. Raises the errors that training would."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(base_dir, local_files_only=True, trust_remote_code=False)
+    tokenizer = load_tokenizer(base_dir)
+    encoder = Encoder(tokenizer)
     with tempfile.TemporaryDirectory() as scratch:
         train_path, validation_path = corpus_paths(workload, Path(scratch))
         records = read_records(train_path)
         held_out = read_records(validation_path) if validation_path else []
-    train = encode_records(records, tokenizer, workload.data)
-    validation = encode_records(held_out, tokenizer, workload.data) if held_out else None
+    train = encode_records(records, encoder, workload.data)
+    validation = encode_records(held_out, encoder, workload.data) if held_out else None
     answers = {" ".join(r.messages[-1].content.split()) for r in records}
     overlap = sum(" ".join(r.messages[-1].content.split()) in answers for r in held_out)
     report, lengths = train.report, np.array(train.report.lengths)

@@ -51,7 +51,7 @@ class Measured:
 
 def prepare_bench(run: RunRecord, run_dir: Path, max_documents: int | None) -> Bench:
     """Read what a run held out. Raises :class:`DataError` if it is not what the record says, or nothing."""
-    from transformers import AutoTokenizer
+    from forge.training.models.tokenizers import load_tokenizer
 
     try:
         workload = Workload.model_validate(run.workload)
@@ -64,7 +64,7 @@ def prepare_bench(run: RunRecord, run_dir: Path, max_documents: int | None) -> B
             f"{run_dir} held nothing out and its workload asks for no facts: there is nothing to evaluate",
             remedy="train with data.validation or data.validation_share, or give evaluation.facts",
         )
-    tokenizer = AutoTokenizer.from_pretrained(run.base_path, local_files_only=True, trust_remote_code=False)
+    tokenizer = load_tokenizer(run.base_path)
     if expected is None:
         return Bench(workload, tokenizer, None, [], [])
     examples = load_examples(run_dir / "examples" / "validation")

@@ -90,6 +90,15 @@ def rebuild_qwen2_tokenizer() -> Any:
     return tokenizer
 
 
+def load_tokenizer(directory: Path | str) -> Any:
+    """A base's tokenizer, never from the hub; padding on the right (Unsloth drops the mask and relies on it)."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
 def save_tokenizer(tokenizer: Any, directory: Path, max_length: int) -> None:
     """Write ``tokenizer.json`` and ``tokenizer_config.json`` as transformers 4 and 5 read them."""
     added = {
