@@ -49,7 +49,7 @@ PRESENT = {
     "tensorboard", "tensorboard-data-server", "werkzeug", "markdown", "grpcio", "psutil", "tqdm", "filelock", "fsspec",
     "cloudpickle", "python-dateutil", "tzdata", "requests", "urllib3", "certifi", "charset-normalizer", "idna", "httpx",
     "httpcore", "h11", "anyio", "aiohttp", "aiohappyeyeballs", "aiosignal", "attrs", "frozenlist", "multidict",
-    "propcache", "yarl", "xxhash",
+    "propcache", "yarl", "xxhash", "matplotlib", "contourpy", "cycler", "fonttools", "kiwisolver", "pyparsing",
 }
 # fmt: on
 PRESENT_PREFIXES = ("nvidia-c", "nvidia-n", "cuda-")  # torch's own libraries; nvidia-ml-py is none of them

@@ -82,6 +82,8 @@ def fill_record(record: RunRecord, meter: Meter, callback: Any, job: TrainingJob
         record.timing.steady_step_seconds_median = statistics.median(seconds)
         record.timing.documents_per_second = sum(meter.step_documents[skip:]) / sum(seconds)
         record.timing.tokens_per_second = sum(meter.step_tokens[skip:]) / sum(seconds)
+    if callback is not None:
+        record.timing.rehearsal_seconds = callback.rehearsal_seconds
     if callback is not None and callback.validation:
         record.losses.first_validation_loss = callback.validation[0][1]
         record.losses.last_validation_loss = callback.validation[-1][1]

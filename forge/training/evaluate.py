@@ -142,7 +142,7 @@ class _Models:
     def _merged_model(self) -> Iterator[Path]:
         """The directory of the merged model; where there is none of this base and adapter, one for the occasion."""
         from forge.training.export.merge import RECORD, merge_adapter
-        from forge.training.export.weights import read_json_object
+        from forge.training.files import read_json_object
 
         directory = self.given_merged_dir or self.run_dir / "merged"
         if (directory / RECORD).is_file():

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from forge.training.errors import DiskError, LockedError
+from forge.training.errors import DataError, DiskError, LockedError
 
 _CHUNK_BYTES = 8 << 20
 _DISK_ERRNOS = {
@@ -54,6 +54,19 @@ def sha256_json(value: Any) -> str:
     """Hex SHA-256 of a value's canonical JSON (sorted keys, no blanks, UTF-8)."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object. Raises :class:`DataError`."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is missing") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
 
 
 @contextmanager

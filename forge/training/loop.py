@@ -1,4 +1,4 @@
-"""The sampler, callbacks and record around each backend's own SFTTrainer.
+"""The trainer subclass and callbacks around each backend's own SFTTrainer.
 
 Import only after the backend's ``prepare()``: this module imports transformers.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import signal
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,34 +19,18 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
 from forge.training import checkpoint
+from forge.training.batches import StepBatches, largest_micro_batch, longest_document, to_dataset
 from forge.training.data.conversation import IGNORED
-from forge.training.data.examples import Examples
 from forge.training.errors import DivergedError
 from forge.training.files import staged_directory, write_json
 from forge.training.job import TrainingJob
 from forge.training.meter import Meter
 from forge.training.models.tokenizers import load_tokenizer
-from forge.training.plan import micro_batches, step_order
+from forge.training.plan import LONG_DOCUMENT_TOKENS
 
 BEST = "best.json"  # beside the best adapter: its step and held-out loss
 
 disable_progress_bar()  # progress.py shows one bar, of steps
-
-
-class StepBatches(torch.utils.data.BatchSampler):  # type: ignore[misc]
-    """The run's micro-batches in order: all of step 1, all of step 2, ... (indices of examples)."""
-
-    def __init__(self, job: TrainingJob) -> None:
-        lengths = np.array([len(ids) for ids in job.train.input_ids], dtype=np.int64)
-        steps = step_order(job.workload, len(job.train))
-        self._batches = [batch for step in steps for batch in micro_batches(step, lengths, job.plan)]
-        super().__init__(range(len(job.train)), batch_size=job.plan.micro_batch, drop_last=False)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self._batches)
-
-    def __len__(self) -> int:
-        return len(self._batches)
 
 
 def initialise_adapter(model: Any, seed: int) -> None:
@@ -64,16 +49,6 @@ def initialise_adapter(model: Any, seed: int) -> None:
                 parameter.copy_(values.to(parameter.dtype))
             elif ".lora_B." in name:
                 parameter.zero_()
-
-
-def to_dataset(examples: Examples, max_length: int) -> Any:
-    """The examples as a ``datasets.Dataset`` of ``input_ids`` and ``labels``."""
-    from datasets import Dataset
-
-    dataset = Dataset.from_dict({"input_ids": examples.input_ids, "labels": examples.labels})
-    # Unsloth refuses padding-free batches unless somebody vouches that no row exceeds max_length
-    dataset._unsloth_truncated_to = max_length
-    return dataset
 
 
 def forge_trainer(base: Any) -> Callable[..., Any]:
@@ -111,8 +86,37 @@ def forge_trainer(base: Any) -> Callable[..., Any]:
             )
             return self.accelerator.prepare(loader)
 
-        def training_step(self, *args: Any, **kwargs: Any) -> Any:
-            loss = super().training_step(*args, **kwargs)
+        def take_step(self, model: Any, batch: dict[str, Any], num_trained_tokens: Any) -> None:
+            """Forward and backward of a collated micro-batch that is no part of the run: not metered, not logged."""
+            self._choose_attention(batch)
+            super().training_step(model, batch, num_trained_tokens)
+            getattr(self, "_metrics", {}).get("train", {}).clear()
+
+        def _choose_attention(self, batch: dict[str, Any]) -> None:
+            if self.job.plan.attention == "mixed" and torch.cuda.is_available():
+                torch.backends.cuda.enable_cudnn_sdp(longest_document(batch) >= LONG_DOCUMENT_TOKENS)
+
+        def rehearse(self, model: Any) -> float:
+            """Take the largest micro-batch through once and forget it. Returns its seconds.
+
+            The random state is put back and no optimizer step taken, so the run that follows is the
+            same to the bit. Raises ``torch.OutOfMemoryError`` where the run could not have ended.
+            """
+            started = time.perf_counter()
+            rows = [self.train_dataset[i] for i in largest_micro_batch(self.job)]
+            trained = sum(int((np.asarray(row["labels"][1:]) != IGNORED).sum()) for row in rows)
+            before = torch.get_rng_state(), torch.cuda.get_rng_state_all()
+            self.take_step(model, self.data_collator(rows), torch.tensor(trained, device=self.args.device))
+            model.zero_grad(set_to_none=True)
+            torch.set_rng_state(before[0])
+            torch.cuda.set_rng_state_all(before[1])
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            return time.perf_counter() - started
+
+        def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            self._choose_attention(inputs)
+            loss = super().training_step(model, inputs, *args, **kwargs)
             if self.meter is not None:
                 self.meter.add_loss(loss.detach())
             return loss
@@ -156,6 +160,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         self.validation: list[tuple[int, float]] = meter.validation
         self.best = _read_best(self.job.run_dir / "best") if self.validation else None
         self.signal_number: int | None = None
+        self.rehearsal_seconds: float | None = None
 
     def catch_signals(self) -> None:
         """Finish the step and stop on the first SIGINT or SIGTERM; the second kills at once."""
@@ -167,7 +172,10 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, handler)
 
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
+    def on_train_begin(self, *_: Any, model: Any = None, **__: Any) -> None:
+        if self.job.plan.rehearsal:
+            self.rehearsal_seconds = self.trainer.rehearse(model)
+            self.meter.phase("rehearsal")
         self.meter.resume_clock()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -44,14 +44,27 @@ def document_labels(batch: Mapping[str, Any]) -> list[bytes]:
 class Meter:
     """Collects micro-batches as they are fetched and turns them into one line a step."""
 
-    def __init__(self, log_path: Path, accumulation: int, cuda: bool, *, resumed_step: int = 0) -> None:
-        """``resumed_step``: steps of the log that still count; later ones are done again."""
+    def __init__(
+        self,
+        log_path: Path,
+        accumulation: int,
+        cuda: bool,
+        *,
+        resumed_step: int = 0,
+        loss_counts_first_labels: bool = False,
+    ) -> None:
+        """``resumed_step``: steps of the log that still count; later ones are done again.
+
+        ``loss_counts_first_labels``: the stack divides a step's loss by all labels, those included
+        that no token predicts (transformers 4, ``get_batch_samples``); the log has it per trained token.
+        """
         before = _read_log(log_path, resumed_step)
         write_text(log_path, "".join(json.dumps(line) + "\n" for line in before))
         self._log = open(log_path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - lives as long as the run
         self._accumulation = accumulation
         self._cuda = cuda
-        self._pending: deque[tuple[list[bytes], int, int]] = deque()
+        self._loss_counts_first_labels = loss_counts_first_labels
+        self._pending: deque[tuple[list[bytes], list[int], int, int]] = deque()
         self._mark = time.perf_counter()
         self._loss: Any = None
         steps = [line for line in before if "loss" in line]
@@ -67,7 +80,8 @@ class Meter:
         """Note a collated micro-batch; the loader may fetch one ahead of the step it belongs to."""
         documents = document_labels(batch)
         trained = sum(_num_trained(d) for d in documents)
-        self._pending.append((documents, sum(len(d) // 4 + 1 for d in documents), trained))
+        counted = int((batch["labels"] != IGNORED).sum()) if self._loss_counts_first_labels else trained
+        self._pending.append((documents, [len(d) // 4 + 1 for d in documents], trained, counted))
 
     def add_loss(self, loss: Any) -> None:
         """Add a micro-batch's share of the step's loss (a detached scalar on its device)."""
@@ -91,13 +105,16 @@ class Meter:
         count = len(self._pending) if is_last else self._accumulation
         batches = [self._pending.popleft() for _ in range(min(count, len(self._pending)))]
         documents = sorted(d for batch in batches for d in batch[0])
+        trained = sum(batch[2] for batch in batches)
         figures: dict[str, Any] = {
             "seconds": now - self._mark,
             "documents": len(documents),
-            "tokens": sum(batch[1] for batch in batches),
-            "trained_tokens": sum(batch[2] for batch in batches),
+            "tokens": sum(sum(batch[1]) for batch in batches),
+            "tokens_squared": sum(n * n for batch in batches for n in batch[1]),
+            "micro_batch_tokens": [sum(batch[1]) for batch in batches],
+            "trained_tokens": trained,
             "labels_sha256": hashlib.sha256(b"".join(hashlib.sha256(d).digest() for d in documents)).hexdigest(),
-            "loss": self.step_loss(),
+            "loss": self.step_loss() * (sum(batch[3] for batch in batches) / trained if trained else 1.0),
         }
         self._mark, self._loss = now, None
         self.step_seconds.append(figures["seconds"])

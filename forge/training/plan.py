@@ -17,6 +17,7 @@ from forge.training.workload import WORKLOADS, Workload
 from forge.training.yaml_strict import load_yaml, parse_scalar
 
 Backend = Literal["legacy", "trl", "unsloth"]
+LONG_DOCUMENT_TOKENS = 8192
 BACKEND_NAMES: tuple[Backend, ...] = ("legacy", "trl", "unsloth")
 
 
@@ -24,7 +25,20 @@ class Plan(BaseModel):
     """``padding="none"`` flattens a micro-batch into one row with masked borders (padding-free).
 
     ``attention="flash"`` leaves cuDNN's kernels out, which PyTorch prefers on Hopper: cuDNN plans
-    every new length anew, on an H200 about 0.15 s a document, more than the document's training.
+    every new length anew, on an H200 about 0.15 s a document, more than a short document's training.
+    At 32,768 tokens it is 1.0 s a step faster, so ``"mixed"`` leaves it out only where the longest
+    document of the micro-batch is under ``LONG_DOCUMENT_TOKENS``.
+
+    ``grouping`` lays the examples of one optimizer step out in micro-batches: in the order given, by
+    length (least padding), or so that every micro-batch holds about the same number of tokens.
+
+    ``mlp_tile_tokens`` takes a longer micro-batch through each MLP in tiles of that many tokens, and
+    ``loss_chunk_gib`` bounds what the loss head holds of its logits at a time: both trade a little
+    recomputation for memory that does not grow with the longest document.
+
+    ``rehearsal`` takes the run's largest micro-batch forwards and backwards once before the first
+    step and forgets it: a document that does not fit is known at once, and pinned buffers, kernels
+    and the allocator's pool are there before the first step is timed.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -32,8 +46,11 @@ class Plan(BaseModel):
     micro_batch: Annotated[int, Field(gt=0)] = 1  # examples
     gradient_checkpointing: Literal["none", "full", "offload"] = "full"  # offload: to pinned host memory
     padding: Literal["longest", "none"] = "longest"
-    attention: Literal["default", "flash"] = "default"
-    group_by_length: bool = False  # within an optimizer step only
+    attention: Literal["default", "flash", "mixed"] = "default"
+    rehearsal: bool = True
+    grouping: Literal["none", "length", "tokens"] = "none"  # within an optimizer step only
+    mlp_tile_tokens: Annotated[int, Field(gt=0)] | None = None  # None: whole; unsloth only
+    loss_chunk_gib: Annotated[float, Field(gt=0)] | None = None  # None: the backend's choice; unsloth only
 
     def accumulation(self, workload: Workload) -> int:
         """Micro-batches an optimizer step."""
@@ -43,8 +60,15 @@ class Plan(BaseModel):
 _DEFAULTS: dict[str, dict[str, Any]] = {
     # its owner's layout, fixed: the bar is set against it
     "legacy": {"micro_batch": 1, "gradient_checkpointing": "full", "padding": "longest"},
-    "trl": {"gradient_checkpointing": "full", "padding": "longest", "group_by_length": True},
-    "unsloth": {"gradient_checkpointing": "offload", "padding": "none", "attention": "flash", "group_by_length": True},
+    "trl": {"gradient_checkpointing": "full", "padding": "longest", "grouping": "length"},
+    "unsloth": {
+        "gradient_checkpointing": "offload",
+        "padding": "none",
+        "attention": "mixed",
+        "grouping": "tokens",
+        "mlp_tile_tokens": 8192,
+        "loss_chunk_gib": 1.0,
+    },
 }
 
 
@@ -102,15 +126,25 @@ def step_order(workload: Workload, num_examples: int) -> list[np.ndarray]:
 
 
 def micro_batches(step: np.ndarray, lengths: np.ndarray, plan: Plan) -> list[list[int]]:
-    """Lay one step's examples out: lists of at most ``micro_batch`` example indices.
+    """Lay one step's examples out: lists of example indices, ceil(step size / ``micro_batch``) of them.
 
-    ``lengths``: tokens of every example, int64 of shape (examples,). With ``group_by_length`` the
-    longest come first (memory is claimed once, and padding is least).
+    ``lengths``: tokens of every example, int64 of shape (examples,). Grouped, the largest micro-batch
+    comes first (memory is claimed once). By tokens each example goes, longest first, to the
+    micro-batch that holds fewest (Graham 1969: at most 4/3 of the least possible maximum), so a
+    document longer than all others of its step together stays alone.
     """
     indices = [int(i) for i in step]
-    if plan.group_by_length:
+    if plan.grouping != "none":
         indices.sort(key=lambda i: (-int(lengths[i]), i))
-    return [indices[i : i + plan.micro_batch] for i in range(0, len(indices), plan.micro_batch)]
+    if plan.grouping != "tokens":
+        return [indices[i : i + plan.micro_batch] for i in range(0, len(indices), plan.micro_batch)]
+    groups: list[list[int]] = [[] for _ in range(-(-len(indices) // plan.micro_batch))]
+    totals = [0] * len(groups)
+    for index in indices:
+        least = totals.index(min(totals))
+        groups[least].append(index)
+        totals[least] += int(lengths[index])
+    return [group for _, group in sorted(zip(totals, groups, strict=True), key=lambda pair: -pair[0])]
 
 
 def memory_floor_bytes(workload: Workload, config: dict[str, Any]) -> int:

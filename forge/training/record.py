@@ -36,6 +36,10 @@ class Inputs(_Part):
     num_validation_examples: int
     num_train_tokens: int  # of the examples, once, not times the epochs
     num_trained_tokens: int  # of those, tokens that carry a loss
+    # of all examples before data.sample, to project a whole run's time from a sample's
+    num_corpus_examples: int | None = None
+    num_corpus_tokens: int | None = None
+    corpus_tokens_squared: int | None = None  # sum over examples of tokens^2: attention's share
 
 
 class Trainable(_Part):
@@ -59,6 +63,7 @@ class Timing(_Part):
     """Wall-clock seconds. ``steady_*`` leave out the first steps, which compile and warm up."""
 
     load_seconds: float | None = None
+    rehearsal_seconds: float | None = None  # the largest micro-batch, once before the first step; not in train steps
     train_seconds: float | None = None
     steady_step_seconds_median: float | None = None
     documents_per_second: float | None = None
@@ -93,6 +98,7 @@ class RunRecord(_Part):
     num_steps: int
     num_planned_steps: int
     inputs: Inputs
+    model_shape: dict[str, Any] | None = None  # the base's config.json: sizes only
     trainable: Trainable | None = None
     timing: Timing = Timing()
     losses: Losses = Losses()

@@ -94,7 +94,7 @@ def train(
         from forge.training.backends import load_backend
 
         module = load_backend(backend)
-        module.prepare()
+        module.prepare(plan)
         announce(f"base model {base_dir.name}, backend {backend}")
         if not resume:
             for name in _MADE_BY_A_RUN:
@@ -138,6 +138,7 @@ def _run(
 
     from forge.training.checkpoint import newest_valid
     from forge.training.loop import BEST, StepCallback, save_adapter
+    from forge.training.models.identity import model_shape
 
     workload, run_dir = job.workload, job.run_dir
     identity = {
@@ -165,18 +166,25 @@ def _run(
         num_steps=0,
         num_planned_steps=job.num_steps,
         inputs=inputs,
+        model_shape=model_shape(job.base_dir),
         environment=describe_environment(with_torch=True),
     )
     record.write(run_dir)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run_dir / "tensorboard")
     cuda = torch.cuda.is_available()
     resumed_step = int(found.name.removeprefix("checkpoint-")) if found else 0
-    meter = Meter(run_dir / "steps.jsonl", job.accumulation, cuda, resumed_step=resumed_step)
+    meter = Meter(
+        run_dir / "steps.jsonl",
+        job.accumulation,
+        cuda,
+        resumed_step=resumed_step,
+        loss_counts_first_labels=job.backend == "legacy",
+    )
     callback: Any = None
     try:
         started = time.perf_counter()
         if cuda:
-            torch.backends.cuda.enable_cudnn_sdp(job.plan.attention != "flash")
+            torch.backends.cuda.enable_cudnn_sdp(job.plan.attention == "default")
         trainer = _build(module, job)
         record.timing.load_seconds = time.perf_counter() - started
         meter.phase("load")

@@ -57,6 +57,7 @@ class DataSection(_Section):
     system_prompt: str | None = None
     max_length: Positive = 2048
     long_documents: Literal["divide", "cut"] = "divide"
+    sample: Positive | None = None  # train on so many only: the longest and, by length, an even spread of the others
     loss_on: Literal["answer", "all"] = "answer"
     control_tokens: Literal["neutralise", "drop", "fail"] = "neutralise"
 
@@ -128,6 +129,17 @@ class EvaluationSection(_Section):
     facts: tuple[Fact, ...] = Field(default=(), strict=False)
 
 
+class GateSection(_Section):
+    """What the acceptance gate measures of this workload, fixed before the first measurement.
+
+    ``num_steps`` optimizer steps a run, of which the first ``num_warmup_steps`` are not timed.
+    """
+
+    num_pairs: Annotated[int, Field(ge=2)] = 5
+    num_steps: Positive = 10
+    num_warmup_steps: Positive = 2
+
+
 Quantization = Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k"]
 
 
@@ -150,12 +162,13 @@ class Workload(_Section):
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationSection = EvaluationSection()
     export: ExportSection = ExportSection()
+    gate: GateSection = GateSection()
     report_to: tuple[str, ...] = Field(default=("tensorboard",), strict=False)
 
     def digest(self) -> str:
         """SHA-256 of what changes the mathematics; paths and output settings are left out."""
         content = self.model_dump(mode="json")
-        for key in ("name", "description", "report_to", "export", "evaluation"):
+        for key in ("name", "description", "report_to", "export", "evaluation", "gate"):
             del content[key]
         for section, key in (("model", "path"), ("model", "offline"), ("model", "revision")):
             del content[section][key]

@@ -8,6 +8,7 @@ from typing import Any
 from forge.training.backends import trl as modern
 from forge.training.errors import ConfigurationError, MachineError
 from forge.training.job import TrainingJob
+from forge.training.plan import Plan
 
 PINS = {
     "trl": "0.26.2",
@@ -19,9 +20,9 @@ PINS = {
 }
 
 
-def prepare() -> None:
+def prepare(plan: Plan) -> None:
     """Refuse any other version than the pinned one: a baseline that drifts proves nothing."""
-    modern.prepare()
+    modern.prepare(plan)
     wrong = []
     for name, wanted in PINS.items():
         try:

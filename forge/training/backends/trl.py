@@ -8,28 +8,36 @@ from typing import Any
 
 from forge.training.errors import ConfigurationError, MachineError
 from forge.training.job import TrainingJob
+from forge.training.plan import Plan
 
 
-def prepare() -> None:
-    """Refuse a process that Unsloth has patched, and switch off TRL's and the hub's telemetry."""
+def prepare(plan: Plan) -> None:
+    """Refuse a process that Unsloth has patched or a plan that is Unsloth's; switch telemetry off."""
+    refuse_unsloths_plan(plan)
     if "unsloth" in sys.modules:
         raise MachineError("unsloth is imported in this process and has rewritten trl", remedy="start a fresh process")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+def refuse_unsloths_plan(plan: Plan) -> None:
+    """Raise :class:`ConfigurationError` for what only Unsloth carries out."""
+    if plan.gradient_checkpointing == "offload":
+        raise ConfigurationError(
+            "plan.gradient_checkpointing=offload is Unsloth's; TRL knows none and full", remedy="set it to full"
+        )
+    for key in ("mlp_tile_tokens", "loss_chunk_gib"):
+        if getattr(plan, key) is not None:
+            raise ConfigurationError(f"plan.{key} is Unsloth's; TRL knows nothing of the kind", remedy="leave it out")
+
+
 def build(job: TrainingJob) -> Any:
-    """The trainer for ``job``. Raises :class:`ConfigurationError` for a plan that TRL cannot carry out."""
+    """The trainer for ``job``."""
     import torch
     from trl import SFTConfig, SFTTrainer
 
     from forge.training.loop import forge_trainer
 
-    if job.plan.gradient_checkpointing == "offload":
-        raise ConfigurationError(
-            "plan.gradient_checkpointing=offload is Unsloth's; TRL knows none and full",
-            remedy="set it to full",
-        )
     trainer_class = SFTTrainer if torch.cuda.is_available() else _with_models_own_loss(SFTTrainer)
     config = make_config(SFTConfig, job)
     return forge_trainer(trainer_class)(job, load_model(job), config, peft_config=lora_config(job))

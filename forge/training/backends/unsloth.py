@@ -10,9 +10,10 @@ from typing import Any
 from forge.training.errors import ConfigurationError, MachineError
 from forge.training.files import cache_dir
 from forge.training.job import TrainingJob
+from forge.training.plan import Plan
 
 
-def prepare() -> None:
+def prepare(plan: Plan) -> None:
     """Import Unsloth before anything it patches. Raises :class:`MachineError` where it cannot run."""
     early = {"transformers", "trl", "peft"} & set(sys.modules)
     if early:
@@ -25,6 +26,9 @@ def prepare() -> None:
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")  # else it asks the hub for a counter at every load
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_dir() / "unsloth_compiled"))  # else: in the cwd
+    if plan.loss_chunk_gib is not None:
+        # read at import; without it the chunk follows the memory that is free, up to 4 GiB
+        os.environ["UNSLOTH_CE_LOSS_TARGET_GB"] = str(plan.loss_chunk_gib)
     try:
         import unsloth  # noqa: F401
     except Exception as error:
@@ -74,6 +78,8 @@ def build(job: TrainingJob) -> Any:
         use_gradient_checkpointing=checkpointing,
         random_state=workload.training.seed,
     )
+    if plan.mlp_tile_tokens is not None:
+        tile_mlps(model, plan.mlp_tile_tokens)
     config = make_sft_config(SFTConfig, job, max_length=workload.data.max_length)
     trainer = forge_trainer(SFTTrainer)(job, model, config)
     if plan.padding == "none" and not getattr(trainer.data_collator, "padding_free", False):
@@ -82,3 +88,29 @@ def build(job: TrainingJob) -> Any:
             remedy="set plan.padding=longest, or look at unsloth's message above",
         )
     return trainer
+
+
+def tile_mlps(model: Any, tile_tokens: int) -> None:
+    """Take micro-batches longer than ``tile_tokens`` through every MLP a tile at a time while training.
+
+    An MLP's activations are its width over the hidden size (5.3 times in Qwen2-7B) as large as
+    what it reads, several of them at once; tiled, they are bounded by the tile. Unsloth Zoo's
+    ``TiledMLP`` computes each tile again in the backward pass, under the forward's random state, so
+    dropout's masks are the same. Its own switch tiles every batch, short ones too, and pays for it.
+    """
+    from unsloth_zoo.tiled_mlp import TiledMLP
+
+    def tiled(mlp: Any, whole: Any) -> Any:
+        def forward(hidden: Any) -> Any:
+            num_tokens = hidden.shape[0] * hidden.shape[1]
+            if not mlp.training or num_tokens <= tile_tokens:
+                return whole(hidden)
+            return TiledMLP.apply(whole, mlp, hidden, True, num_tokens // tile_tokens, tile_tokens)
+
+        return forward
+
+    mlps = [module for name, module in model.named_modules() if name.endswith(".mlp")]
+    if not mlps:
+        raise MachineError("plan.mlp_tile_tokens: this model has no .mlp module to tile", remedy="leave it out")
+    for mlp in mlps:
+        mlp.forward = tiled(mlp, mlp.forward)

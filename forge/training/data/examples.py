@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -155,6 +155,39 @@ def _digest(input_ids: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> st
     for ids, labs in zip(input_ids, labels, strict=True):
         digest.update(np.int64(len(ids)).tobytes() + ids.tobytes() + labs.tobytes())
     return digest.hexdigest()
+
+
+def sample_examples(examples: Examples, size: int) -> Examples:
+    """``size`` examples that stand for all: the longest, and an even spread over the others by length.
+
+    The others are ranked by length, cut into ``size - 1`` strata of equal number, and the middle of
+    each is taken (systematic sampling); their order stays that of the corpus. Raises
+    :class:`DataError` where there are fewer than ``size``.
+    """
+    if size > len(examples):
+        raise DataError(
+            f"data.sample={size}, and there are {len(examples)} examples",
+            remedy=f"set data.sample to at most {len(examples)}, or leave it out",
+        )
+    ranked = sorted(range(len(examples)), key=lambda i: (-len(examples.input_ids[i]), i))
+    longest, others = ranked[0], ranked[1:]
+    middles = [others[(2 * k + 1) * len(others) // (2 * (size - 1))] for k in range(size - 1)]
+    chosen = sorted([longest, *middles])
+    ids, labels = [examples.input_ids[i] for i in chosen], [examples.labels[i] for i in chosen]
+    return Examples(
+        input_ids=ids,
+        labels=labels,
+        document_ids=[examples.document_ids[i] for i in chosen],
+        num_trained_bytes=[examples.num_trained_bytes[i] for i in chosen],
+        sha256=_digest(ids, labels),
+        report=replace(
+            examples.report,
+            num_examples=size,
+            num_tokens=sum(map(len, ids)),
+            num_trained_tokens=sum(int((row != IGNORED).sum()) for row in labels),
+            lengths=list(map(len, ids)),
+        ),
+    )
 
 
 def save_examples(examples: Examples, directory: Path, *, force: bool = False) -> None:

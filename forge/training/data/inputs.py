@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from forge.training.data.conversation import Encoder
-from forge.training.data.examples import Examples, encode_records, save_examples
+from forge.training.data.examples import Examples, encode_records, sample_examples, save_examples
 from forge.training.errors import ConfigurationError, DataError
-from forge.training.export.weights import read_json_object
-from forge.training.files import sha256_file
+from forge.training.files import read_json_object, sha256_file
 from forge.training.models.tokenizers import load_tokenizer
 from forge.training.record import Inputs
 from forge.training.workload import Workload
@@ -58,7 +57,8 @@ def prepare_inputs(workload: Workload, base_dir: Path, run_dir: Path) -> Prepare
         )
     train_path, validation_path = corpus_paths(workload, run_dir)
     encoder = Encoder(load_tokenizer(base_dir))
-    train = encode_records(read_records(train_path), encoder, workload.data)
+    corpus = encode_records(read_records(train_path), encoder, workload.data)
+    train = corpus if workload.data.sample is None else sample_examples(corpus, workload.data.sample)
     save_examples(train, run_dir / "examples" / "train", force=True)
     validation = None
     if validation_path is not None:
@@ -80,5 +80,8 @@ def prepare_inputs(workload: Workload, base_dir: Path, run_dir: Path) -> Prepare
         num_validation_examples=len(validation) if validation else 0,
         num_train_tokens=train.report.num_tokens,
         num_trained_tokens=train.report.num_trained_tokens,
+        num_corpus_examples=len(corpus),
+        num_corpus_tokens=corpus.report.num_tokens,
+        corpus_tokens_squared=sum(n * n for n in corpus.report.lengths),
     )
     return PreparedInputs(train, validation, described)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from forge.training.evaluation.record import Evaluation
-from forge.training.export.weights import read_json_object
+from forge.training.files import read_json_object
 from forge.training.record import RunRecord
 
 if TYPE_CHECKING:

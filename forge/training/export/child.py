@@ -68,6 +68,42 @@ def _reply(progress: Callable[[str], None], **arguments: Any) -> dict[str, Any]:
     return chat_session.reply(on_text=progress, **arguments)
 
 
+def _open_logits(_: Callable[[str], None], **arguments: Any) -> dict[str, Any]:
+    from forge.training.export import logits
+
+    return logits.open_model(**arguments)
+
+
+def _write_logits(_: Callable[[str], None], **arguments: Any) -> dict[str, Any]:
+    from forge.training.export import logits
+
+    return logits.write_logits(**arguments)
+
+
+def _continue_greedily(_: Callable[[str], None], **arguments: Any) -> dict[str, Any]:
+    from forge.training.export import logits
+
+    return logits.continue_greedily(**arguments)
+
+
+def _open_vocabulary(_: Callable[[str], None], **arguments: Any) -> dict[str, Any]:
+    from forge.training.export import vocabulary
+
+    return vocabulary.open_vocabulary(**arguments)
+
+
+def _tokenize(_: Callable[[str], None], **arguments: Any) -> dict[str, Any]:
+    from forge.training.export import vocabulary
+
+    return vocabulary.tokenize(**arguments)
+
+
+def _render(_: Callable[[str], None], **arguments: Any) -> dict[str, Any]:
+    from forge.training.export import vocabulary
+
+    return vocabulary.render(**arguments)
+
+
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {
     "status": _status,
     "verify": _verify,
@@ -77,6 +113,12 @@ TASKS: dict[str, Callable[..., dict[str, Any]]] = {
     "merge": _merge,
     "open_chat": _open_chat,
     "reply": _reply,
+    "open_logits": _open_logits,
+    "write_logits": _write_logits,
+    "continue_greedily": _continue_greedily,
+    "open_vocabulary": _open_vocabulary,
+    "tokenize": _tokenize,
+    "render": _render,
 }
 
 

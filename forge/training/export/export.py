@@ -21,8 +21,16 @@ from forge.training.export.export_record import ExportRecord, Step, print_export
 from forge.training.export.lora import WEIGHTS
 from forge.training.export.merge import RECORD as MERGE_RECORD
 from forge.training.export.modelfile import CHATML_STOPS, chatml_template, write_modelfile
-from forge.training.export.weights import ModelWeights, read_json_object, read_weights
-from forge.training.files import locked, refuse_existing, sha256_file, staged_directory, write_json, write_text
+from forge.training.export.weights import ModelWeights, read_weights
+from forge.training.files import (
+    locked,
+    read_json_object,
+    refuse_existing,
+    sha256_file,
+    staged_directory,
+    write_json,
+    write_text,
+)
 from forge.training.record import RunRecord, completed_record
 
 __all__ = ["export_run", "print_export"]

@@ -17,11 +17,10 @@ from forge.training.errors import DataError
 from forge.training.export.weights import (
     FLOAT_DTYPES,
     ModelWeights,
-    read_json_object,
     read_tensor_by_name,
     read_weights,
 )
-from forge.training.files import write_json
+from forge.training.files import read_json_object, write_json
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from forge.training.errors import DataError
+from forge.training.files import read_json_object
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -68,19 +69,6 @@ class ModelWeights:
         """Whether the output layer shares the embedding's weights."""
         default = "lm_head.weight" not in self.tensors
         return bool(self.config.get("tie_word_embeddings", default))
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object. Raises :class:`DataError`."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError(f"{path} is missing") from error
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
 
 
 def read_weights(directory: Path) -> ModelWeights:

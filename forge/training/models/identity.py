@@ -1,18 +1,31 @@
-"""What a base model is, by content: digests of its weights and of its tokenizer."""
+"""What a base model is, by content: digests of its weights and of its tokenizer, and its sizes."""
 
 from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from forge.training.errors import DataError
-from forge.training.files import cache_dir, sha256_file, sha256_json, write_json
+from forge.training.files import cache_dir, read_json_object, sha256_file, sha256_json, write_json
 
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model"),
 )
+
+
+_SIZES = (
+    *("model_type", "hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "tie_word_embeddings", "max_position_embeddings"),
+)
+
+
+def model_shape(directory: Path | str) -> dict[str, Any]:
+    """The sizes in a model's ``config.json``: what its memory floor and its floating-point operations follow from."""
+    config = read_json_object(Path(directory) / "config.json")
+    return {key: config[key] for key in _SIZES if config.get(key) is not None}
 
 
 def base_sha256(directory: Path | str) -> str:

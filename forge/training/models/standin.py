@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from forge.training.errors import ConfigurationError, DataError, MachineError
-from forge.training.export.weights import read_json_object, read_weights
-from forge.training.files import cache_dir, disk_errors, sha256_json, staged_directory, write_json
+from forge.training.export.weights import read_weights
+from forge.training.files import cache_dir, disk_errors, read_json_object, sha256_json, staged_directory, write_json
 from forge.training.models.qwen2 import Recipe, Shape, training_texts, write_configs, write_random, write_trained
 from forge.training.models.tokenizers import CONTROL_TOKENS, rebuild_qwen2_tokenizer, save_tokenizer, train_tokenizer
 

@@ -1,0 +1,250 @@
+"""The longest document that a backend trains on in so much memory.
+
+    python -m forge.training.probes.context WORKLOAD --backend unsloth --budgets 8,24 [--set ...] [--plan ...]
+
+One process: the backend's own trainer takes one real step, so that adapter, optimizer state and kernels
+are there, and then single documents of random tokens forwards and backwards. The peaks of the two
+measured lengths nearest to a budget give a line; the line gives the length that the budget should hold; a
+run just below it and one just above confirm it, under a cap on the allocator
+(`torch.cuda.set_per_process_memory_fraction`) that is the budget less what CUDA itself took. No memory is
+filled up to simulate a smaller card, and libraries that ask how much is free are told what the budget
+leaves. Lengths beyond the base's own positions are allowed: memory does not depend on what RoPE is worth there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from forge.training.errors import ConfigurationError, ForgeError, MachineError
+from forge.training.files import read_json_object, write_json
+from forge.training.plan import BACKEND_NAMES, Backend, load_plan
+from forge.training.session import base_directory
+from forge.training.workload import Workload, load_workload
+
+_GIB = 1 << 30
+GRAIN = 256  # tokens
+STEP = 0.03  # of the predicted length, from one try to the next
+MOST_TRIES = 6  # a budget
+POSITIONS = 1 << 20  # of the base's copy
+
+
+class _Done(Exception):
+    """The probe has what it wants of the training loop."""
+
+
+class Prober:
+    """Takes documents of any length through a trainer's step. Lives inside a training loop."""
+
+    def __init__(self, trainer: Any, model: Any, vocabulary: int) -> None:
+        self.trainer, self.model, self.vocabulary = trainer, model, vocabulary
+
+    def step(self, num_tokens: int) -> tuple[int, float] | None:
+        """Peak reserved bytes and seconds of one document's step; ``None``: it does not fit."""
+        import torch
+
+        self._clear()
+        torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
+        generator = torch.Generator().manual_seed(num_tokens)
+        ids = torch.randint(100, self.vocabulary, (num_tokens,), generator=generator).tolist()
+        try:
+            batch = self.trainer.data_collator([{"input_ids": ids, "labels": list(ids)}])
+            device = next(self.model.parameters()).device
+            self.trainer.take_step(self.model, batch, torch.tensor(num_tokens - 1, device=device))
+            torch.cuda.synchronize()
+        except torch.OutOfMemoryError:
+            return None
+        finally:
+            self.model.zero_grad(set_to_none=True)
+        return torch.cuda.max_memory_reserved(), time.perf_counter() - started
+
+    def _clear(self) -> None:
+        import torch
+
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def longest_within(prober: Prober, points: list[tuple[int, int]], budget_bytes: int, seconds: float) -> dict[str, Any]:
+    """The longest length that fits in ``budget_bytes``, and the shortest seen not to.
+
+    ``points``: (tokens, peak bytes) of at least two lengths, ascending. ``seconds``: what may be spent.
+    """
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    overhead = total - free - torch.cuda.memory_reserved()  # the CUDA context and what others hold
+    cap = budget_bytes - overhead
+    floor = torch.cuda.memory_allocated()
+    result: dict[str, Any] = {"budget_gib": budget_bytes / _GIB, "cap_bytes": cap, "tokens_fits": None}
+    result |= {"tokens_fails": None, "predicted_tokens": None, "tries": []}
+    if cap <= floor:
+        return result | {"why": f"weights and CUDA context alone take {(floor + overhead) / _GIB:.1f} GiB"}
+    predicted = predict(points, cap)
+    result["predicted_tokens"] = max(0, int(predicted))
+    if predicted < GRAIN:
+        return result | {"why": "nothing that deserves the name of a document fits"}
+    torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total))
+    real = torch.cuda.mem_get_info
+
+    def capped(device: Any = None) -> tuple[int, int]:
+        here = max(0, cap - torch.cuda.memory_reserved())
+        return min(here, real(device)[0]), budget_bytes
+
+    torch.cuda.mem_get_info = capped
+    try:
+        _bracket(prober, predicted, seconds, result)
+    finally:
+        torch.cuda.mem_get_info = real
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    return result
+
+
+def predict(points: list[tuple[int, int]], cap: int) -> float:
+    """The length whose peak is ``cap`` bytes, on the line through the two ``points`` nearest to it.
+
+    A peak is no single line: up to a tile's length the MLPs are whole, and short documents fill no chunk of the loss.
+    """
+    pairs = list(pairwise(points))
+    (t0, b0), (t1, b1) = next((pair for pair in pairs if cap <= pair[1][1]), pairs[-1])
+    return t0 + (cap - b0) * (t1 - t0) / max(1, b1 - b0)
+
+
+def _bracket(prober: Prober, predicted: float, seconds: float, result: dict[str, Any]) -> None:
+    """Step around the prediction until one length fits and one a step longer does not."""
+    started = time.perf_counter()
+    factor, longest = 1 - STEP / 2, 0.0
+    for _ in range(MOST_TRIES):
+        tokens = max(GRAIN, int(predicted * factor) // GRAIN * GRAIN)
+        left = seconds - (time.perf_counter() - started)
+        if longest and longest * 1.3 > left:
+            result["why"] = f"stopped: a step takes {longest:.0f} s and {left:.0f} s were left"
+            return
+        begun = time.perf_counter()
+        got = prober.step(tokens)
+        longest = max(longest, time.perf_counter() - begun)
+        result["tries"].append({"tokens": tokens, "fits": got is not None, "peak_bytes": got[0] if got else None})
+        if got is not None:
+            result["tokens_fits"] = max(tokens, result["tokens_fits"] or 0)
+            factor += STEP
+        else:
+            result["tokens_fails"] = min(tokens, result["tokens_fails"] or tokens)
+            factor -= STEP
+        if result["tokens_fits"] and result["tokens_fails"]:
+            return
+    result["why"] = f"{MOST_TRIES} tries did not bracket it"
+
+
+def measure_context(
+    workload: Workload,
+    backend: Backend,
+    plan_overrides: list[str],
+    *,
+    budgets_gib: list[float],
+    lengths: list[int],
+    seconds: float,
+) -> dict[str, Any]:
+    """Peaks at ``lengths`` and the longest length in each budget. ``seconds``: for all budgets together."""
+    plan = load_plan(workload, backend, plan_overrides)
+    base = base_directory(workload)
+    from forge.training.backends import load_backend
+
+    module = load_backend(backend)
+    module.prepare(plan)
+    import torch
+    from transformers import TrainerCallback
+
+    from forge.training.data.inputs import prepare_inputs
+    from forge.training.job import TrainingJob
+
+    if not torch.cuda.is_available():
+        raise MachineError("context is measured on a CUDA GPU and this machine shows none")
+    found: dict[str, Any] = {"backend": backend, "plan": plan.model_dump(), "points": [], "budgets": []}
+    with tempfile.TemporaryDirectory() as name:
+        copy = _with_positions(base, Path(name) / "base")
+        inputs = prepare_inputs(workload, base, Path(name) / "run")
+        vocabulary = int(read_json_object(base / "config.json")["vocab_size"])
+        longer = workload.model_copy(update={"data": workload.data.model_copy(update={"max_length": POSITIONS})})
+        trainer = module.build(TrainingJob(longer, plan, backend, copy, Path(name) / "run", inputs.train, None))
+
+        class Probe(TrainerCallback):  # type: ignore[misc]
+            def on_step_end(self, *_: Any, model: Any, **__: Any) -> None:
+                prober = Prober(trainer, model, vocabulary - 1000)
+                deadline = time.perf_counter() + seconds
+                for length in lengths:
+                    got = prober.step(length)
+                    if got is None:
+                        raise MachineError(f"{length} tokens do not fit on this GPU at all")
+                    found["points"].append([length, got[0], got[1]])
+                points = [(length, peak) for length, peak, _ in found["points"]]
+                for gib in budgets_gib:
+                    left = deadline - time.perf_counter()
+                    prober._clear()
+                    found["budgets"].append(longest_within(prober, points, int(gib * _GIB), left))
+                raise _Done
+
+        trainer.add_callback(Probe())
+        with suppress(_Done):
+            trainer.train()
+    return found
+
+
+def _with_positions(base: Path, copy: Path) -> Path:
+    """The base by links, with a configuration that allows :data:`POSITIONS` tokens; the weights are the same."""
+    copy.mkdir()
+    for path in base.iterdir():
+        if path.name != "config.json":
+            (copy / path.name).symlink_to(path)
+    config = read_json_object(base / "config.json")
+    write_json(copy / "config.json", {**config, "max_position_embeddings": POSITIONS})
+    return copy
+
+
+def main() -> int:
+    """Print the measurement as JSON; errors as everywhere in Forge."""
+    parser = argparse.ArgumentParser(
+        prog="forge.training.probes.context", description="The longest document that fits."
+    )
+    parser.add_argument("workload")
+    parser.add_argument("--backend", choices=BACKEND_NAMES, required=True)
+    parser.add_argument("--budgets", default="8,24,80", help="GiB, separated by commas")
+    parser.add_argument("--lengths", default="512,2048,8192,32768", help="rising lengths in tokens to predict from")
+    parser.add_argument("--seconds", type=float, default=240.0, help="what all budgets together may take")
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
+    parser.add_argument("--plan", action="append", default=[], dest="plan_overrides", metavar="KEY=VALUE")
+    arguments = parser.parse_args()
+    try:
+        budgets = [float(value) for value in arguments.budgets.split(",")]
+        lengths = [int(value) for value in arguments.lengths.split(",")]
+        if len(lengths) < 2 or lengths != sorted({*lengths}) or min(*lengths, *budgets) <= 0:
+            raise ConfigurationError("--lengths takes two or more rising lengths, --budgets amounts above 0")
+        workload = load_workload(arguments.workload, [*arguments.overrides, "training.max_steps=2"])
+        found = measure_context(
+            workload,
+            arguments.backend,
+            arguments.plan_overrides,
+            budgets_gib=budgets,
+            lengths=lengths,
+            seconds=arguments.seconds,
+        )
+        print(json.dumps(found))
+    except ForgeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except ValueError as error:
+        print(f"error: --budgets and --lengths take numbers: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
