@@ -4,11 +4,12 @@
 PYTHON ?= python3
 PYTHON_GPU ?= python3.12
 PY := .venv/bin/python
+OUT ?= runs/gate
 PYTEST := $(PY) -m pytest
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test test-slow test-all lint format check-pins gpu-env legacy-env gpu-bundle clean
+.PHONY: help setup demo test test-slow test-browser test-all gate compare lint format check-pins gpu-env legacy-env gpu-bundle clean
 
 define need_python_gpu
 	@command -v $(PYTHON_GPU) >/dev/null || { echo "error: no $(PYTHON_GPU) here; set PYTHON_GPU to a Python 3.12" >&2; exit 4; }
@@ -29,7 +30,22 @@ test: setup ## the fast tests (at most 10 minutes on 2 cores)
 test-slow: setup ## the slow tests alone
 	$(PYTEST) -m "slow and not gpu"
 
-test-all: test test-slow ## every test that needs no GPU (about an hour)
+test-browser: setup ## a report in Debian's chromium (apt-get install chromium)
+	$(PYTEST) -m browser
+
+test-all: test test-browser test-slow ## every test that needs no GPU (about an hour)
+
+gate: ## the acceptance gate on this GPU: make gate TRAIN=corpus.train.jsonl [OUT=runs/gate] [SECONDS=N to go on later]
+	@test -n "$(TRAIN)" || { echo "error: name the documents: make gate TRAIN=corpus.train.jsonl" >&2; exit 2; }
+	@test -x .venv-gpu/bin/python || { echo "error: no .venv-gpu here; first: make gpu-env legacy-env" >&2; exit 4; }
+	@mkdir -p $(OUT) && rm -f $(OUT)/benchmark.json
+	@.venv-gpu/bin/python -m pytest -m gpu --gate-train "$(TRAIN)" --gate-store $(OUT)/store \
+		$(if $(SECONDS),--gate-seconds $(SECONDS)) --benchmark-json $(OUT)/benchmark.json; \
+	verdict=$$?; .venv-gpu/bin/python -m harness.report $(OUT)/benchmark.json -o $(OUT) --store $(OUT)/store; exit $$verdict
+
+compare: setup ## two results of the gate side by side: make compare A=old.json B=new.json
+	@test -n "$(A)" -a -n "$(B)" || { echo "error: name two results: make compare A=old.json B=new.json" >&2; exit 2; }
+	@$(PY) -m harness.compare "$(A)" "$(B)"
 
 lint: setup ## ruff and mypy --strict
 	$(PY) -m ruff check .

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
 
 import pytest
 from hypothesis import settings
 
 from forge.training.environment import has_cuda_gpu
+from harness.hooks import (  # noqa: F401 - hooks, found here by their names
+    fail_instead_of_skip,
+    order_rooms,
+    prepare_json,
+    pytest_benchmark_compare_machine_info,
+    pytest_benchmark_generate_machine_info,
+    pytest_benchmark_group_stats,
+    pytest_benchmark_scale_unit,
+    pytest_runtest_teardown,
+    pytest_sessionfinish,
+    refuse_idle_recorder,
+)
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # inherited by every process the tests start
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -17,6 +30,38 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile("forge", deadline=None, print_blob=True)
 settings.load_profile("forge")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The gate's options; ARCHITECTURE.md, "The gate"."""
+    group = parser.getgroup("gate", "the acceptance gate (-m gpu)")
+    group.addoption("--gate-train", metavar="FILE", help="documents to train on: what `dataset` wrote")
+    group.addoption("--gate-store", metavar="DIR", default="runs/gate/store", help="where runs are kept, to go on with")
+    group.addoption("--gate-seconds", metavar="N", type=float, help="begin nothing that could end later than this")
+    group.addoption("--gate-only", metavar="NAMES", help="measure only these now; the rest is taken from the store")
+    group.addoption("--gate-model", metavar="PATH", help="base model instead of random weights in Qwen2-7B's shape")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What would lose or skip results is refused before the first test."""
+    prepare_json(config)
+    if _asks_for_gpu(config):
+        refuse_idle_recorder(config)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Parity before speed."""
+    order_rooms(items)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """No test of the gate is skipped."""
+    report = yield
+    fail_instead_of_skip(item, report)
+    return report
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from forge.training.data.conversation import IGNORED, Encoder, encode_conversation
-from forge.training.data.examples import encode_records, load_examples, save_examples
+from forge.training.data.examples import encode_records, load_examples, sample_examples, save_examples
 from forge.training.data.records import Message, Record
 from forge.training.errors import ConfigurationError, DataError
 from forge.training.workload import DataSection
@@ -112,6 +112,19 @@ def test_rows_cut_to_nothing_are_dropped_and_all_of_them_is_an_error(tokenizer: 
         encode_records([long_question], Encoder(tokenizer), settings)
     with pytest.raises(DataError, match="no room for an answer"):
         encode_records([record("long " * 99, question="q " * 200)], Encoder(tokenizer), data(max_length=64))
+
+
+def test_a_sample_holds_the_longest_and_every_part_of_the_lengths(tokenizer: Any) -> None:
+    documents = [record("word " * n) for n in (3, 400, 7, 50, 90, 20, 130, 11, 70, 33, 5)]
+    examples = encode_records(documents, Encoder(tokenizer), data(max_length=100_000))
+    sample = sample_examples(examples, 3)
+    lengths = sorted(examples.report.lengths, reverse=True)
+    assert sorted(sample.report.lengths, reverse=True) == [lengths[0], lengths[3], lengths[8]]  # middles of the halves
+    kept = set(sample.report.lengths)
+    assert sample.report.lengths == [n for n in examples.report.lengths if n in kept]  # the corpus's order
+    assert sample_examples(examples, len(examples)).sha256 == examples.sha256
+    with pytest.raises(DataError, match="there are 11 examples"):
+        sample_examples(examples, 12)
 
 
 def test_stored_examples_come_back_the_same_and_a_changed_file_is_noticed(tokenizer: Any, tmp_path: Path) -> None:

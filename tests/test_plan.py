@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -22,14 +24,14 @@ def workload(**training: object) -> Workload:
     effective=st.sampled_from([1, 2, 4, 8]),
     micro=st.sampled_from([1, 2, 4, 8]),
     seed=st.integers(0, 99),
-    grouped=st.booleans(),
+    grouping=st.sampled_from(["none", "length", "tokens"]),
 )
 def test_every_plan_trains_on_the_same_examples_in_every_step(
-    num_examples: int, epochs: int, effective: int, micro: int, seed: int, grouped: bool
+    num_examples: int, epochs: int, effective: int, micro: int, seed: int, grouping: Any
 ) -> None:
     work = workload(epochs=float(epochs), effective_batch=effective, seed=seed)
     lengths = np.arange(num_examples, dtype=np.int64)[::-1] * 7 % 31
-    plan = Plan(micro_batch=min(micro, effective), group_by_length=grouped)
+    plan = Plan(micro_batch=min(micro, effective), grouping=grouping)
     steps = step_order(work, num_examples)
     assert len(steps) == num_steps(work, num_examples)
     for step in steps:
@@ -63,11 +65,20 @@ def test_an_unknown_plan_key_is_refused() -> None:
         load_plan(workload(), "trl", ["microbatch=3"])
 
 
+def test_a_document_longer_than_the_others_together_has_a_micro_batch_of_its_own() -> None:
+    lengths = np.array([300, 900, 32_768, 700, 500, 1_200, 80, 2_000], dtype=np.int64)
+    plan = Plan(micro_batch=4, grouping="tokens")
+    assert micro_batches(np.arange(8), lengths, plan)[0] == [2]
+    without = np.array([300, 900, 800, 700, 500, 1_200, 80, 2_000], dtype=np.int64)
+    totals = [int(without[group].sum()) for group in micro_batches(np.arange(8), without, plan)]
+    assert max(totals) <= 4 / 3 * (sum(totals) / 2)
+
+
 def test_the_legacy_layout_is_its_owners() -> None:
     for name in ("legacy_256", "genome_8k", "genome_full"):
         plan = load_plan(load_workload(name), "legacy")
         assert (plan.micro_batch, plan.padding, plan.gradient_checkpointing) == (1, "longest", "full")
-        assert not plan.group_by_length
+        assert plan.grouping == "none"
 
 
 def test_the_memory_floor_of_qwen2_7b_in_nf4_is_the_published_one() -> None:

@@ -99,6 +99,13 @@ def test_the_layout_of_a_step_does_not_change_its_labels_or_its_loss(folder: Pat
     assert losses[0] == pytest.approx(losses[2], rel=1e-4)
 
 
+def test_the_rehearsal_changes_no_bit_of_the_run(folder: Path, reference: dict[str, Any]) -> None:
+    assert run(folder, "unrehearsed", "--plan", "rehearsal=false").returncode == 0
+    assert adapter(folder, "unrehearsed") == adapter(folder, "reference")
+    assert lines(folder, "unrehearsed")[0]["loss"] == lines(folder, "reference")[0]["loss"]
+    assert reference["timing"]["rehearsal_seconds"] > 0
+
+
 def test_an_existing_run_is_refused_unless_forced(folder: Path, reference: dict[str, Any]) -> None:
     before = adapter(folder, "reference")
     done = run(folder, "reference")

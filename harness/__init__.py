@@ -1,0 +1,1 @@
+"""The acceptance gate: judges what forge makes. Imports no torch."""

@@ -1,0 +1,184 @@
+"""One session of judging an export: a run made and exported once, and what the probes say of it.
+
+The run lies beside the store, in a directory named by everything that can change it; it and the probes'
+answers are used again by the next session. What there is no time for is INCOMPLETE.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from forge.training.environment import ROOT, describe_gpu
+from forge.training.errors import DataError, ForgeError
+from forge.training.files import read_json_object, sha256_file, sha256_json, write_json
+from forge.training.plan import Backend
+from forge.training.record import completed_record
+from forge.training.workload import load_workload
+from harness.arms import EVALUATOR, environment, interpreter, train_command
+from harness.export.claims import CLAIMS
+from harness.export.findings import Finding
+from harness.identity import TRAINING, identify
+from harness.monitor import machine_id, wait_until_free
+from harness.portable import log_tail
+from harness.probes import run_probe
+from harness.process import run_process
+from harness.store import RunSpec, Store
+
+KINDS = ("f16", "q8_0", "q4_k_m")
+NUM_DOCUMENTS = 32  # held out, for the divergences
+STEP_SECONDS = {"train": 1200.0, "export": 900.0, "evaluate": 600.0}
+PROBE_SECONDS = {"merge": 300.0, "lineage": 600.0, "tokens": 300.0, "divergence": 1500.0}
+
+
+@dataclass
+class Exports:
+    """One session. ``spec``: the run whose export is judged; ``large``: the one whose export is only timed.
+
+    ``deadline``: on :func:`time.monotonic`'s clock. ``measures``: whether anything may be made that is not there.
+    """
+
+    store: Store
+    spec: RunSpec
+    large: RunSpec | None = None
+    deadline: float | None = None
+    measures: bool = True
+    announce: Callable[[str], None] = lambda line: None
+    _answers: dict[str, dict[str, Any] | ForgeError | None] = field(default_factory=dict)
+
+    def finding(self, name: str) -> Finding:
+        """The verdict on a claim of :data:`CLAIMS`."""
+        claim = next(claim for claim in CLAIMS if claim.name == name)
+        try:
+            answer = self.answer(claim.probe)
+        except ForgeError as error:  # a probe that refuses or dies has found something
+            return Finding(name=name, statement=f"The probe `{claim.probe}` answers.", status="FAIL", reason=str(error))
+        if answer is None:
+            why = "no time was left for it in this session" if self.measures else "left out of this session"
+            return Finding(name=name, statement=f"The probe `{claim.probe}` answers.", status="INCOMPLETE", reason=why)
+        return claim.judge(answer)
+
+    def answer(self, probe: str) -> dict[str, Any] | None:
+        """What a probe says of the run, ``None``: no time. Raises the probe's own error, each time it is asked."""
+        if probe not in self._answers:
+            try:
+                self._answers[probe] = self._ask(probe)
+            except ForgeError as error:
+                self._answers[probe] = error
+        answer = self._answers[probe]
+        if isinstance(answer, ForgeError):
+            raise answer
+        return answer
+
+    def _ask(self, probe: str) -> dict[str, Any] | None:
+        run_dir = self.exported(self.spec)
+        if run_dir is None:
+            return None
+        name = completed_record(run_dir).workload["name"]
+        files = [str(run_dir / "export" / f"{name}.{kind}.gguf") for kind in KINDS]
+        more = {
+            "divergence": ("--gguf", *files, "--controls", "--documents", str(NUM_DOCUMENTS)),
+            "tokens": ("--gguf", files[0]),
+            "lineage": ("--remake",),
+            "merge": (),
+        }[probe]
+        adapter = str(completed_record(run_dir).adapter_sha256)
+        return run_probe(
+            probe,
+            EVALUATOR,
+            (str(run_dir), *more, "--expect", adapter),
+            self.store,
+            time_limit_seconds=PROBE_SECONDS[probe],
+            deadline=self.deadline if self.measures else 0.0,
+            announce=self.announce,
+        )
+
+    def timing(self) -> dict[str, Any] | None:
+        """The large run's export: seconds, bytes written and peak memory of each step; ``None``: no time.
+
+        Its files are deleted: at 7B they take 30 GB.
+        """
+        assert self.large is not None
+        key = self._key(self.large)
+        path = self.store.directory / "probes" / f"export-{key[:12]}.json"
+        if path.is_file():
+            return read_json_object(path)
+        run_dir = self.exported(self.large, *("--quant", ",".join(KINDS)))
+        if run_dir is None:
+            return None
+        record = read_json_object(run_dir / "export" / "export.json")
+        run = completed_record(run_dir)
+        answer = {
+            "schema_version": 1,
+            "key": key,
+            "machine": machine_id(),
+            "gpu": (describe_gpu() or {}).get("name"),
+            "shape": run.model_shape,
+            "steps": record["steps"],
+            "needed_disk_bytes": record["needed_disk_bytes"],
+            "files": {report["file_type"]: report["num_bytes"] for report in record["files"]},
+            "fallbacks": {report["file_type"]: report["fallbacks"] for report in record["files"]},
+        }
+        write_json(path, answer)
+        shutil.rmtree(run_dir)
+        return answer
+
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def exported(self, spec: RunSpec, *options: str) -> Path | None:
+        """The directory of a run, trained, exported and (where it is judged) evaluated; ``None``: no time."""
+        run_dir = self.store.directory.absolute().parent / "export" / f"{spec.workload}-{self._key(spec)[:12]}"
+        judged = not options
+        nf4 = load_workload(spec.workload, spec.overrides).model.quantization == "nf4"
+        subjects = f"base,adapter,{'adapter-nf4,' if nf4 else ''}merged"
+        forge = (interpreter(EVALUATOR), "-m", "forge.training")
+        export = (*forge, "export", str(run_dir), "--force", *(options or ("--quant", ",".join(KINDS), "--lora")))
+        evaluate = (*forge, "evaluate", str(run_dir), "--force", "--subjects", subjects)
+        if not _is_completed(run_dir) and not self._make("train", spec.backend, train_command(spec, run_dir)):
+            return None
+        kept = ["--keep-merged"] if judged else []
+        if not (run_dir / "export" / "export.json").is_file() and not self._make("export", EVALUATOR, [*export, *kept]):
+            return None
+        if (
+            judged
+            and not (run_dir / "evaluation.json").is_file()
+            and not self._make("evaluate", EVALUATOR, [*evaluate])
+        ):
+            return None
+        return run_dir
+
+    def _make(self, step: str, backend: Backend, command: list[str]) -> bool:
+        """Carry out one command; ``False``: it might not end in time. Raises :class:`ForgeError` where it fails."""
+        limit = STEP_SECONDS[step]
+        if not self.measures or (self.deadline is not None and time.monotonic() + limit > self.deadline):
+            return False
+        self.announce(f"export fidelity: {step}")
+        with self.store.lock():
+            wait_until_free(describe_gpu)
+            ended = run_process(command, environment=environment(backend), directory=ROOT, time_limit_seconds=limit)
+        if ended.exit_code:
+            why = f"did not end within {limit:g} s" if ended.timed_out else f"exit code {ended.exit_code}"
+            failure = ForgeError(f"{step} failed: {why}\n{log_tail(ended.output)[-800:]}")
+            failure.exit_code = ended.exit_code if 0 < ended.exit_code < 10 else 1
+            raise failure
+        return True
+
+    def _key(self, spec: RunSpec) -> str:
+        """Of everything that can change the run, its export or, beside a probe's own code, what a probe says of it."""
+        files = [TRAINING / "evaluate.py"]
+        for folder in ("export", "evaluation"):
+            files += sorted((TRAINING / folder).glob("*.py"))
+        code = [[path.relative_to(TRAINING).as_posix(), sha256_file(path)] for path in files]
+        return sha256_json([identify(spec).key, code])
+
+
+def _is_completed(run_dir: Path) -> bool:
+    try:
+        completed_record(run_dir)
+    except DataError:
+        return False
+    return True

@@ -1,0 +1,31 @@
+"""A verdict on one claim about an export, and how faults become one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from harness.claims import Status
+
+
+class Finding(BaseModel):
+    """A verdict on one claim. ``figures`` is plain JSON: what a report shows of it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    name: str
+    statement: str
+    status: Status
+    reason: str
+    figures: dict[str, Any] = Field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe, for an entry's ``verdict``."""
+        return self.model_dump(mode="json")
+
+
+def by_faults(name: str, statement: str, faults: list[str], good: str, figures: dict[str, Any]) -> Finding:
+    """PASS where there is no fault; ``good`` says then what was looked at."""
+    status: Status = "FAIL" if faults else "PASS"
+    return Finding(name=name, statement=statement, status=status, reason="; ".join(faults) or good, figures=figures)

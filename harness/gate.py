@@ -1,0 +1,219 @@
+"""One session of measuring what harness/agenda.py lists.
+
+A session measures what is missing until its time is up, in the order of :data:`ORDER`: first what
+the claims need. Everything lands in a store, so a gate may be spread over as many sessions and
+machines (of one kind) as it takes; a trial that is not finished is INCOMPLETE.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+from forge.training.errors import ConfigurationError, ForgeError
+from forge.training.workload import Workload, load_workload
+from harness.agenda import (
+    CONTEXT_BUDGETS_GIB,
+    CONTEXT_WORKLOAD,
+    FP16,
+    LADDER,
+    LEGACY,
+    MODEL,
+    ORDER,
+    PROBE_SECONDS,
+    SINGLES,
+    TRIALS,
+    TRL,
+    UNSLOTH,
+    Arm,
+)
+from harness.claims import Claim, Verdict, judge
+from harness.probes import run_probe
+from harness.store import Outcome, RunSpec, Store
+from harness.trial import Trial, measure, read_trial, run_single, run_trial
+from harness.work import Metric
+
+
+@dataclass
+class Gate:
+    """One session. ``deadline``: on :func:`time.monotonic`'s clock; nothing is begun that cannot end before it."""
+
+    store: Store
+    train: Path
+    model: str = MODEL
+    deadline: float | None = None
+    only: tuple[str, ...] = ORDER
+    announce: Callable[[str], None] = lambda line: None
+    errors: dict[str, ForgeError] = field(default_factory=dict)
+    _singles: dict[RunSpec, Outcome | None] = field(default_factory=dict)
+    _probes: dict[str, dict[str, Any] | None] = field(default_factory=dict)
+    _trials: dict[str, Trial | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.only) - set(ORDER))
+        if unknown:
+            raise ConfigurationError(f"the gate measures no {unknown[0]!r}", remedy=f"known: {', '.join(ORDER)}")
+        if not self.train.is_file():
+            raise ConfigurationError(
+                f"the gate trains on real documents, and {self.train} is no file",
+                remedy="name the JSONL that `python -m forge.training dataset` wrote: --gate-train FILE",
+            )
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Specs
+
+    def workload(self, name: str) -> Workload:
+        """The workload as the gate runs it."""
+        return load_workload(name, self._overrides(name))
+
+    def spec(self, workload: str, arm: Arm) -> RunSpec:
+        """A run of ``arm``: the workload's first ``gate.num_steps`` steps on a sample of as many documents."""
+        overrides = (*self._overrides(workload), *arm.overrides)
+        return RunSpec(backend=arm.backend, workload=workload, overrides=overrides, plan_overrides=arm.plan)
+
+    def _overrides(self, workload: str) -> tuple[str, ...]:
+        own = load_workload(workload)
+        steps = own.gate.num_steps
+        return (
+            f"model.path={self.model}",
+            f"data.train={self.train}",
+            "data.validation=null",
+            f"data.sample={steps * own.training.effective_batch}",
+            f"training.max_steps={steps}",
+            "training.save_every_steps=null",
+            "report_to=[]",
+        )
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Measuring
+
+    def measure_all(self) -> None:
+        """Measure what is missing, until the deadline. An error ends its item and is kept in ``errors``."""
+        for name in ORDER:
+            if name not in self.only:
+                continue
+            try:
+                self._measure(name)
+            except ForgeError as error:
+                self.errors[name] = error
+                self.announce(f"{name}: {error}")
+
+    def _measure(self, name: str) -> None:
+        if name in TRIALS:
+            planned = TRIALS[name]
+            self._trials[name] = run_trial(
+                name,
+                self.spec(planned.workload, planned.baseline),
+                self.spec(planned.workload, planned.candidate),
+                self.num_pairs(name),
+                self.store,
+                deadline=self.deadline,
+                announce=self.announce,
+            )
+        elif name in ("singles", "ladder"):
+            for workload, arm in (*SINGLES, FP16) if name == "singles" else LADDER:
+                spec = self.spec(workload, arm)
+                self._singles[spec] = run_single(spec, self.store, deadline=self.deadline, announce=self.announce)
+        elif name == "ceiling":
+            self._probe("ceiling", "ceiling", UNSLOTH, ())
+        else:
+            for arm in (LEGACY, TRL, UNSLOTH):
+                self._probe(f"context_{arm.name}", "context", arm, self._context_arguments(arm))
+
+    def _probe(self, name: str, module: str, arm: Arm, arguments: Iterable[str]) -> None:
+        self._probes[name] = run_probe(
+            module,
+            arm.backend,
+            tuple(arguments),
+            self.store,
+            time_limit_seconds=PROBE_SECONDS[module],
+            deadline=self.deadline,
+            announce=self.announce,
+        )
+
+    def _context_arguments(self, arm: Arm) -> Iterable[str]:
+        yield from (CONTEXT_WORKLOAD, "--backend", arm.backend)
+        yield from ("--budgets", ",".join(f"{budget:g}" for budget in CONTEXT_BUDGETS_GIB))
+        for override in self._overrides(CONTEXT_WORKLOAD):
+            yield from ("--set", override)
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # What there is
+
+    def num_pairs(self, name: str) -> int:
+        """Pairs of a trial, fixed before its first."""
+        planned = TRIALS[name]
+        return planned.num_pairs or load_workload(planned.workload).gate.num_pairs
+
+    def num_warmup_steps(self, workload: str) -> int:
+        """Steps of a run that are not timed."""
+        return load_workload(workload).gate.num_warmup_steps
+
+    def trial(self, name: str) -> Trial | None:
+        """A trial as it stands; ``None``: never begun, or of other code, data or packages. Raises what ended it."""
+        if name in self.errors:
+            raise self.errors[name]
+        if name in self._trials:
+            return self._trials[name]
+        planned = TRIALS[name]
+        specs = tuple(self.spec(planned.workload, arm) for arm in (planned.baseline, planned.candidate))
+        return read_trial(name, self.store, specs=(specs[0], specs[1]))
+
+    def single(self, workload: str, arm: Arm) -> Outcome | None:
+        """A run beside the trials, ``None`` where there was no time for it."""
+        return self._singles.get(self.spec(workload, arm))
+
+    def probe(self, name: str) -> dict[str, Any] | None:
+        """A probe's answer, ``None`` where there was no time for it."""
+        return self._probes.get(name)
+
+    def why_missing(self, name: str) -> str:
+        """Why an item of :data:`ORDER` has no result, for people."""
+        if name in self.errors:
+            return self.errors[name].message
+        if name not in self.only:
+            return "left out of this session (--gate-only), and the store has none"
+        return "no time was left for it in this session"
+
+    def verdict(self, claim: Claim) -> Verdict:
+        """The verdict on a claim by the pairs there are."""
+        trial = self.trial(claim.trial)
+        planned, warmup = self.num_pairs(claim.trial), self.num_warmup_steps(TRIALS[claim.trial].workload)
+        pairs = trial.pairs if trial else []
+        metric = cast(Metric, claim.metric)
+        sides = [[measure(pair[side], metric, num_warmup_steps=warmup) for pair in pairs] for side in (0, 1)]
+        return judge(
+            claim,
+            *sides,
+            num_pairs_planned=planned,
+            baseline_statuses=trial.baseline_statuses if trial else [],
+            candidate_statuses=trial.candidate_statuses if trial else [],
+        )
+
+    @cached_property
+    def arms(self) -> dict[tuple[str, str], list[Outcome]]:
+        """The complete runs of every arm on every workload, A/A control left out: what is reported side by side."""
+        found: dict[tuple[str, str], list[Outcome]] = {}
+        for name, planned in TRIALS.items():
+            if name == "control_aa" or name in self.errors:
+                continue
+            trial = self.trial(name)
+            for pair in trial.pairs if trial else []:
+                for arm, outcome in zip((planned.baseline, planned.candidate), pair, strict=True):
+                    if arm.name == UNSLOTH.name and name.endswith("_fastest_legacy"):
+                        continue  # the candidate's own trial has its runs
+                    found.setdefault((planned.workload, arm.name), []).append(outcome)
+        for workload, arm in SINGLES:
+            single = self.single(workload, arm)
+            if single is not None:
+                found.setdefault((workload, arm.name), []).append(single)
+        return found
+
+
+def deadline_in(seconds: float | None) -> float | None:
+    """A deadline so many seconds from now; ``None`` is none."""
+    return None if seconds is None else time.monotonic() + seconds

@@ -1,0 +1,175 @@
+"""The key of a measurement: a digest of everything that can change its numbers, and of nothing else.
+
+Committing results, documentation or tests leaves every key as it is; a line of the training code, of the
+workload, its plan or its data, a package, a setting of the environment or another GPU does not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from forge.training.environment import PACKAGES, ROOT, describe_gpu
+from forge.training.errors import DataError, MachineError
+from forge.training.files import sha256_file, sha256_json
+from forge.training.plan import Backend, load_plan
+from forge.training.workload import Workload, load_workload
+from harness.arms import EVALUATOR, environment, interpreter, settings
+from harness.store import RunSpec
+
+TRAINING = ROOT / "forge" / "training"
+
+# Of forge/training, what no training run executes. `train` finds its base by a child process, `base`, which
+# reads weights' headers and, once, rebuilds Qwen2's tokenizer: hence the exceptions to "all but export/".
+_NOT_EXECUTED = ("export/", "evaluation/", "checks/", "probes/", "evaluate.py", "check.py", "pipeline.py")
+_EXECUTED_ALL_THE_SAME = ("__init__", "weights", "llama_cpp", "native", "child_process")
+
+_SAMPLE_BYTES, _NUM_SAMPLES = 64 << 10, 64
+
+
+@dataclass(frozen=True)
+class Identity:
+    """``key``: hex SHA-256 of ``parts``, which are JSON-able and hold no path of this machine."""
+
+    key: str
+    parts: dict[str, Any]
+
+
+def identify(spec: RunSpec) -> Identity:
+    """The key that a run of ``spec`` would have now. Raises what a wrong workload, plan or interpreter raises."""
+    workload = load_workload(spec.workload, spec.overrides)
+    parts = {
+        "spec": spec.portable().model_dump(mode="json"),
+        "workload": {
+            "sha256": workload.digest(),
+            "model": _describe_model(workload),
+            "data": _describe_data(workload),
+            # left out of the digest, because they change no mathematics; they take time
+            "save_every_steps": workload.training.save_every_steps,
+            "report_to": list(workload.report_to),
+        },
+        "plan": load_plan(workload, spec.backend, spec.plan_overrides).model_dump(mode="json"),
+        "code": code_sha256(),
+        "packages": package_versions(spec.backend),
+        "gpu": (describe_gpu() or {}).get("name"),
+        "settings": settings(),
+    }
+    if spec.evaluate:
+        parts["evaluation"] = {
+            "code": evaluation_sha256(),
+            "packages": package_versions(EVALUATOR),
+            "asked": workload.evaluation.model_dump(mode="json"),  # not in the workload's digest
+        }
+    if spec.float32_adapter:
+        parts["float32_adapter"] = sha256_file(TRAINING / "probes" / "float32_adapter.py")
+    parts = json.loads(json.dumps(parts))  # as it will be read back
+    return Identity(sha256_json(parts), parts)
+
+
+def explain(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """A line ``packages.torch: 2.11.0 -> 2.13.0`` for each part of two keys that differs; digests shortened."""
+    lines = []
+    for name in sorted({*before, *now}):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += explain(old, new, f"{prefix}{name}.")
+        elif old != new:
+            lines.append(f"{prefix}{name}: {_short(old)} -> {_short(new)}")
+    return lines
+
+
+def _short(value: Any) -> Any:
+    is_digest = isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
+    return value[:8] if is_digest else value
+
+
+def measured_files() -> list[Path]:
+    """The Python files that a training run can execute, sorted, relative to ``forge/training``."""
+    found = sorted(path.relative_to(TRAINING) for path in TRAINING.rglob("*.py"))
+    kept = {Path("export") / f"{name}.py" for name in _EXECUTED_ALL_THE_SAME}
+    return [path for path in found if path in kept or not path.as_posix().startswith(_NOT_EXECUTED)]
+
+
+def code_sha256() -> str:
+    """SHA-256 over path and content of :func:`measured_files`."""
+    return sha256_json([[path.as_posix(), sha256_file(TRAINING / path)] for path in measured_files()])
+
+
+def evaluation_sha256() -> str:
+    """SHA-256 over path and content of what an evaluation executes beside what training does."""
+    files = [TRAINING / "evaluate.py", TRAINING / "export" / "lora.py", *sorted((TRAINING / "evaluation").glob("*.py"))]
+    return sha256_json([[path.relative_to(TRAINING).as_posix(), sha256_file(path)] for path in files])
+
+
+def package_versions(backend: Backend) -> dict[str, str | None]:
+    """Versions of what an arm's own interpreter would import, and its Python's. Asked once an interpreter."""
+    arm = environment(backend)
+    return dict(_ask_versions(interpreter(backend), arm.get("PYTHONPATH")))
+
+
+@cache
+def _ask_versions(python: str, pythonpath: str | None) -> dict[str, str | None]:
+    code = (
+        "import json, platform, sys\nfrom importlib.metadata import PackageNotFoundError, version\n"
+        "def find(name):\n    try: return version(name)\n    except PackageNotFoundError: return None\n"
+        "print(json.dumps({'python': platform.python_version()} | {name: find(name) for name in sys.argv[1:]}))"
+    )
+    arm = environment("legacy") | ({"PYTHONPATH": pythonpath} if pythonpath is not None else {})
+    try:
+        done = subprocess.run(
+            [python, "-c", code, *PACKAGES], env=arm, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+        )
+        answer = json.loads(done.stdout)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        detail = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        raise MachineError(
+            f"{python} does not answer: {detail[-1] if detail else type(error).__name__}",
+            remedy="make that environment again, or point FORGE_LEGACY_PYTHON / FORGE_GPU_PYTHON elsewhere",
+        ) from error
+    return dict(answer)
+
+
+def _describe_model(workload: Workload) -> dict[str, Any]:
+    model = workload.model
+    directory = Path(model.path)
+    if not directory.is_dir():
+        return {"path": model.path, "revision": model.revision}
+    files = sorted(path for path in directory.iterdir() if path.is_file() and not path.name.startswith("."))
+    return {"path": directory.name, "sampled_sha256": sha256_json([[p.name, _sampled_sha256(p)] for p in files])}
+
+
+def _sampled_sha256(path: Path) -> str:
+    """Digest of a file's size and of 64 evenly spread pieces of 64 KiB: other weights differ nearly everywhere."""
+    size = path.stat().st_size
+    if size <= _NUM_SAMPLES * _SAMPLE_BYTES:
+        return sha256_file(path)
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as stream:
+        for number in range(_NUM_SAMPLES):
+            stream.seek((size - _SAMPLE_BYTES) * number // (_NUM_SAMPLES - 1))
+            digest.update(stream.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _describe_data(workload: Workload) -> dict[str, Any]:
+    """The documents by content, and what the training run makes its corpus with where it makes it itself."""
+    data = workload.data
+    try:
+        if data.train is not None:
+            validation = sha256_file(data.validation) if data.validation else None
+            return {"train_sha256": sha256_file(data.train), "validation_sha256": validation}
+        assert data.documents is not None
+        root = TRAINING / "data" / "embedded" if data.documents == "embedded" else Path(data.documents)
+        files = sorted(p for p in root.rglob("*") if p.is_file() and ".git" not in p.relative_to(root).parts)
+        return {
+            "documents_sha256": sha256_json([[p.relative_to(root).as_posix(), sha256_file(p)] for p in files]),
+            "instructions": [rule.model_dump() for rule in data.instructions],
+            "validation_share": data.validation_share,
+        }
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}", remedy="correct data.train") from error

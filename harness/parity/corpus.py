@@ -1,0 +1,71 @@
+"""The ladder's documents: some of the gate's, some of them held out, and the planted fact among those trained on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from forge.training.environment import ROOT
+from forge.training.errors import DataError
+from forge.training.files import disk_errors, write_text
+
+NUM_TRAIN_DOCUMENTS = 160
+NUM_HELD_OUT_DOCUMENTS = 48
+LONGEST_CHARACTERS = 16_000  # one document shall not be a tenth of all that is read
+NUM_PLANTINGS = 12  # of each: of 1,200 examples a run, some 500 then hold the fact
+PLANTED = ROOT / "forge" / "training" / "data" / "embedded"  # the first line of each holds the fact
+PLANTED_INSTRUCTION = "Set out the ideas, facts and principles of the document `{name}`"  # as `evaluation.facts` asks
+
+
+def write_documents(
+    source: Path,
+    directory: Path,
+    *,
+    num_train: int = NUM_TRAIN_DOCUMENTS,
+    num_held_out: int = NUM_HELD_OUT_DOCUMENTS,
+) -> tuple[Path, Path]:
+    """Write ``parity.train.jsonl`` and ``parity.validation.jsonl`` into ``directory`` and return both.
+
+    ``source``: instruction/input/output records, one a document, as ``dataset`` writes them. Which of them are taken
+    and which are held out follows from a hash of each record: the same file gives the same documents everywhere.
+    Raises :class:`DataError` where there are too few.
+    """
+    usable: dict[str, dict[str, Any]] = {}
+    for record in _read(source):
+        text = record.get("output")
+        if isinstance(text, str) and record.get("instruction") and len(text) <= LONGEST_CHARACTERS:
+            usable.setdefault(hashlib.sha256(text.encode()).hexdigest(), record)  # copies never on both sides
+    chosen = [usable[key] for key in sorted(usable)]
+    if len(chosen) < num_train + num_held_out:
+        raise DataError(
+            f"the parity ladder takes {num_train + num_held_out} different documents of up to"
+            f" {LONGEST_CHARACTERS:,} characters, and {source} has {len(chosen)}",
+            remedy="name a larger corpus with --gate-train",
+        )
+    planted = [
+        {"instruction": PLANTED_INSTRUCTION.format(name=path.name), "input": "", "output": path.read_text("utf-8")}
+        for path in sorted(PLANTED.glob("*.md"))
+    ] * NUM_PLANTINGS
+    written = []
+    for name, records in (
+        ("train", planted + chosen[num_held_out : num_held_out + num_train]),
+        ("validation", chosen[:num_held_out]),
+    ):
+        path = directory / f"parity.{name}.jsonl"
+        text = "".join(json.dumps(record, ensure_ascii=False, sort_keys=True) + "\n" for record in records)
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            with disk_errors(directory):
+                directory.mkdir(parents=True, exist_ok=True)
+            write_text(path, text)
+        written.append(path)
+    return written[0], written[1]
+
+
+def _read(source: Path) -> list[dict[str, Any]]:
+    try:
+        records = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise DataError(f"{source} cannot be read as JSONL: {error}", remedy="name what `dataset` wrote") from error
+    return [record for record in records if isinstance(record, dict)]

@@ -1,0 +1,42 @@
+"""One session of measuring before the tests of this folder: they record and judge, they do not measure."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from harness.agenda import MODEL, ORDER
+from harness.gate import Gate, deadline_in
+from harness.store import Store
+
+
+@pytest.fixture(scope="session")
+def gate(pytestconfig: pytest.Config) -> Gate:
+    """The gate, with everything measured that the time allowed."""
+    option = pytestconfig.getoption
+    if not option("--gate-train"):
+        raise pytest.UsageError("the gate trains on real documents: --gate-train FILE (README.md, section 'The gate')")
+    terminal = pytestconfig.pluginmanager.getplugin("terminalreporter")
+
+    def announce(line: str) -> None:
+        print(line, file=sys.__stderr__, flush=True)
+
+    gate = Gate(
+        store=Store(option("--gate-store")),
+        train=Path(option("--gate-train")).absolute(),
+        model=option("--gate-model") or MODEL,
+        deadline=deadline_in(option("--gate-seconds")),
+        only=_only(option("--gate-only")),
+        announce=announce if terminal is not None else lambda line: None,
+    )
+    gate.measure_all()
+    return gate
+
+
+def _only(told: str | None) -> tuple[str, ...]:
+    """What ``--gate-only`` names of this folder; parity and export are the other folders'."""
+    if not told:
+        return ORDER
+    return tuple(name for name in filter(None, told.split(",")) if name not in ("parity", "export"))

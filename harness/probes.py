@@ -1,0 +1,100 @@
+"""Forge's probes as stored measurements: started as processes of their own, never measured twice."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+from forge.training.environment import ROOT, describe_gpu
+from forge.training.errors import ForgeError
+from forge.training.files import read_json_object, sha256_file, sha256_json, write_json
+from forge.training.plan import Backend
+from harness.arms import environment, interpreter
+from harness.identity import code_sha256, package_versions
+from harness.monitor import machine_id, wait_until_free
+from harness.portable import log_tail, portable_setting
+from harness.process import run_process
+from harness.store import Store
+
+PROBES = ROOT / "forge" / "training" / "probes"
+_SIBLING = re.compile(r"^\s*from forge\.training\.probes\.(\w+) import", re.MULTILINE)
+
+
+def source_sha256(module: str) -> str:
+    """Digest of a probe's source, with that of its neighbours in ``probes/`` that it imports, theirs included."""
+    found: dict[str, str] = {}
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            path = PROBES / f"{name}.py"
+            found[name] = sha256_file(path)
+            waiting += _SIBLING.findall(path.read_text(encoding="utf-8"))
+    return found[module] if len(found) == 1 else sha256_json(sorted(found.items()))
+
+
+def run_probe(
+    module: str,
+    backend: Backend,
+    arguments: tuple[str, ...],
+    store: Store,
+    *,
+    time_limit_seconds: float,
+    deadline: float | None = None,
+    announce: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any] | None:
+    """What ``python -m forge.training.probes.MODULE ARGUMENTS`` prints last, from the store where it has it.
+
+    ``None``: it might not end before ``deadline``. Raises :class:`ForgeError` with the probe's own exit code and
+    last words where it fails; a failure is not stored.
+    """
+    parts = {
+        "probe": module,
+        "source": source_sha256(module),
+        "code": code_sha256(),
+        "packages": package_versions(backend),
+        "arguments": [portable_setting(argument) for argument in arguments],
+        "gpu": (describe_gpu() or {}).get("name"),
+    }
+    key = sha256_json(parts)
+    path = store.directory / "probes" / f"{module}-{backend}-{key[:12]}.json"
+    if path.is_file():
+        return read_json_object(path)
+    if deadline is not None and time.monotonic() + time_limit_seconds > deadline:
+        return None
+    announce(f"{module} probe, {backend}")
+    with store.lock():
+        wait_until_free(describe_gpu)
+        started_at = datetime.now(UTC).isoformat(timespec="seconds")
+        ended = run_process(
+            [interpreter(backend), "-m", f"forge.training.probes.{module}", *arguments],
+            environment=environment(backend),
+            directory=ROOT,
+            time_limit_seconds=time_limit_seconds,
+        )
+        log = log_tail(ended.output)
+        try:
+            lines = ended.output.decode("utf-8", "replace").strip().splitlines()
+            answer = json.loads(lines[-1]) if ended.exit_code == 0 and lines else None
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            why = f"did not end within {time_limit_seconds:g} s" if ended.timed_out else f"exit code {ended.exit_code}"
+            failure = ForgeError(f"the {module} probe of {backend} failed: {why}\n{log[-600:]}")
+            failure.exit_code = ended.exit_code if 0 < ended.exit_code < 10 else 1
+            raise failure
+        stored = {
+            "schema_version": 1,
+            "key": key,
+            "key_parts": parts,
+            "started_at": started_at,
+            "wall_seconds": ended.wall_seconds,
+            "machine": machine_id(),
+            **answer,
+        }
+        write_json(path, stored)
+        return stored

@@ -1,0 +1,87 @@
+"""How long a document may be: memory against context, and the longest that fits in a budget."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, Field
+
+from harness.report.arms import BACKENDS
+from harness.report.content import Row, Section, Table
+from harness.report.plots import Reach, reaches
+from harness.report.quantities import GIB, count, tied
+from harness.report.source import Evidence
+
+_Tokens = Annotated[int, Field(ge=0)]
+
+
+class Context(BaseModel):
+    """extra_info of one backend in one budget. ``points``: (tokens, peak bytes) as measured."""
+
+    backend: str
+    budget_gib: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    tokens_fits: _Tokens | None = None  # a probe of this length ran
+    tokens_fails: _Tokens | None = None  # a probe of this length ran out of memory
+    predicted_tokens: _Tokens | None = None
+    why: str | None = None  # no bracket was found
+    points: list[tuple[Annotated[int, Field(gt=0)], Annotated[float, Field(gt=0, allow_inf_nan=False)]]] = []
+
+
+def contexts(evidence: Evidence) -> list[tuple[Context, tuple[str, ...]]]:
+    """With what was measured for each; by backend, then budget."""
+    found = [(entry.parse(Context), evidence.sources_of(entry)) for entry in evidence.of_kind("context")]
+    place = {backend: number for number, backend in enumerate(BACKENDS)}
+    return sorted(found, key=lambda pair: (place.get(pair[0].backend, len(place)), pair[0].budget_gib))
+
+
+def build(evidence: Evidence) -> Section | None:
+    found = contexts(evidence)
+    if not found:
+        return None
+    by_backend: dict[str, list[Context]] = {}
+    for context, _ in found:
+        by_backend.setdefault(context.backend, []).append(context)
+    series = [
+        Reach(
+            backend,
+            tuple(sorted({(tokens, peak / GIB) for one in some for tokens, peak in one.points})),
+            {one.budget_gib: one.tokens_fits for one in some if one.tokens_fits},
+        )
+        for backend, some in by_backend.items()
+    ]
+    has_marks = any(reach.points or reach.longest for reach in series)
+    charts = (reaches("context-memory", "Peak memory against context", series),) if has_marks else ()
+    columns = ("Backend, budget", "Predicted", "Fits", "Does not fit")
+    rows = tuple(
+        Row(
+            (
+                f"{one.backend}, {tied(f'{one.budget_gib:g} GiB')}",
+                count(one.predicted_tokens),
+                count(one.tokens_fits),
+                count(one.tokens_fails),
+            ),
+            sources,
+            note=one.why,
+        )
+        for one, sources in found
+    )
+    points = tuple(
+        Row((backend, count(tokens), f"{peak:.2f}"))
+        for backend, reach in zip(by_backend, series, strict=True)
+        for tokens, peak in reach.points
+    )
+    return Section(
+        "context",
+        "Context against memory",
+        paragraphs=(
+            "Tokens of one document in a training step, and what they need. The longest that fits is predicted from "
+            "two measured lengths and confirmed by a probe just below and one just above. Budgets cap the "
+            "allocator, less what the CUDA context takes. In the chart a broken line is a budget, a ring the "
+            "longest probe that fits.",
+        ),
+        parts=(
+            *charts,
+            Table("The longest context in each budget, tokens, by probes", columns, rows, is_beside=True),
+            Table("Measured lengths", ("Backend", "Tokens", "Peak GiB"), points, is_folded=True),
+        ),
+    )

@@ -1,0 +1,47 @@
+"""From evidence to a report: which sections there are, in which order."""
+
+from __future__ import annotations
+
+from harness.report import context, gaps, ladder, losses, projection, setting, training, verdicts
+from harness.report.arms import arms_by_workload
+from harness.report.arms import ladder as rungs_of
+from harness.report.content import Report
+from harness.report.source import Evidence
+
+
+def gather(evidence: Evidence) -> Report:
+    """The whole report. Raises :class:`~forge.training.errors.DataError` where an entry is not what it says."""
+    judged = verdicts.judged_claims(evidence)
+    arms, rungs = arms_by_workload(evidence), rungs_of(evidence)
+    used = evidence.runs_of(entry for entry in evidence.entries)
+    sections = (
+        verdicts.build(evidence, judged),
+        training.build(arms) if arms else None,
+        training.build_trade_off(arms),
+        training.build_phases(arms),
+        context.build(evidence),
+        losses.build(arms),
+        projection.build(arms),
+        ladder.build(rungs),
+        ladder.build_ceiling(evidence),
+        setting.build(evidence, used),
+        gaps.build(evidence, judged, arms, rungs),
+        gaps.build_appendix(evidence),
+    )
+    status = verdicts.overall(judged, is_partial=evidence.is_partial)
+    return Report(
+        status=status,
+        headline=verdicts.headline(judged),
+        facts=tuple(_facts(evidence)),
+        sections=tuple(section for section in sections if section is not None),
+    )
+
+
+def _facts(evidence: Evidence) -> list[str]:
+    gpu = evidence.machine.get("gpu")
+    name = gpu.get("name") if isinstance(gpu, dict) else None
+    commit = str(evidence.commit.get("id") or "")[:10]
+    changed = " with uncommitted changes" if evidence.commit.get("dirty") else ""
+    facts = [str(name or "GPU not recorded"), evidence.made_at[:10], f"commit {commit}{changed}" if commit else ""]
+    early = "the gate ended early" if evidence.is_partial else ""
+    return [fact for fact in (*facts, f"{len(evidence.runs)} runs", early) if fact]

@@ -1,0 +1,256 @@
+"""Interleaved pairs of two arms, AB BA AB ..., that can be interrupted anywhere and go on.
+
+The two runs of a pair follow one another on one machine, so that what drifts slowly (temperature, clocks)
+meets both. The number of pairs is fixed before the first. ``run_trial(name, spec, spec, n, store)`` is the
+A/A control.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from forge.training.errors import ConfigurationError, DataError, ForgeError
+from harness.identity import identify
+from harness.monitor import DISTURBING_REASONS
+from harness.resume import Identities, expected_seconds, forget_short_timeout, found_of_open_pair, open_trial
+from harness.store import ROLES, OpenPair, Order, Outcome, Pair, Role, RunSpec, SetAside, Store, TrialState
+from harness.work import Metric, WorkMismatch, check_same_work, measure
+from harness.worker import TIME_LIMIT_SECONDS, run_once
+
+__all__ = ["Control", "Metric", "Trial", "WorkMismatch"]
+__all__ += ["check_same_work", "measure", "read_trial", "run_single", "run_trial"]
+
+_MOST_SET_ASIDE = 2  # of one pair
+_SPARE = 1.1  # times a pair's expected seconds must be left before the deadline
+
+Announce = Callable[[str], None]
+
+
+class Run(Protocol):
+    """What :func:`harness.worker.run_once` is to a trial."""
+
+    def __call__(self, spec: RunSpec, *, store: Store, time_limit_seconds: float) -> Outcome: ...
+
+
+class Control(NamedTuple):
+    """Two runs of one arm that followed one another: they differ by noise alone."""
+
+    role: Role
+    earlier: Outcome
+    later: Outcome
+
+
+@dataclass(frozen=True)
+class Trial:
+    """``pairs``: (baseline, candidate), both completed, in order. ``failure``: the run that ended the trial.
+
+    ``set_aside``: identifiers of runs that do not count, and why. ``stopped``: why pairs are missing.
+    """
+
+    name: str
+    baseline: RunSpec
+    candidate: RunSpec
+    num_pairs_planned: int
+    pairs: list[tuple[Outcome, Outcome]]
+    set_aside: list[tuple[list[str], str]]
+    failure: Outcome | None = None
+    failed_role: Role | None = None
+    stopped: str | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every planned pair was measured."""
+        return len(self.pairs) == self.num_pairs_planned
+
+    @property
+    def baseline_statuses(self) -> list[str]:
+        """Statuses of the baseline's runs that count: those in pairs and one that ended the trial."""
+        return self._statuses("baseline")
+
+    @property
+    def candidate_statuses(self) -> list[str]:
+        """Statuses of the candidate's runs that count."""
+        return self._statuses("candidate")
+
+    def _statuses(self, role: Role) -> list[str]:
+        failed = [self.failure.status] if self.failure is not None and self.failed_role == role else []
+        return ["completed"] * len(self.pairs) + failed
+
+    @property
+    def controls(self) -> list[Control]:
+        """The noise that the order shows at no cost: (B1, B2), (A2, A3), (B3, B4), ..."""
+        controls = []
+        for number in range(1, len(self.pairs)):
+            side, role = (1, "candidate") if number % 2 else (0, "baseline")
+            controls.append(Control(role, self.pairs[number - 1][side], self.pairs[number][side]))  # type: ignore[arg-type]
+        return controls
+
+
+def run_trial(
+    name: str,
+    baseline: RunSpec,
+    candidate: RunSpec,
+    num_pairs: int,
+    store: Store,
+    *,
+    deadline: float | None = None,
+    run: Run = run_once,
+    time_limit_seconds: float = TIME_LIMIT_SECONDS,
+    announce: Announce = lambda line: None,
+) -> Trial:
+    """Measure what is missing of a trial and return it, complete or with the reason in ``stopped``.
+
+    ``deadline``: on :func:`time.monotonic`'s clock; a pair that, by earlier runs, cannot end before it is not
+    started. A run that fails (memory, NaN, time, crash) ends the trial: further pairs cannot change the
+    verdict. Raises :class:`ConfigurationError` for another ``num_pairs`` or other specs than the trial began
+    with, :class:`WorkMismatch` where runs differ in their work, and the reason of a run that was refused.
+    """
+    with store.lock():
+        specs: dict[Role, RunSpec] = {"baseline": baseline, "candidate": candidate}
+        identities: Identities = {role: identify(spec) for role, spec in specs.items()}
+        state = open_trial(name, specs, num_pairs, identities, store, announce)
+        state = forget_short_timeout(state, time_limit_seconds, store)
+
+        def run_role(role: Role) -> Outcome:
+            outcome = run(specs[role], store=store, time_limit_seconds=time_limit_seconds)
+            if outcome.key != identities[role].key:
+                raise ConfigurationError(
+                    f"trial {name}: what is measured changed since the trial was taken up",
+                    remedy="run the same again; pairs of the old state are put away and measured anew",
+                )
+            return outcome
+
+        while len(_pairs(state, store)) < num_pairs and state.failure is None:
+            index = len(state.pairs) + 1
+            if sum(aside.index == index for aside in state.set_aside) > _MOST_SET_ASIDE:
+                times, reason = _MOST_SET_ASIDE + 1, state.set_aside[-1].reason
+                return _trial(state, store, f"pair {index} was disturbed {times} times, the last by {reason}")
+            order: Order = "AB" if index % 2 else "BA"
+            found = found_of_open_pair(state, identities, store)
+            keys = [identities[role].key for role in ROLES[order][len(found) :]]
+            needed = expected_seconds(keys, identities, store)
+            if keys and deadline is not None and time.monotonic() + needed * _SPARE >= deadline:
+                return _trial(state, store, f"no time left for pair {index}, which takes about {needed:.0f} seconds")
+            if not found:
+                newest = store.run_ids()[-1:]
+                opened = OpenPair(index=index, order=order, after=newest[0] if newest else None)
+                state = _noted(state, store, open_pair=opened)
+            state = _measure_pair(state, found, run_role, store, announce)
+        return _trial(state, store)
+
+
+def _measure_pair(
+    state: TrialState, found: list[Outcome], run_role: Callable[[Role], Outcome], store: Store, announce: Announce
+) -> TrialState:
+    """Run what is missing of the open pair and note what became of it."""
+    assert state.open_pair is not None
+    index, order = state.open_pair.index, state.open_pair.order
+    done: dict[Role, str] = {}
+    for position, role in enumerate(ROLES[order]):
+        if position < len(found):
+            outcome = found[position]
+        else:
+            announce(f"{state.name}: pair {index} of {state.num_pairs}, {getattr(state, role).label()}")
+            outcome = run_role(role)
+            why = f": {outcome.message}" if outcome.message else ""
+            announce(f"  {outcome.status} after {outcome.wall_seconds:.0f} seconds{why}")
+        done[role] = outcome.run_id
+        disturbance = _disturbance(outcome)
+        if disturbance is not None:
+            announce(f"  set aside: {disturbance}")
+            aside = SetAside(index=index, run_ids=list(done.values()), reason=disturbance)
+            return _noted(state, store, open_pair=None, set_aside=[*state.set_aside, aside])
+        if outcome.status == "refused":
+            refusal = ForgeError(f"{outcome.spec.label()} was refused: {outcome.message}")
+            refusal.exit_code = outcome.exit_code if outcome.exit_code in (2, 3, 4, 6, 9) else 4
+            raise refusal
+        if outcome.status != "completed":
+            return _noted(state, store, open_pair=None, failure=outcome.run_id, failed_role=role)
+    pair = Pair(index=index, order=order, baseline=done["baseline"], candidate=done["candidate"])
+    return _noted(state, store, open_pair=None, pairs=[*state.pairs, pair])
+
+
+def _noted(state: TrialState, store: Store, **changes: Any) -> TrialState:
+    state = state.model_copy(update=changes)
+    store.write_trial(state)
+    return state
+
+
+def _disturbance(outcome: Outcome) -> str | None:
+    """What from outside makes a run unfit to be compared."""
+    if outcome.monitor.num_foreign_processes_max:
+        return f"a foreign process on the GPU during {outcome.run_id}"
+    throttled = sorted(DISTURBING_REASONS & set(outcome.monitor.throttle_reasons))
+    return f"the GPU slowing down during {outcome.run_id} ({', '.join(throttled)})" if throttled else None
+
+
+def _pairs(state: TrialState, store: Store) -> list[tuple[Outcome, Outcome]]:
+    """The complete pairs, read back; all their runs did the same work."""
+    pairs: list[tuple[Outcome, Outcome]] = []
+    for pair in state.pairs:
+        try:
+            baseline, candidate = store.read(pair.baseline), store.read(pair.candidate)
+        except DataError as error:
+            raise DataError(f"trial {state.name}, pair {pair.index}: {error.message}", remedy=error.remedy) from error
+        check_same_work(baseline, candidate)
+        if pairs:
+            check_same_work(pairs[0][0], baseline)
+        pairs.append((baseline, candidate))
+    return pairs
+
+
+def _trial(state: TrialState, store: Store, stopped: str | None = None) -> Trial:
+    failure = store.read(state.failure) if state.failure else None
+    return Trial(
+        name=state.name,
+        baseline=state.baseline,
+        candidate=state.candidate,
+        num_pairs_planned=state.num_pairs,
+        pairs=_pairs(state, store),
+        set_aside=[(aside.run_ids, aside.reason) for aside in state.set_aside],
+        failure=failure,
+        failed_role=state.failed_role,
+        stopped=stopped if failure is None else f"the {state.failed_role} failed: {failure.status}",
+    )
+
+
+def read_trial(name: str, store: Store, *, specs: tuple[RunSpec, RunSpec] | None = None) -> Trial | None:
+    """A stored trial as it stands, measuring nothing; ``None`` if it was never begun.
+
+    With ``specs`` (baseline, candidate), also ``None`` if a run of theirs would now be another measurement: a
+    verdict on today's code never rests on yesterday's.
+    """
+    state = store.read_trial(name)
+    if state is None:
+        return None
+    if specs is not None and [identify(spec).key for spec in specs] != [state.baseline_key, state.candidate_key]:
+        return None
+    return _trial(state, store)
+
+
+def run_single(
+    spec: RunSpec,
+    store: Store,
+    *,
+    deadline: float | None = None,
+    run: Run = run_once,
+    time_limit_seconds: float = TIME_LIMIT_SECONDS,
+    announce: Announce = lambda line: None,
+) -> Outcome | None:
+    """The newest undisturbed outcome of ``spec`` in the store, else a new run; ``None``: no time left for one.
+
+    For what is reported beside the claims. The time needed is that of the spec's longest run so far.
+    """
+    with store.lock():
+        stored = store.with_key(identify(spec).key)
+        valid = [outcome for outcome in stored if outcome.status != "refused" and _disturbance(outcome) is None]
+        if valid:
+            return valid[-1]
+        needed = max((outcome.wall_seconds for outcome in stored), default=0.0)
+        if deadline is not None and time.monotonic() + needed * _SPARE >= deadline:
+            return None
+        announce(spec.label())
+        return run(spec, store=store, time_limit_seconds=time_limit_seconds)

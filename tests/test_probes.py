@@ -1,0 +1,118 @@
+"""Probes as processes: what they say without a GPU, how a length is bracketed, that nothing is measured twice."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forge.training.errors import ForgeError
+from forge.training.probes.context import GRAIN, MOST_TRIES, _bracket, predict
+from harness import probes
+from harness.store import Store
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Card:
+    """Holds documents of up to so many tokens; what a step takes is told to a clock."""
+
+    def __init__(self, most_tokens: int) -> None:
+        self.most_tokens = most_tokens
+        self.asked: list[int] = []
+
+    def step(self, num_tokens: int) -> tuple[int, float] | None:
+        self.asked.append(num_tokens)
+        return (num_tokens * 100, 0.0) if num_tokens <= self.most_tokens else None
+
+
+def bracketed(most_tokens: int, predicted: float, seconds: float = 60.0) -> tuple[dict[str, Any], Card]:
+    card = Card(most_tokens)
+    result: dict[str, Any] = {"tokens_fits": None, "tokens_fails": None, "tries": []}
+    _bracket(card, predicted, seconds, result)  # type: ignore[arg-type]
+    return result, card
+
+
+@pytest.mark.parametrize("error", [-0.06, -0.01, 0.0, 0.01, 0.06])
+def test_the_longest_length_is_between_one_that_fits_and_one_a_step_longer(error: float) -> None:
+    result, card = bracketed(50_000, 50_000 * (1 + error))
+    assert result["tokens_fits"] <= 50_000 < result["tokens_fails"]
+    assert result["tokens_fails"] - result["tokens_fits"] <= 0.04 * 50_000 + GRAIN
+    assert all(tokens % GRAIN == 0 for tokens in card.asked)
+    assert len(card.asked) <= MOST_TRIES
+
+
+def test_a_length_is_predicted_from_the_two_measured_nearest_to_it() -> None:
+    points = [(1_000, 10), (2_000, 20), (10_000, 60), (20_000, 160)]
+    assert [predict(points, cap) for cap in (5, 15, 40, 110, 260)] == [500, 1_500, 6_000, 15_000, 30_000]
+
+
+def test_a_prediction_far_off_is_said_and_no_number_is_made_up() -> None:
+    result, card = bracketed(50_000, 100_000)
+    assert result["tokens_fits"] is None
+    assert result["tokens_fails"] == min(card.asked)
+    assert "did not bracket" in result["why"]
+
+
+def test_no_step_is_begun_that_the_time_does_not_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 10_000, 40))  # every look at the clock is 40 s later
+    monkeypatch.setattr("forge.training.probes.context.time.perf_counter", lambda: float(next(clock)))
+    result, card = bracketed(50_000, 40_000, seconds=150)
+    assert len(card.asked) == 1
+    assert result["why"].startswith("stopped: a step takes 40 s")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["ceiling"], 4, "this machine shows none"),
+        (["context", "genome_full", "--backend", "trl", "--lengths", "8"], 2, "two or more rising lengths"),
+        (["context", "genome_full", "--backend", "trl", "--budgets", "eight"], 2, "take numbers"),
+        (["context", "nothing", "--backend", "trl"], 2, "no workload 'nothing'"),
+    ],
+)
+def test_a_probe_says_what_is_wrong_in_one_line(arguments: list[str], code: int, said: str) -> None:
+    command = [sys.executable, "-m", f"forge.training.probes.{arguments[0]}", *arguments[1:]]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == code
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def interpreter(where: Path, body: str) -> str:
+    """A Python for the probes that appends to a file whenever a probe is started and then does ``body``."""
+    path = where / "python"
+    asked = f'case "$*" in *probes*) echo started >> {where}/started; {body};; *) exec {sys.executable} "$@";; esac'
+    path.write_text(f"#!/bin/sh\n{asked}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def run(store: Store, arguments: tuple[str, ...] = ()) -> dict[str, Any] | None:
+    return probes.run_probe("ceiling", "trl", arguments, store, time_limit_seconds=20)
+
+
+def test_a_probe_is_stored_and_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = """echo warming up; echo '{"tflops": 700.0}'"""
+    monkeypatch.setenv("FORGE_GPU_PYTHON", interpreter(tmp_path, body))
+    store = Store(tmp_path / "store")
+    first, again = run(store), run(store)
+    assert first is not None
+    assert first["tflops"] == 700.0
+    assert again == first
+    run(store, ("--other",))
+    assert (tmp_path / "started").read_text().count("started") == 2
+
+
+@pytest.mark.parametrize("body", ["echo '{}'; exit 1", "echo no json", "exit 0", "echo out of memory >&2; exit 5"])
+def test_a_probe_that_fails_is_an_error_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str
+) -> None:
+    monkeypatch.setenv("FORGE_GPU_PYTHON", interpreter(tmp_path, body))
+    store = Store(tmp_path / "store")
+    with pytest.raises(ForgeError, match="the ceiling probe of trl failed"):
+        run(store)
+    assert not list((tmp_path / "store").rglob("*.json"))
