@@ -1,14 +1,18 @@
 """The key of a measurement: a digest of everything that can change its numbers, and of nothing else.
 
-Committing results, documentation or tests leaves every key as it is; a line of the training code, of the
-workload, its plan or its data, a package, a setting of the environment or another GPU does not.
+Committing results, documentation or tests leaves every key as it is, and so does a comment or a docstring in the
+training code; a statement of it, the workload, its plan or its data, a package, a setting of the environment or
+another GPU does not.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import io
 import json
 import subprocess
+import tokenize
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -28,6 +32,8 @@ TRAINING = ROOT / "forge" / "training"
 # reads weights' headers and, once, rebuilds Qwen2's tokenizer: hence the exceptions to "all but export/".
 _NOT_EXECUTED = ("export/", "evaluation/", "checks/", "probes/", "evaluate.py", "check.py", "pipeline.py")
 _EXECUTED_ALL_THE_SAME = ("__init__", "weights", "llama_cpp", "native", "child_process")
+# What turns a repository into a corpus: executed only by a run that is given no corpus.
+_MAKES_CORPUS = ("data/corpus", "data/discovery.py", "data/duplicates.py", "data/secrets.py", "data/split.py")
 
 _SAMPLE_BYTES, _NUM_SAMPLES = 64 << 10, 64
 
@@ -59,6 +65,8 @@ def identify(spec: RunSpec) -> Identity:
         "gpu": (describe_gpu() or {}).get("name"),
         "settings": settings(),
     }
+    if workload.data.train is None:
+        parts["corpus_code"] = _sha256_of(measured_files(makes_corpus=True))
     if spec.evaluate:
         parts["evaluation"] = {
             "code": evaluation_sha256(),
@@ -66,7 +74,7 @@ def identify(spec: RunSpec) -> Identity:
             "asked": workload.evaluation.model_dump(mode="json"),  # not in the workload's digest
         }
     if spec.float32_adapter:
-        parts["float32_adapter"] = sha256_file(TRAINING / "probes" / "float32_adapter.py")
+        parts["float32_adapter"] = code_sha256_of(TRAINING / "probes" / "float32_adapter.py")
     parts = json.loads(json.dumps(parts))  # as it will be read back
     return Identity(sha256_json(parts), parts)
 
@@ -88,22 +96,59 @@ def _short(value: Any) -> Any:
     return value[:8] if is_digest else value
 
 
-def measured_files() -> list[Path]:
-    """The Python files that a training run can execute, sorted, relative to ``forge/training``."""
+def measured_files(*, makes_corpus: bool = False) -> list[Path]:
+    """The Python files that a training run can execute, sorted, relative to ``forge/training``.
+
+    ``makes_corpus``: instead those that it executes besides where it makes its corpus itself.
+    """
     found = sorted(path.relative_to(TRAINING) for path in TRAINING.rglob("*.py"))
     kept = {Path("export") / f"{name}.py" for name in _EXECUTED_ALL_THE_SAME}
-    return [path for path in found if path in kept or not path.as_posix().startswith(_NOT_EXECUTED)]
+    executed = [path for path in found if path in kept or not path.as_posix().startswith(_NOT_EXECUTED)]
+    return [path for path in executed if path.as_posix().startswith(_MAKES_CORPUS) == makes_corpus]
 
 
 def code_sha256() -> str:
-    """SHA-256 over path and content of :func:`measured_files`."""
-    return sha256_json([[path.as_posix(), sha256_file(TRAINING / path)] for path in measured_files()])
+    """SHA-256 over path and code of :func:`measured_files`."""
+    return _sha256_of(measured_files())
 
 
 def evaluation_sha256() -> str:
-    """SHA-256 over path and content of what an evaluation executes beside what training does."""
+    """SHA-256 over path and code of what an evaluation executes beside what training does."""
     files = [TRAINING / "evaluate.py", TRAINING / "export" / "lora.py", *sorted((TRAINING / "evaluation").glob("*.py"))]
-    return sha256_json([[path.relative_to(TRAINING).as_posix(), sha256_file(path)] for path in files])
+    return _sha256_of([path.relative_to(TRAINING) for path in files])
+
+
+def _sha256_of(files: list[Path]) -> str:
+    return sha256_json([[path.as_posix(), code_sha256_of(TRAINING / path)] for path in files])
+
+
+def code_sha256_of(path: Path) -> str:
+    """SHA-256 of a Python file less its comments, docstrings and blank lines, the same in every Python version.
+
+    Raises :class:`DataError` for a file that does not parse.
+    """
+    source = path.read_text(encoding="utf-8")
+    lines: list[str | None] = list(source.split("\n"))
+    try:
+        remarks = [node.body[0] for node in ast.walk(ast.parse(source)) if _has_docstring(node)]
+        tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
+    except (SyntaxError, tokenize.TokenError) as error:
+        raise DataError(f"{path} is no Python: {error}", remedy="correct it before measuring") from error
+    for token in tokens:
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = (lines[row - 1] or "")[:column]
+    for remark in remarks:
+        first, last = remark.lineno - 1, remark.end_lineno or remark.lineno
+        if (lines[first] or "").lstrip()[:1] in "rR\"'" and (lines[last - 1] or "").rstrip()[-1:] in "\"'":
+            lines[first:last] = [None] * (last - first)  # else it shares a line with a statement: let it count
+    text = "\n".join(line.rstrip() for line in lines if line and line.strip())
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _has_docstring(node: Any) -> bool:
+    is_documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+    return is_documented and ast.get_docstring(node, clean=False) is not None
 
 
 def package_versions(backend: Backend) -> dict[str, str | None]:

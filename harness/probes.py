@@ -11,10 +11,10 @@ from typing import Any
 
 from forge.training.environment import ROOT, describe_gpu
 from forge.training.errors import ForgeError
-from forge.training.files import read_json_object, sha256_file, sha256_json, write_json
+from forge.training.files import read_json_object, sha256_json, write_json
 from forge.training.plan import Backend
 from harness.arms import environment, interpreter
-from harness.identity import code_sha256, package_versions
+from harness.identity import code_sha256, code_sha256_of, package_versions
 from harness.monitor import machine_id, wait_until_free
 from harness.portable import log_tail, portable_setting
 from harness.process import run_process
@@ -25,14 +25,14 @@ _SIBLING = re.compile(r"^\s*from forge\.training\.probes\.(\w+) import", re.MULT
 
 
 def source_sha256(module: str) -> str:
-    """Digest of a probe's source, with that of its neighbours in ``probes/`` that it imports, theirs included."""
+    """Digest of a probe's code, with that of its neighbours in ``probes/`` that it imports, theirs included."""
     found: dict[str, str] = {}
     waiting = [module]
     while waiting:
         name = waiting.pop()
         if name not in found:
             path = PROBES / f"{name}.py"
-            found[name] = sha256_file(path)
+            found[name] = code_sha256_of(path)
             waiting += _SIBLING.findall(path.read_text(encoding="utf-8"))
     return found[module] if len(found) == 1 else sha256_json(sorted(found.items()))
 

@@ -155,20 +155,30 @@ def imports_of(path: Path) -> set[Path]:
     return {name for name in found if (identity.TRAINING / name).is_file()}
 
 
-def test_whatever_a_run_could_import_is_in_the_key() -> None:
-    """Including what no run here does: Unsloth's side, Qwen2's tokenizer rebuilt."""
-    starts = ["__main__.py", "session.py", "progress.py", "models/standin.py", "errors.py", "workload.py"]
-    starts += [f"backends/{name}.py" for name in ("__init__", "legacy", "trl", "unsloth")]
+def closure_of(starts: list[str], without: tuple[str, ...] = ()) -> set[Path]:
     closure: set[Path] = set()
     waiting = {Path(start) for start in starts}
     while waiting:
         path = waiting.pop()
         closure.add(path)
-        if path != Path("cli.py"):  # imports inside each command, so the commands that run are the starts above
+        if path.as_posix() not in ("cli.py", *without):  # imports inside each command: those that run are in `starts`
             waiting |= imports_of(identity.TRAINING / path) - closure
-    assert closure <= set(identity.measured_files())
+    return closure
+
+
+def test_whatever_a_run_could_import_is_in_the_key() -> None:
+    """Including what no run here does: Unsloth's side, Qwen2's tokenizer rebuilt."""
+    starts = ["__main__.py", "session.py", "progress.py", "models/standin.py", "errors.py", "workload.py"]
+    starts += [f"backends/{name}.py" for name in ("__init__", "legacy", "trl", "unsloth")]
+    measured, making = set(identity.measured_files()), set(identity.measured_files(makes_corpus=True))
+    closure = closure_of(starts)
+    assert closure <= measured | making
+    assert making <= closure
     assert Path("export/native.py") in closure
-    assert Path("evaluate.py") not in identity.measured_files()
+    assert Path("evaluate.py") not in measured | making
+    # a run that is given its corpus reaches the maker of corpora by one import, and does not make it
+    given = closure_of(starts, without=("data/corpus.py",))
+    assert given & making == {Path("data/corpus.py")}
 
 
 # Endings
@@ -430,6 +440,69 @@ def test_only_what_is_measured_is_in_the_codes_digest(tmp_path: Path, monkeypatc
     assert identity.code_sha256() == before
     (tmp_path / "loop.py").write_text("a = 2\n")
     assert identity.code_sha256() != before
+
+
+def test_a_run_that_is_given_its_corpus_does_not_depend_on_how_corpora_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = tmp_path / "train.jsonl"
+    train.write_text("{}\n")
+    given = RunSpec(backend="trl", workload="smoke", overrides=(f"data.train={train}",))
+    before = [identity.identify(spec).key for spec in (given, SPEC)]
+    real = identity.code_sha256_of
+    monkeypatch.setattr(identity, "code_sha256_of", lambda path: "0" if path.name == "corpus.py" else real(path))
+    after = [identity.identify(spec).key for spec in (given, SPEC)]
+    assert after[0] == before[0]
+    assert after[1] != before[1], "the demo makes its corpus itself"
+
+
+SOURCE = '''"""What this is for."""
+
+LIMIT = 3  # of them
+
+
+class Thing:
+    """A thing."""
+
+    def work(self) -> str:
+        """Do it.
+
+        In two paragraphs.
+        """
+        # with care
+        return f"# no remark {LIMIT}"
+'''
+
+
+def test_a_remark_voids_no_measurement_and_a_statement_does(tmp_path: Path) -> None:
+    path = tmp_path / "loop.py"
+
+    def digest(source: str) -> str:
+        path.write_text(source)
+        return identity.code_sha256_of(path)
+
+    before = digest(SOURCE)
+    for old, new in {
+        "What this is for": "What it is for, and why",
+        "# of them": "# of those",
+        "In two paragraphs.": "In three\n\n        paragraphs.",
+        "        # with care\n": "\n",
+        '    """A thing."""\n': "",
+    }.items():
+        assert old in SOURCE
+        assert digest(SOURCE.replace(old, new)) == before, old
+    for old, new in {
+        "LIMIT = 3": "LIMIT = 4",
+        "# no remark": "# a remark",
+        "        return": "        return None\n        return",
+        "    def work": "    def play",
+        '    """A thing."""': '    """A thing."""; work = 1',
+        "        # with care\n": '        "a string that is no docstring"\n',
+    }.items():
+        assert old in SOURCE
+        assert digest(SOURCE.replace(old, new)) != before, old
+    with pytest.raises(DataError, match=r"loop\.py is no Python"):
+        digest("def f(:\n")
 
 
 def test_another_base_in_the_same_place_is_another_measurement(tmp_path: Path) -> None:
