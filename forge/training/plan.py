@@ -7,14 +7,16 @@ every token in its loss, are the workload's.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from forge.training.errors import ConfigurationError
+from forge.training.settings import apply_overrides, listed, shown, unusable_text, validation_errors
 from forge.training.workload import WORKLOADS, Workload
-from forge.training.yaml_strict import load_yaml, parse_scalar
+from forge.training.yaml_strict import load_yaml
 
 Backend = Literal["legacy", "trl", "unsloth"]
 LONG_DOCUMENT_TOKENS = 8192
@@ -41,7 +43,7 @@ class Plan(BaseModel):
     and the allocator's pool are there before the first step is timed.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     micro_batch: Annotated[int, Field(gt=0)] = 1  # examples
     gradient_checkpointing: Literal["none", "full", "offload"] = "full"  # offload: to pinned host memory
@@ -80,17 +82,15 @@ def load_plan(workload: Workload, backend: Backend, overrides: list[str] | tuple
     content = dict(_DEFAULTS[backend])
     path = WORKLOADS / f"{workload.name}.plans.yaml"
     if path.is_file():
-        plans = load_yaml(path)
-        content.update(plans.get(backend) or {})
-    for override in overrides:
-        key, _, value = override.partition("=")
-        content[key.strip()] = parse_scalar(value)
+        content.update(_planned(path, backend))
+    errors = apply_overrides(content, overrides, "--plan") + list(unusable_text(content))
     try:
         plan = Plan.model_validate(content)
     except ValidationError as invalid:
-        lines = [f"  - plan.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in invalid.errors()]
+        errors += validation_errors(Plan, invalid, "plan.")
+    if errors:
         known = ", ".join(Plan.model_fields)
-        raise ConfigurationError("the plan is wrong\n" + "\n".join(lines), remedy=f"its keys are {known}") from None
+        raise ConfigurationError(f"the plan is wrong\n{listed(errors)}", remedy=f"its keys are {known}")
     effective = workload.training.effective_batch
     if effective % plan.micro_batch:
         raise ConfigurationError(
@@ -98,6 +98,17 @@ def load_plan(workload: Workload, backend: Backend, overrides: list[str] | tuple
             remedy=f"take one of {[n for n in range(1, effective + 1) if effective % n == 0]}",
         )
     return plan
+
+
+def _planned(path: Path, backend: Backend) -> dict[str, Any]:
+    plans = load_yaml(path)
+    unknown = sorted(plans.keys() - set(BACKEND_NAMES))
+    if unknown:
+        raise ConfigurationError(f"{path}: no backend {shown(unknown[0])}", remedy=f"one of {', '.join(BACKEND_NAMES)}")
+    own = plans.get(backend) or {}
+    if not isinstance(own, dict):
+        raise ConfigurationError(f"{path}: {backend} is no mapping of keys to values", remedy="see the plans beside it")
+    return own
 
 
 def num_steps(workload: Workload, num_examples: int) -> int:

@@ -9,6 +9,7 @@ of the digest because data and weights are identified by their content.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,16 +18,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from forge.training.errors import ConfigurationError
 from forge.training.files import sha256_json
-from forge.training.yaml_strict import load_yaml, parse_scalar
+from forge.training.settings import apply_overrides, listed, shown, unusable_text, validation_errors
+from forge.training.yaml_strict import load_yaml
 
 WORKLOADS = Path(__file__).resolve().parents[2] / "workloads"
 
-Positive = Annotated[int, Field(gt=0)]
+# Bounds far above any use: a slip of the finger is an error here, and not a loop of 10^12 rounds later.
+Positive = Annotated[int, Field(gt=0, le=100_000_000)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class ModelSection(_Section):
@@ -99,13 +102,21 @@ class OptimizerSection(_Section):
 class TrainingSection(_Section):
     """One optimizer step trains on ``effective_batch`` examples. ``max_steps`` overrides ``epochs``."""
 
-    epochs: Annotated[float, Field(gt=0)] = 3.0
+    epochs: Annotated[float, Field(gt=0, le=10_000)] = 3.0
     max_steps: Positive | None = None
-    effective_batch: Positive = 8
+    effective_batch: Annotated[int, Field(gt=0, le=100_000)] = 8
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     evaluate_every_steps: Positive | None = None
     early_stopping_patience: Positive | None = None
     save_every_steps: Positive | None = None
+    save_every_minutes: Annotated[float, Field(gt=0)] | None = 10.0  # a kill costs at most so much
+    spike_limit: Positive | None = None  # end the run at so many loss spikes in a row; None: only report them
+
+    @model_validator(mode="after")
+    def _is_a_run_of_this_world(self) -> TrainingSection:
+        if self.max_steps and self.max_steps * self.effective_batch > 100_000_000:
+            raise ValueError("training.max_steps times training.effective_batch is more than 100,000,000 examples")
+        return self
 
     @model_validator(mode="after")
     def _stopping_needs_evaluation(self) -> TrainingSection:
@@ -140,6 +151,7 @@ class GateSection(_Section):
     num_warmup_steps: Positive = 2
 
 
+Tracker = Literal["tensorboard", "wandb", "mlflow", "comet_ml", "trackio", "clearml", "neptune", "swanlab"]
 Quantization = Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k"]
 
 
@@ -153,7 +165,7 @@ class ExportSection(_Section):
 class Workload(_Section):
     """A whole workload; ``name`` is also the default run directory's name."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
     description: str = ""
     model: ModelSection = ModelSection()
     data: DataSection
@@ -163,7 +175,7 @@ class Workload(_Section):
     evaluation: EvaluationSection = EvaluationSection()
     export: ExportSection = ExportSection()
     gate: GateSection = GateSection()
-    report_to: tuple[str, ...] = Field(default=("tensorboard",), strict=False)
+    report_to: tuple[Tracker, ...] = Field(default=("tensorboard",), strict=False)
 
     def digest(self) -> str:
         """SHA-256 of what changes the mathematics; paths and output settings are left out."""
@@ -174,7 +186,8 @@ class Workload(_Section):
             del content[section][key]
         for key in ("documents", "train", "validation", "instructions", "validation_share"):
             del content["data"][key]
-        del content["training"]["save_every_steps"]
+        for key in ("save_every_steps", "save_every_minutes", "spike_limit"):
+            del content["training"][key]
         return sha256_json(content)
 
     def to_yaml(self) -> str:
@@ -195,6 +208,7 @@ def changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 _PATHS = (("model", "path"), ("data", "documents"), ("data", "train"), ("data", "validation"))
+_SOURCES = ("documents", "train")
 _WORDS = {"tiny", "small", "qwen2-7b", "embedded"}
 
 
@@ -206,50 +220,57 @@ def load_workload(source: str | Path, overrides: list[str] | tuple[str, ...] = (
     """
     path = _find(source)
     content = load_yaml(path)
+    _refuse_unusable_text(path, content)
     _resolve_paths(content, path.parent)
-    errors = []
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator or not key:
-            errors.append(f"--set {override}: expected key=value, for example training.seed=7")
-            continue
-        value = parse_scalar(text)
-        parts = key.strip().split(".")
-        node = content
-        for part in parts[:-1]:
-            child = node.setdefault(part, {})
-            if not isinstance(child, dict):
-                errors.append(f"--set {override}: {part} is not a section")
-                break
-            node = child
-        else:
-            node[parts[-1]] = value
-            if parts[0] == "data" and parts[-1] in ("documents", "train") and value is not None:
-                content["data"].pop("train" if parts[-1] == "documents" else "documents", None)
+    errors = apply_overrides(content, overrides, "--set")
+    _refuse_unusable_text(path, content)
+    _choose_source(content, overrides)
     _resolve_paths(content, Path.cwd())
     try:
         workload = Workload.model_validate(content)
     except ValidationError as invalid:
-        errors += [_readable(error) for error in invalid.errors()]
+        errors += validation_errors(Workload, invalid)
     if errors:
-        raise ConfigurationError(
-            f"{path}: {len(errors)} error{'s' * (len(errors) > 1)}\n" + "\n".join(f"  - {e}" for e in errors),
-            remedy="`python -m forge.training schema` prints every key with its type and default",
-        )
+        raise _invalid(path, errors)
     return workload
+
+
+def _refuse_unusable_text(path: Path, content: dict[str, Any]) -> None:
+    """Before anything could print such a text or look for a file of that name."""
+    unusable = list(unusable_text(content))
+    if unusable:
+        raise _invalid(path, unusable)
+
+
+def _invalid(path: Path, errors: list[str]) -> ConfigurationError:
+    return ConfigurationError(
+        f"{path}: {len(errors):,} error{'s' * (len(errors) > 1)}\n{listed(errors)}",
+        remedy="`python -m forge.training schema` prints every key with its type and default",
+    )
+
+
+def _choose_source(content: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Documents chosen by an override replace the file's own training records, and the other way round."""
+    keys = [override.partition("=")[0].strip() for override in overrides]
+    chosen = [source for key in keys for source in _SOURCES if key == f"data.{source}"]
+    data = content.get("data")
+    if chosen and isinstance(data, dict) and data.get(chosen[-1]) is not None:
+        data.pop(next(other for other in _SOURCES if other != chosen[-1]), None)
 
 
 def _find(source: str | Path) -> Path:
     path = Path(source)
-    if path.is_file():
-        return path.absolute()
-    named = WORKLOADS / f"{source}.yaml"
-    if "/" not in str(source) and named.is_file():
-        return named
+    try:
+        if path.is_file():
+            return path.absolute()
+    except (OSError, ValueError):  # a name too long, or with a NUL in it
+        pass
     known = sorted(p.stem for p in WORKLOADS.glob("*.yaml") if "." not in p.stem)
-    near = difflib.get_close_matches(str(source), known, 1)
+    if str(source) in known:
+        return WORKLOADS / f"{source}.yaml"
+    near = difflib.get_close_matches(str(source)[:60], known, 1)
     raise ConfigurationError(
-        f"no workload {str(source)!r}: neither a file nor one of {', '.join(known) or '(none)'}",
+        f"no workload {shown(repr(str(source)))}: neither a file nor one of {', '.join(known) or '(none)'}",
         remedy=f"did you mean {near[0]}?" if near else "name a YAML file or one of those",
     )
 
@@ -262,27 +283,14 @@ def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
         value = part.get(key)
         if not isinstance(value, str) or value in _WORDS or Path(value).is_absolute():
             continue
-        candidate = (folder / Path(value).expanduser()).absolute()
-        looks_local = value.startswith((".", "~")) or candidate.exists()
+        try:
+            candidate = (folder / Path(value).expanduser()).absolute()
+            looks_local = value.startswith((".", "~")) or candidate.exists()
+        except (
+            OSError,
+            ValueError,
+            RuntimeError,
+        ):  # a name too long, or nobody's home
+            continue
         if section == "data" or looks_local:  # anything else is a hub name
             part[key] = str(candidate)
-
-
-def _readable(error: Any) -> str:
-    where = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(error["loc"][-1]), _keys_beside(error["loc"]), 1)
-        return f"{where}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "missing":
-        return f"{where}: required, and not given"
-    given = "" if error["type"].startswith("value_error") else f" (given: {error['input']!r:.60})"
-    return f"{where}: {message}{given}" if where else message
-
-
-def _keys_beside(location: tuple[Any, ...]) -> list[str]:
-    model: Any = Workload
-    for part in location[:-1]:
-        field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
-        model = field.annotation if field is not None else None
-    return list(model.model_fields) if hasattr(model, "model_fields") else []

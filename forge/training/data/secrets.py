@@ -113,6 +113,22 @@ _FURTHER_RULES: dict[str, tuple[str, re.Pattern[str]]] = {
     ),
 }
 
+# Formats that a setting or a message must not hold, looked for without the detector, which not every environment has.
+_CREDENTIALS = {
+    **{name: pattern for name, (_, pattern) in _FURTHER_RULES.items()},
+    "Hugging Face Token": re.compile(r"\bhf_[A-Za-z0-9]{20}"),
+    "AWS Access Key": re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}"),
+    "GitHub Token": re.compile(r"\bgh[pousr]_[A-Za-z0-9]{36}"),
+    "Slack Token": re.compile(r"\bxox[abeoprs]-[A-Za-z0-9-]{10}"),
+    "Private Key": re.compile(r"-----BEGIN [A-Z0-9 ]{0,30}PRIVATE KEY"),
+    "Basic Auth Credentials": re.compile(r"://[^/\s:@]{1,100}:[^/\s:@]{1,100}@"),
+}
+
+
+def credential_rule(text: str) -> str | None:
+    """The first credential format that occurs in a short text such as a setting, ``None`` where none does."""
+    return next((name for name, pattern in _CREDENTIALS.items() if pattern.search(text)), None)
+
 
 def find_secrets(path: str, text: str) -> list[Secret]:
     """Every line of ``text`` with a credential on it, by line then rule. ``path`` is only passed through."""
