@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from forge.training.data.conversation import IGNORED, Encoder, encode_conversation
 from forge.training.data.examples import encode_records, load_examples, sample_examples, save_examples
 from forge.training.data.records import Message, Record
 from forge.training.errors import ConfigurationError, DataError
+from forge.training.models.tokenizers import load_tokenizer
 from forge.training.workload import DataSection
 
-from .tiny_model import write_tokenizer
+from .tiny_model import SPECIAL_TOKENS, write_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -75,11 +80,114 @@ def test_control_tokens_in_a_document_stay_text(tokenizer: Any) -> None:
     assert trained_text(tokenizer, ids, labels) == text + "<|im_end|>"
 
 
+PIECES = st.sampled_from(
+    ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|im_", "end|>", "<|im_end|", "|>", "\n", " "]
+)
+TEXTS = st.lists(PIECES | st.text(st.characters(exclude_categories=["Cs"]), max_size=8), min_size=1, max_size=12)
+PROMPT = Message("user", "What?")
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(contents=st.lists(TEXTS.map("".join), min_size=2, max_size=2))
+def test_no_text_whatsoever_becomes_a_control_token_and_clean_ones_are_the_templates(
+    tokenizer: Any, contents: list[str]
+) -> None:
+    encoder = Encoder(tokenizer)
+    messages = [Message(role, text) for role, text in zip(("user", "assistant"), contents, strict=True)]
+    ids, labels, contaminated = encode_conversation(encoder, messages, "answer")
+    bare = encode_conversation(encoder, [PROMPT, Message("assistant", "x")], "answer")[0]
+    assert encoder.num_control(ids) == encoder.num_control(bare) > 0  # the template's own and no other
+    assert contaminated == any(token in text for token in SPECIAL_TOKENS for text in contents)
+    if not contaminated:
+        plain = [{"role": m.role, "content": m.content} for m in messages]
+        assert ids.tolist() == tokenizer.apply_chat_template(plain, tokenize=True, return_dict=False)
+    said = unicodedata.normalize("NFC", contents[1]) + "<|im_end|>"
+    assert trained_text(tokenizer, ids, labels).endswith(said)
+
+
+def test_the_number_of_documents_with_control_tokens_is_reported(tokenizer: Any) -> None:
+    rows = [record("fine"), record("bad <|im_end|>"), record("fine", question="what is <|im_start|>?")]
+    assert encode_records(rows, Encoder(tokenizer), data()).report.num_with_control_tokens == 2
+
+
+def test_a_control_token_that_only_normalising_brings_forth_stays_text(tmp_path: Path) -> None:
+    """A tokenizer that lower-cases before it looks for its added tokens."""
+    tokenizer = write_tokenizer(tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    spec["normalizer"] = {"type": "Lowercase"}
+    for token in spec["added_tokens"]:
+        token["normalized"] = True
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    encoder = Encoder(load_tokenizer(tmp_path))
+    assert encoder.num_control(encoder.ids_and_ends("<|IM_END|>", plain=False)[0]) == 1  # the trap is there
+    ids, labels, contaminated = encode_conversation(encoder, [PROMPT, Message("assistant", "a <|IM_END|> b")], "answer")
+    assert contaminated
+    bare = encode_conversation(encoder, [PROMPT, Message("assistant", "a b")], "answer")[0]
+    assert encoder.num_control(ids) == encoder.num_control(bare)
+    assert trained_text(tokenizer, ids, labels) == "a <|im_end|> b<|im_end|>"
+
+
+def test_a_tokenizer_that_cannot_write_its_control_tokens_as_text_is_refused(tmp_path: Path) -> None:
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"[unk]": 0, "<end>": 1}, unk_token="[unk]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.add_special_tokens([AddedToken("<end>", special=True)])
+    template = "{% for m in messages %}{{ m['content'] }}<end>{% endfor %}"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", chat_template=template)
+    with pytest.raises(ConfigurationError, match="cannot write <end> as text"):
+        Encoder(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "refuses the conversation: roles must alternate"),
+        ("{% for %}", "refuses the conversation"),
+        ("{{ messages[7]['content'] }}", "refuses the conversation"),
+        ("{{ ().__class__.__bases__[0].__subclasses__() }}", "refuses the conversation"),
+        ("{{ messages[0]['content'] }}", "drops, repeats or reorders"),
+        ("{% for m in messages %}{{ m['content'] | upper }}{% endfor %}", "rewrites the messages' text"),
+    ],
+)
+def test_a_template_that_refuses_breaks_or_rewrites_is_one_message(tokenizer: Any, template: str, message: str) -> None:
+    kept, tokenizer.chat_template = tokenizer.chat_template, template
+    try:
+        with pytest.raises(ConfigurationError, match=message):
+            encode_conversation(Encoder(tokenizer), [PROMPT, Message("assistant", "It")], "answer")
+    finally:
+        tokenizer.chat_template = kept
+
+
+def test_a_template_that_refuses_a_system_prompt_names_each_record_that_has_one(tokenizer: Any) -> None:
+    kept = tokenizer.chat_template
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + kept
+    )
+    try:
+        with pytest.raises(DataError, match=r"line 1: the base model's chat template refuses .*: no system role"):
+            encode_records([record("fine")], Encoder(tokenizer), data(system_prompt="Be brief."))
+    finally:
+        tokenizer.chat_template = kept
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]", '{"version": "1.0", "model": {"type": "BPE"}}', "\0" * 99])
+def test_a_broken_tokenizer_file_is_one_message(tmp_path: Path, content: str) -> None:
+    write_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
+    with pytest.raises(DataError, match="no usable tokenizer"):
+        load_tokenizer(tmp_path)
+
+
 def test_control_tokens_can_drop_or_fail_instead(tokenizer: Any) -> None:
     rows = [record("fine"), record("bad <|im_end|>", line=2)]
     assert len(encode_records(rows, Encoder(tokenizer), data(control_tokens="drop"))) == 1
-    with pytest.raises(DataError, match="line 2"):
+    rows.append(record("worse <|im_start|>", line=9))
+    with pytest.raises(DataError, match="2 lines cannot be used") as caught:
         encode_records(rows, Encoder(tokenizer), data(control_tokens="fail"))
+    assert "line 2: the text holds the control token <|im_end|>" in caught.value.message
+    assert "line 9: the text holds the control token <|im_start|>" in caught.value.message
 
 
 def test_dividing_trains_every_character_at_any_length(tokenizer: Any) -> None:
@@ -106,12 +214,19 @@ def test_cutting_keeps_the_start_and_counts_what_is_lost(tokenizer: Any) -> None
 
 def test_rows_cut_to_nothing_are_dropped_and_all_of_them_is_an_error(tokenizer: Any) -> None:
     long_question = record("short", question="q " * 200)
-    settings = data(max_length=64, long_documents="cut")
-    assert encode_records([long_question, record("fine")], Encoder(tokenizer), settings).report.num_dropped == 1
-    with pytest.raises(DataError, match="none of 1 records"):
-        encode_records([long_question], Encoder(tokenizer), settings)
-    with pytest.raises(DataError, match="no room for an answer"):
-        encode_records([record("long " * 99, question="q " * 200)], Encoder(tokenizer), data(max_length=64))
+    short = data(max_length=64, long_documents="cut")
+    report = encode_records([long_question, record("fine", line=2)], Encoder(tokenizer), short).report
+    assert (report.dropped, report.num_examples) == (["line 1"], 1)
+    with pytest.raises(DataError, match=r"a\.jsonl: none of 1 records"):
+        encode_records([long_question], Encoder(tokenizer), short, "a.jsonl")
+
+
+def test_every_record_that_cannot_be_encoded_is_named(tokenizer: Any) -> None:
+    rows = [record("long " * 99, question="q " * 200, line=n) for n in (3, 5)]
+    with pytest.raises(DataError, match="no room for an answer") as caught:
+        encode_records([*rows, record("fine")], Encoder(tokenizer), data(max_length=160), "a.jsonl")
+    assert caught.value.message.startswith("a.jsonl: 2 lines cannot be used\n  line 3: ")
+    assert "\n  line 5: " in caught.value.message
 
 
 def test_a_sample_holds_the_longest_and_every_part_of_the_lengths(tokenizer: Any) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from forge.training.checks.finding import Finding, ok, warning
 from forge.training.errors import DataError
 from forge.training.workload import Workload
+
+if TYPE_CHECKING:
+    from forge.training.data.records import Record
 
 
 def check_data(workload: Workload) -> Iterator[Finding]:
@@ -42,30 +47,29 @@ def _check_documents(workload: Workload) -> Iterator[Finding]:
 
 
 def _check_records(workload: Workload) -> Iterator[Finding]:
-    from forge.training.data.records import Record, read_records
+    from forge.training.data.overlap import describe_overlap, find_overlap
+    from forge.training.data.records import read_both
 
-    def read(path: Path) -> list[Record]:
-        records = read_records(path)
-        if not records:
-            raise DataError(f"{path} holds no records")
-        return records
+    data = workload.data
+    assert data.train is not None
+    train, held_out = read_both(Path(data.train), Path(data.validation) if data.validation else None)
+    yield ok("data", f"{len(train):,} records in {data.train}")
+    if held_out is not None:
+        yield ok("data", f"{len(held_out):,} records held out in {data.validation}")
+        for line in describe_overlap(find_overlap(train, held_out)):
+            remedy = "their loss says nothing about new documents; `dataset ROOT --split 0.1` splits by document"
+            yield warning("data", line, remedy)
+    yield from _check_secrets(train, data.train)
 
-    def answer(record: Record) -> str:
-        return " ".join(record.messages[-1].content.split())
 
-    assert workload.data.train is not None
-    train = read(Path(workload.data.train))
-    yield ok("data", f"{len(train):,} records in {workload.data.train}")
-    if workload.data.validation is None:
+def _check_secrets(records: Sequence[Record], path: str) -> Iterator[Finding]:
+    """What `dataset` would have left out; a model can recite it. The detector is no part of the legacy stack."""
+    from forge.training.data.secrets import find_secrets
+
+    if find_spec("detect_secrets") is None:
         return
-    validation = read(Path(workload.data.validation))
-    yield ok("data", f"{len(validation):,} records held out in {workload.data.validation}")
-    trained = {answer(record) for record in train}
-    num_shared = sum(answer(record) in trained for record in validation)
-    if num_shared:
-        yield warning(
-            "data",
-            f"{num_shared} of {len(validation)} held-out texts stand in the training records too: "
-            "their loss says nothing about new documents",
-            "split by document: `dataset ROOT --split 0.1` does",
-        )
+    found = [(r.line, secret.rule) for r in records for m in r.messages for secret in find_secrets("", m.content)]
+    if found:
+        shown = ", ".join(f"line {line}: {rule}" for line, rule in found[:5])
+        more = f" and {len(found) - 5:,} more" if len(found) > 5 else ""
+        yield warning("secrets", f"{path} holds what looks like credentials: {shown}{more}", "take them out")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from forge.training.data.records import Message
-from forge.training.errors import ConfigurationError
+from forge.training.errors import ConfigurationError, DataError
 
 IGNORED = -100  # torch's ignore_index: a label that carries no loss
 
@@ -35,15 +35,30 @@ class Encoder:
         self.full = Tokenizer.from_str(text)
         spec = json.loads(text)
         self.control = sorted((t["content"] for t in spec["added_tokens"]), key=len, reverse=True)
+        self.control_ids = np.asarray([t["id"] for t in spec["added_tokens"]], dtype=np.int32)
         spec["added_tokens"], spec["post_processor"] = [], None
         self.plain = Tokenizer.from_str(json.dumps(spec))
         for each in (self.full, self.plain):
             each.no_truncation()
             each.no_padding()
         self.num_bytes = _token_bytes(tokenizer)
+        unsafe = [token for token in self.control if self.num_control(self.ids_and_ends(token, plain=True)[0])]
+        if unsafe:
+            raise ConfigurationError(
+                f"the base model's tokenizer cannot write {unsafe[0]} as text: documents could end their own turn",
+                remedy="use a base with a byte-level tokenizer, such as Qwen2's",
+            )
+        try:
+            _skeleton(tokenizer.chat_template, ("user", "assistant"), _Render(tokenizer))
+        except DataError as error:
+            raise ConfigurationError(error.message, remedy="use an instruction-tuned base") from error
 
     def has_control(self, text: str) -> bool:
         return any(token in text for token in self.control)
+
+    def num_control(self, ids: np.ndarray) -> int:
+        """How many of ``ids`` are control tokens."""
+        return int(np.isin(ids, self.control_ids).sum())
 
     def ids_and_ends(self, text: str, plain: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ids and each token's character range [start, end)."""
@@ -94,7 +109,11 @@ def encode_conversation(
         contents = [c.strip() for c in contents]  # some templates trim
         if _join(pieces, contents) != rendered:
             raise ConfigurationError("the chat template rewrites the messages' text; Forge cannot mask it")
-    contaminated = any(encoder.has_control(c) for c in contents)
+    ids, starts, ends = encoder.ids_and_ends(rendered, plain=False)
+    # by content, and by result: a tokenizer that normalises first finds control tokens that are not there literally
+    contaminated = any(encoder.has_control(c) for c in contents) or (
+        encoder.num_control(ids) != sum(encoder.num_control(encoder.ids_and_ends(p, plain=False)[0]) for p in pieces)
+    )
     if contaminated:
         parts = []
         for index, piece in enumerate(pieces):
@@ -109,7 +128,6 @@ def encode_conversation(
         ids = np.concatenate([p[0] for p in parts])
         trained = np.concatenate([p[1] for p in parts])
     else:
-        ids, starts, ends = encoder.ids_and_ends(rendered, plain=False)
         trained = np.zeros(len(ids), dtype=bool)
         position = 0
         for index, content in enumerate(contents):
@@ -131,7 +149,13 @@ class _Render:
         self.tokenizer = tokenizer
 
     def __call__(self, conversation: list[dict[str, str]]) -> str:
-        return str(self.tokenizer.apply_chat_template(conversation, tokenize=False))
+        from jinja2 import TemplateError
+
+        try:
+            return str(self.tokenizer.apply_chat_template(conversation, tokenize=False))
+        except (TemplateError, TypeError, ValueError, LookupError) as error:  # what a template does is its author's
+            problem = str(error).partition("\n")[0]
+            raise DataError(f"the base model's chat template refuses the conversation: {problem:.200}") from error
 
     def __hash__(self) -> int:
         return id(self.tokenizer)

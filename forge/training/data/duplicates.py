@@ -87,6 +87,20 @@ def deduplicate(paths: Sequence[str], texts: Sequence[str]) -> Deduplicated:
     )
 
 
+def similar_pairs(texts: Sequence[str], others: Sequence[str], threshold: float) -> list[tuple[int, int, float]]:
+    """``(text, other, similarity)`` of every pair across the two at least ``threshold`` similar, ascending."""
+    shingles, num_single = _ranked_shingles([*texts, *others])
+    sides = [_Index(shingles, num_single, threshold) for _ in range(2)]
+    pairs = []
+    for i in sorted(range(len(shingles)), key=lambda i: -len(shingles[i])):
+        is_other = i >= len(texts)
+        for match, similarity in sides[not is_other]._matches(i):
+            text, other = (match, i) if is_other else (i, match)
+            pairs.append((text, other - len(texts), round(similarity, 4)))
+        sides[is_other].add(i)
+    return sorted(pairs)
+
+
 def jaccard(one: str, other: str) -> float:
     """Jaccard similarity of two texts' sets of 5-word shingles."""
     (a, b), _ = _ranked_shingles([one, other])

@@ -17,7 +17,7 @@ import numpy as np
 
 from forge.training.data.conversation import IGNORED, Encoder, encode_conversation
 from forge.training.data.division import divide
-from forge.training.data.records import Message, Record
+from forge.training.data.records import Message, Record, bad_lines
 from forge.training.errors import DataError
 from forge.training.files import staged_directory, write_json
 from forge.training.workload import DataSection
@@ -38,7 +38,7 @@ class ExamplesReport:
     num_divided: int  # documents divided into parts
     num_parts: int
     num_with_control_tokens: int
-    num_dropped: int  # nothing left to train on, or control tokens with policy "drop"
+    dropped: list[str]  # by name: nothing left to train on, or control tokens with policy "drop"
     lengths: list[int]  # of the examples, after cutting or dividing
 
 
@@ -57,28 +57,40 @@ class Examples:
         return len(self.input_ids)
 
 
-def encode_records(records: Sequence[Record], encoder: Encoder, data: DataSection) -> Examples:
-    """Encode records under a workload's data settings. Raises :class:`DataError` if nothing is left."""
+def encode_records(
+    records: Sequence[Record], encoder: Encoder, data: DataSection, source: Path | str = "the records"
+) -> Examples:
+    """Encode records under a workload's data settings. ``source``: their file, for messages.
+
+    Raises :class:`DataError` naming every record that cannot be encoded, or if nothing is left.
+    """
     rows: list[tuple[np.ndarray, np.ndarray, str]] = []
-    cut = tokens_cut = divided = parts = with_control = dropped = 0
+    errors: list[str] = []
+    dropped: list[str] = []
+    cut = tokens_cut = divided = parts = with_control = 0
     for record in records:
         messages = list(record.messages)
         if data.system_prompt is not None and messages[0].role != "system":
             messages.insert(0, Message("system", data.system_prompt))
-        ids, labels, contaminated = encode_conversation(encoder, messages, data.loss_on)
         name = f"line {record.line}"
+        try:
+            ids, labels, contaminated = encode_conversation(encoder, messages, data.loss_on)
+            pieces = None
+            if len(ids) > data.max_length and data.long_documents == "divide" and record.document:
+                pieces = _divided(encoder, messages, data)
+        except DataError as error:
+            errors.append(f"{name}: {error.message}")
+            continue
         if contaminated:
             with_control += 1
             if data.control_tokens == "fail":
-                raise DataError(
-                    f"{name}: the text holds a control token such as {encoder.control[0]}",
-                    remedy="set data.control_tokens to neutralise (train it as text) or drop",
-                )
-            if data.control_tokens == "drop":
-                dropped += 1
+                token = next(t for t in encoder.control if any(t in m.content for m in messages))
+                errors.append(f"{name}: the text holds the control token {token}, and data.control_tokens is fail")
                 continue
-        if len(ids) > data.max_length and data.long_documents == "divide" and record.document:
-            pieces = _divided(encoder, messages, data)
+            if data.control_tokens == "drop":
+                dropped.append(name)
+                continue
+        if pieces is not None:
             divided += 1
             parts += len(pieces)
             rows += [(i, lab, f"{name} part {k}/{len(pieces)}") for k, (i, lab) in enumerate(pieces, 1)]
@@ -88,11 +100,14 @@ def encode_records(records: Sequence[Record], encoder: Encoder, data: DataSectio
             tokens_cut += len(ids) - data.max_length
             ids, labels = ids[: data.max_length], labels[: data.max_length]
         rows.append((ids, labels, name))
-    kept = [row for row in rows if (row[1][1:] != IGNORED).any()]  # the first token is never predicted
-    dropped += len(rows) - len(kept)
+    if errors:
+        raise bad_lines(source, errors)
+    has_loss = [bool((labels[1:] != IGNORED).any()) for _, labels, _ in rows]  # the first token is never predicted
+    kept = [row for row, has in zip(rows, has_loss, strict=True) if has]
+    dropped += [row[2] for row, has in zip(rows, has_loss, strict=True) if not has]
     if not kept:
         raise DataError(
-            f"none of {len(records)} records has a token to train within data.max_length={data.max_length}",
+            f"{source}: none of {len(records)} records has a token to train within data.max_length={data.max_length}",
             remedy="raise data.max_length or shorten the instructions",
         )
     return _examples(
@@ -108,7 +123,7 @@ def encode_records(records: Sequence[Record], encoder: Encoder, data: DataSectio
             num_divided=divided,
             num_parts=parts,
             num_with_control_tokens=with_control,
-            num_dropped=dropped,
+            dropped=dropped,
             lengths=[len(row[0]) for row in kept],
         ),
     )
@@ -133,9 +148,10 @@ def _divided(encoder: Encoder, messages: Sequence[Message], data: DataSection) -
         if excess <= 0:
             return pieces
         budget -= excess  # a part can need a token or two more by itself than inside its document
+    least = overhead + MIN_ANSWER_TOKENS
     raise DataError(
-        f"data.max_length={data.max_length} leaves no room for an answer: prompts take {overhead} tokens",
-        remedy=f"set data.max_length to at least {overhead + MIN_ANSWER_TOKENS}, or data.long_documents to cut",
+        f"data.max_length={data.max_length} leaves no room for an answer: its prompt takes {overhead} tokens; "
+        f"set it to at least {least}, or data.long_documents to cut"
     )
 
 

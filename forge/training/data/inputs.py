@@ -8,6 +8,7 @@ from typing import Any
 
 from forge.training.data.conversation import Encoder
 from forge.training.data.examples import Examples, encode_records, sample_examples, save_examples
+from forge.training.data.overlap import describe_overlap, find_overlap
 from forge.training.errors import ConfigurationError, DataError
 from forge.training.files import read_json_object, sha256_file
 from forge.training.models.tokenizers import load_tokenizer
@@ -17,11 +18,15 @@ from forge.training.workload import Workload
 
 @dataclass(frozen=True)
 class PreparedInputs:
-    """Examples and their description for the run record. ``validation`` is ``None`` where there is none."""
+    """Examples and their description for the run record. ``validation`` is ``None`` where there is none.
+
+    ``notes``: what is no error and should be known: records with nothing to train, texts on both sides.
+    """
 
     train: Examples
     validation: Examples | None
     described: Inputs
+    notes: list[str]
 
 
 def corpus_paths(workload: Workload, run_dir: Path) -> tuple[Path, Path | None]:
@@ -46,7 +51,7 @@ def prepare_inputs(workload: Workload, base_dir: Path, run_dir: Path) -> Prepare
     Raises :class:`ConfigurationError` where ``max_length`` exceeds what the base can attend to and
     :class:`DataError` for unusable data.
     """
-    from forge.training.data.records import read_records
+    from forge.training.data.records import read_both
     from forge.training.models.identity import base_sha256, tokenizer_sha256
 
     limit = read_json_object(base_dir / "config.json").get("max_position_embeddings")
@@ -56,13 +61,15 @@ def prepare_inputs(workload: Workload, base_dir: Path, run_dir: Path) -> Prepare
             remedy=f"set data.max_length to at most {limit}",
         )
     train_path, validation_path = corpus_paths(workload, run_dir)
+    records, held_out = read_both(train_path, validation_path)
     encoder = Encoder(load_tokenizer(base_dir))
-    corpus = encode_records(read_records(train_path), encoder, workload.data)
+    corpus = encode_records(records, encoder, workload.data, train_path)
     train = corpus if workload.data.sample is None else sample_examples(corpus, workload.data.sample)
     save_examples(train, run_dir / "examples" / "train", force=True)
-    validation = None
-    if validation_path is not None:
-        validation = encode_records(read_records(validation_path), encoder, workload.data)
+    validation, notes = None, _notes(train_path, corpus)
+    if validation_path is not None and held_out is not None:
+        validation = encode_records(held_out, encoder, workload.data, validation_path)
+        notes += _notes(validation_path, validation) + describe_overlap(find_overlap(records, held_out))
         save_examples(validation, run_dir / "examples" / "validation", force=True)
     elif workload.training.evaluate_every_steps:
         raise DataError(
@@ -84,4 +91,12 @@ def prepare_inputs(workload: Workload, base_dir: Path, run_dir: Path) -> Prepare
         num_corpus_tokens=corpus.report.num_tokens,
         corpus_tokens_squared=sum(n * n for n in corpus.report.lengths),
     )
-    return PreparedInputs(train, validation, described)
+    return PreparedInputs(train, validation, described, notes)
+
+
+def _notes(path: Path, examples: Examples) -> list[str]:
+    dropped = examples.report.dropped
+    if not dropped:
+        return []
+    more = f" and {len(dropped) - 5:,} more" if len(dropped) > 5 else ""
+    return [f"{path.name}: nothing to train in {len(dropped):,} of its records: {', '.join(dropped[:5])}{more}"]

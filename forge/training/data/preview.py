@@ -13,7 +13,8 @@ import numpy as np
 from forge.training.data.conversation import IGNORED, Encoder
 from forge.training.data.examples import Examples, encode_records
 from forge.training.data.inputs import corpus_paths
-from forge.training.data.records import read_records
+from forge.training.data.overlap import describe_overlap, find_overlap
+from forge.training.data.records import read_both
 from forge.training.models.tokenizers import load_tokenizer
 from forge.training.plan import num_steps
 from forge.training.workload import Workload
@@ -46,11 +47,11 @@ class Preview:
     num_divided: int
     num_parts: int
     num_with_control_tokens: int
-    num_dropped: int
+    dropped: list[str]  # records with nothing to train, or with control tokens where those are dropped
     longest: int
     median: float
     histogram: list[tuple[int, int]]  # (upper bound, examples)
-    num_overlapping_documents: int  # answers that stand in train and in validation
+    overlap: list[str]  # held-out texts that are trained too, or nearly
     shown: list[tuple[str, list[Span]]]
 
 
@@ -60,12 +61,9 @@ def preview_workload(workload: Workload, base_dir: Path, *, num_examples: int = 
     encoder = Encoder(tokenizer)
     with tempfile.TemporaryDirectory() as scratch:
         train_path, validation_path = corpus_paths(workload, Path(scratch))
-        records = read_records(train_path)
-        held_out = read_records(validation_path) if validation_path else []
-    train = encode_records(records, encoder, workload.data)
-    validation = encode_records(held_out, encoder, workload.data) if held_out else None
-    answers = {" ".join(r.messages[-1].content.split()) for r in records}
-    overlap = sum(" ".join(r.messages[-1].content.split()) in answers for r in held_out)
+        records, held_out = read_both(train_path, validation_path)
+    train = encode_records(records, encoder, workload.data, train_path)
+    validation = encode_records(held_out, encoder, workload.data, str(validation_path)) if held_out else None
     report, lengths = train.report, np.array(train.report.lengths)
     before = report.num_tokens + report.num_tokens_cut
     return Preview(
@@ -81,11 +79,11 @@ def preview_workload(workload: Workload, base_dir: Path, *, num_examples: int = 
         num_divided=report.num_divided,
         num_parts=report.num_parts,
         num_with_control_tokens=report.num_with_control_tokens,
-        num_dropped=report.num_dropped,
+        dropped=report.dropped,
         longest=int(lengths.max()),
         median=float(np.median(lengths)),
         histogram=_histogram(lengths),
-        num_overlapping_documents=overlap,
+        overlap=describe_overlap(find_overlap(records, held_out)) if held_out else [],
         shown=[(train.document_ids[i], _spans(train, i, tokenizer)) for i in range(min(num_examples, len(train)))],
     )
 
@@ -120,8 +118,9 @@ def print_preview(preview: Preview, console: Console) -> None:
     table.add_row("cut", f"{preview.num_cut:,} documents, {preview.share_of_tokens_cut:.1%} of all tokens lost")
     table.add_row("divided", f"{preview.num_divided:,} documents into {preview.num_parts:,} parts, nothing lost")
     table.add_row("control tokens as text", f"{preview.num_with_control_tokens:,} documents")
-    table.add_row("dropped", f"{preview.num_dropped:,}")
-    table.add_row("in train and validation", f"{preview.num_overlapping_documents:,} documents")
+    shown = ": " + ", ".join(preview.dropped[:10]) if preview.dropped else ""
+    table.add_row("nothing to train", f"{len(preview.dropped):,} records{shown}")
+    table.add_row("held out and trained", "\n".join(preview.overlap) or "none")
     console.print(table)
     most = max(count for _, count in preview.histogram)
     console.print("examples by length in tokens")

@@ -8,13 +8,14 @@ which line was broken.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 from forge.training.errors import DataError
 
+MAX_LINE_BYTES = 64 << 20  # a novel has one; `dataset` writes at most 4 MiB of a file
 _NUM_ERRORS_SHOWN = 10
 _DOCUMENT_KEYS = frozenset({"instruction", "input", "output"})
 _MESSAGE_KEYS = frozenset({"role", "content"})
@@ -50,16 +51,15 @@ def read_records(path: Path | str) -> list[Record]:
     Raises :class:`DataError` naming the first ten bad lines and how many more there are.
     """
     path = Path(path)
-    if path.is_dir():
-        raise DataError(f"{path} is a directory", remedy="name a JSONL file; `dataset` makes one from a directory")
-    if path.exists() and not path.is_file():
-        raise DataError(f"{path} is not a regular file")
     records: list[Record] = []
     errors: list[str] = []
-    num_errors = 0
     try:
+        if path.is_dir():
+            raise DataError(f"{path} is a directory", remedy="name a JSONL file; `dataset` makes one from a directory")
+        if path.exists() and not path.is_file():
+            raise DataError(f"{path} is not a regular file")
         with open(path, "rb") as stream:
-            for number, raw in enumerate(stream, start=1):  # bytes split at \n only, so U+2028 is text
+            for number, raw in _lines(stream):
                 if number == 1:
                     raw = raw.removeprefix(b"\xef\xbb\xbf")
                     _refuse_other_formats(path, raw)
@@ -68,24 +68,53 @@ def read_records(path: Path | str) -> list[Record]:
                 try:
                     records.append(_record(number, raw))
                 except _BadLine as bad:
-                    num_errors += 1
-                    if len(errors) < _NUM_ERRORS_SHOWN:
-                        errors.append(f"  line {number}: {bad}")
+                    errors.append(f"line {number}: {bad}")
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist", remedy="`dataset ROOT -o FILE` makes a corpus") from error
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-    if num_errors:
-        if num_errors > len(errors):
-            errors.append(f"  and {num_errors - len(errors):,} more")
-        plural = "s" if num_errors > 1 else ""
-        raise DataError(
-            f"{path}: {num_errors:,} line{plural} cannot be used\n" + "\n".join(errors),
-            remedy="correct or remove them; nothing is skipped silently",
-        )
+    if errors:
+        raise bad_lines(path, errors)
     if not records:
         raise DataError(f"{path} has no records", remedy="it must hold one JSON object a line")
     return records
+
+
+def read_both(train: Path, validation: Path | None) -> tuple[list[Record], list[Record] | None]:
+    """The records to train on and those held out. Raises one :class:`DataError` for what is wrong with either."""
+    found: list[list[Record]] = []
+    errors: list[DataError] = []
+    for path in (train, validation):
+        try:
+            if path is not None:
+                found.append(read_records(path))
+        except DataError as error:
+            errors.append(error)
+    if errors:
+        remedies = dict.fromkeys(error.remedy for error in errors if error.remedy)
+        raise DataError("\n".join(error.message for error in errors), remedy="; ".join(remedies) or None)
+    return found[0], found[1] if validation is not None else None
+
+
+def bad_lines(path: Path | str, errors: list[str]) -> DataError:
+    """The error for lines that cannot be used; each of ``errors`` begins with its line."""
+    shown = [f"  {error}" for error in errors[:_NUM_ERRORS_SHOWN]]
+    if len(errors) > len(shown):
+        shown.append(f"  and {len(errors) - len(shown):,} more")
+    return DataError(
+        f"{path}: {len(errors):,} line{'s' * (len(errors) > 1)} cannot be used\n" + "\n".join(shown),
+        remedy="correct or remove them; nothing is skipped silently",
+    )
+
+
+def _lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines, split at \\n only, so that U+2028 is text. Of one that is too long only the beginning."""
+    number = 0
+    while raw := stream.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        yield number, raw
+        while len(raw) > MAX_LINE_BYTES and not raw.endswith(b"\n"):  # its rest, without keeping it
+            raw = stream.readline(MAX_LINE_BYTES + 1)
 
 
 def _refuse_other_formats(path: Path, first: bytes) -> None:
@@ -109,7 +138,7 @@ def _record(number: int, raw: bytes) -> Record:
         return Record(number, messages, False, num_unknown + len(value) - 1)
     missing = [key for key in ("instruction", "output") if key not in value]
     if missing:
-        present = ", ".join(sorted(value)[:8]) or "nothing"
+        present = ", ".join(key if key.isprintable() else repr(key) for key in sorted(value)[:8]) or "nothing"
         raise _BadLine(f"{' and '.join(missing)} missing (it has: {present:.200})")
     question, answer = _text(value, "instruction"), _text(value, "output")
     extra = _text(value, "input", may_be_empty=True) if "input" in value else ""
@@ -120,6 +149,8 @@ def _record(number: int, raw: bytes) -> Record:
 
 
 def _parse(raw: bytes) -> Any:
+    if len(raw) > MAX_LINE_BYTES:
+        raise _BadLine(f"longer than {MAX_LINE_BYTES:,} bytes")
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -141,7 +172,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise _BadLine(f"key {twice!r} stands twice")
+        raise _BadLine(f"key {twice!r:.60} stands twice")
     return result
 
 

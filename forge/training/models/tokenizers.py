@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from forge.training.errors import MachineError
+from forge.training.errors import DataError, MachineError
 from forge.training.files import write_json
 
 # How Qwen2 splits text before merging bytes: contractions, words, single digits, punctuation, blanks.
@@ -91,10 +91,20 @@ def rebuild_qwen2_tokenizer() -> Any:
 
 
 def load_tokenizer(directory: Path | str) -> Any:
-    """A base's tokenizer, never from the hub; padding on the right (Unsloth drops the mask and relies on it)."""
+    """A base's tokenizer, never from the hub; padding on the right (Unsloth drops the mask and relies on it).
+
+    Raises :class:`DataError` where its files cannot be used.
+    """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the Rust library raises bare Exception, transformers what its parsing happens to meet
+        problem = str(error).partition("\n")[0]
+        raise DataError(
+            f"{directory} holds no usable tokenizer: {type(error).__name__}: {problem:.200}",
+            remedy="copy the tokenizer's files again from where the model came from",
+        ) from error
     tokenizer.padding_side = "right"
     return tokenizer
 
