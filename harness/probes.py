@@ -46,11 +46,15 @@ def run_probe(
     time_limit_seconds: float,
     deadline: float | None = None,
     announce: Callable[[str], None] = lambda line: None,
+    expected_seconds: float | None = None,
+    is_alone: bool = True,
 ) -> dict[str, Any] | None:
     """What ``python -m forge.training.probes.MODULE ARGUMENTS`` prints last, from the store where it has it.
 
-    ``None``: it might not end before ``deadline``. Raises :class:`ForgeError` with the probe's own exit code and
-    last words where it fails; a failure is not stored.
+    ``None``: it might not end before ``deadline``, taking ``expected_seconds`` (by default its limit).
+    ``is_alone``: whether it waits for the GPU to be free; others may be beside a probe that measures no time and
+    no memory (the store's lock is then held around all of them). Raises :class:`ForgeError` with the probe's own
+    exit code and last words where it fails; a failure is not stored.
     """
     parts = {
         "probe": module,
@@ -64,11 +68,13 @@ def run_probe(
     path = store.directory / "probes" / f"{module}-{backend}-{key[:12]}.json"
     if path.is_file():
         return read_json_object(path)
-    if deadline is not None and time.monotonic() + time_limit_seconds > deadline:
+    needed = time_limit_seconds if expected_seconds is None else expected_seconds
+    if deadline is not None and time.monotonic() + needed > deadline:
         return None
     announce(f"{module} probe, {backend}")
     with store.lock():
-        wait_until_free(describe_gpu)
+        if is_alone:
+            wait_until_free(describe_gpu)
         started_at = datetime.now(UTC).isoformat(timespec="seconds")
         ended = run_process(
             [interpreter(backend), "-m", f"forge.training.probes.{module}", *arguments],

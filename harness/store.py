@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -156,17 +157,21 @@ class Store:
 
     def __init__(self, directory: Path | str) -> None:
         self.directory = Path(directory).absolute()
+        self.numbering = threading.RLock()  # from a run's number to its file, where several are made side by side
         self._num_holds = 0
 
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the store against other processes; may be nested. Raises :class:`LockedError` (exit code 9)."""
-        if self._num_holds:
-            self._num_holds += 1
+        with self.numbering:
+            is_held = bool(self._num_holds)
+            self._num_holds += is_held
+        if is_held:
             try:
                 yield
             finally:
-                self._num_holds -= 1
+                with self.numbering:
+                    self._num_holds -= 1
             return
         with locked(self.directory):
             self._num_holds = 1

@@ -54,11 +54,14 @@ def run_once(
     evaluation_command: Callable[[Path], list[str]] = evaluate_command,
     probe: Probe = describe_gpu,
     grace_seconds: float = 10.0,
+    is_alone: bool = True,
 ) -> Outcome:
     """Run ``spec`` once, add its outcome to the store and return it; its files are deleted.
 
     Where the spec asks for it, the adapter is evaluated first, in a second process that nobody monitors; a run
-    whose evaluation fails is not completed.
+    whose evaluation fails is not completed. ``is_alone`` is False where others are made side by side with it (the
+    store's lock is then held around all of them): the GPU is not monitored, and what may be their doing (no memory
+    left, no time left) is a refusal.
 
     ``command`` makes the command line from the spec and the directory that must receive ``run.json`` and
     ``steps.jsonl``; it is started in the repository's root. Whatever becomes of the child is an outcome.
@@ -66,12 +69,13 @@ def run_once(
     :class:`ConfigurationError` or :class:`DataError` for a spec that cannot be read, :class:`LockedError`
     where another process measures into the store, ``KeyboardInterrupt``.
     """
-    with store.lock(), _scratch(store) as scratch:
-        identity, run_dir = identify(spec), scratch / "run"
+    identity = identify(spec)
+    with store.lock(), _scratch(store, None if is_alone else identity.key) as scratch:
+        run_dir = scratch / "run"
         run_dir.mkdir()
-        before = wait_until_free(probe)
+        before = wait_until_free(probe) if is_alone else None
         started_at = datetime.now(UTC).isoformat(timespec="seconds")
-        with GpuMonitor(probe, before=before) as monitor:
+        with GpuMonitor(probe if is_alone else _no_gpu, before=before) as monitor:
             ended = run_process(
                 command(spec, run_dir),
                 environment=environment(spec.backend),
@@ -89,33 +93,46 @@ def run_once(
         status, message = _judge(ended, record, why_not, log, seen, changed, time_limit_seconds)
         if evaluated is not None and status == "completed":
             status, message = evaluated.status, evaluated.message
-        outcome = Outcome(
-            run_id=store.new_run_id(identity.key),
-            key=identity.key,
-            key_parts=identity.parts,
-            spec=spec.portable(),
-            status=status,
-            message=without_paths(message)[:1000] if message else None,
-            exit_code=ended.exit_code,
-            started_at=started_at,
-            wall_seconds=ended.wall_seconds + (evaluated.wall_seconds if evaluated else 0.0),
-            machine=machine_id(),
-            monitor=seen,
-            log_tail=log,
-            record=_finite(portable(record.model_dump(mode="json"))) if record else None,
-            steps=_steps_of(run_dir),
-            evaluation=evaluated.content if evaluated else None,
-        )
-        store.append(outcome)
+        if not is_alone and status in ("out_of_memory", "timeout"):
+            status, message = "refused", f"beside others: {status}" + (f": {message}" if message else "")
+        with store.numbering:
+            outcome = Outcome(
+                run_id=store.new_run_id(identity.key),
+                key=identity.key,
+                key_parts=identity.parts,
+                spec=spec.portable(),
+                status=status,
+                message=without_paths(message)[:1000] if message else None,
+                exit_code=ended.exit_code,
+                started_at=started_at,
+                wall_seconds=ended.wall_seconds + (evaluated.wall_seconds if evaluated else 0.0),
+                machine=machine_id(),
+                monitor=seen,
+                log_tail=log,
+                record=_finite(portable(record.model_dump(mode="json"))) if record else None,
+                steps=_steps_of(run_dir),
+                evaluation=evaluated.content if evaluated else None,
+            )
+            store.append(outcome)
         return outcome
 
 
+def _no_gpu() -> None:
+    """A probe that sees none."""
+
+
 @contextmanager
-def _scratch(store: Store) -> Iterator[Path]:
-    """A directory for one run of a store that is locked: what a killed gate left of its last is cleared."""
+def _scratch(store: Store, key: str | None = None) -> Iterator[Path]:
+    """A directory for one run of a store that is locked: what a killed gate left of its last is cleared.
+
+    ``key``: of a run that has others beside it, each with a directory of its own.
+    """
     place = hashlib.sha256(str(store.directory).encode()).hexdigest()[:12]
     path = Path(tempfile.gettempdir()) / f"forge-gate-{os.getuid()}-{place}"
-    shutil.rmtree(path, ignore_errors=True)
+    if key is not None:
+        path = path.with_name(f"{path.name}-{key[:12]}")
+    for left in [path] if key is not None else path.parent.glob(f"{path.name}*"):
+        shutil.rmtree(left, ignore_errors=True)
     with disk_errors(path):
         path.mkdir(mode=0o700)  # refuses what is not ours: it would be there still
     try:

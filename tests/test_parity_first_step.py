@@ -14,7 +14,6 @@ import pytest
 from forge.training.errors import CheckError, ConfigurationError
 from forge.training.probes import first_step
 from forge.training.probes.architecture import write_architecture
-from harness.parity import first_step as rungs_1_to_3
 from harness.parity.first_step import judge_first_step, judge_inputs, judge_step_equivalence
 from harness.parity.ladder import Ladder
 from harness.parity.measured_step import MeasuredStep, read_step
@@ -233,15 +232,11 @@ def test_the_command_says_what_is_wrong_in_one_line() -> None:
     command = [sys.executable, "-m", "forge.training.probes.first_step", "smoke", "--backend", "trl"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
-    assert "--out FILE.safetensors is missing" in done.stderr
+    assert "nothing to measure" in done.stderr
 
 
 @pytest.mark.slow
-def test_the_ladders_first_three_rungs_pass_through_its_own_processes(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(rungs_1_to_3, "NUM_POSITIONS", 6)
-    monkeypatch.setattr(rungs_1_to_3, "CANDIDATE_LAYOUTS", (("4x2", PACKED), ("1x8", PACKED)))
+def test_the_ladders_first_three_rungs_pass_through_its_own_processes(folder: Path, tmp_path: Path) -> None:
     rows = [
         {"instruction": f"Recite `{i}.md`", "input": "", "output": f"Ship {i}. " + "It counts. " * (1 + i % 12)}
         for i in range(230)
@@ -254,14 +249,21 @@ def test_the_ladders_first_three_rungs_pass_through_its_own_processes(
         base=str(folder / "qwen2"),
         baseline="trl",
         candidate="trl",
+        step_layouts=("4x2:none", "1x8:none"),
+        num_positions=6,
+        num_side_by_side=2,
         overrides=small,
     )
     rungs = [judge_inputs(ladder), judge_first_step(ladder), judge_step_equivalence(ladder)]
     assert [rung.status for rung in rungs] == ["PASS"] * 3, [rung.reason for rung in rungs]
     assert str(tmp_path) not in "".join(path.read_text() for path in (tmp_path / "store" / "probes").iterdir())
     stored = len(list((tmp_path / "store" / "probes").iterdir()))
-    lost = next((tmp_path / "parity" / "steps").glob("reference-*"))
+    lost = next((tmp_path / "parity" / "steps").glob("*-reference-none.safetensors"))
     lost.unlink()
+    assert judge_first_step(ladder).status == "PASS"
+    assert not lost.is_file(), "what was judged is not measured again"
+    for checks in (tmp_path / "store" / "parity").glob("checks-*"):
+        checks.unlink()
     assert judge_first_step(ladder).status == "PASS"
     assert lost.is_file()
     assert len(list((tmp_path / "store" / "probes").iterdir())) == stored

@@ -212,7 +212,7 @@ class Runs:
         self.faults = faults  # by backend: status; "recites": what the candidate answers
         self.num_started = 0
 
-    def __call__(self, spec: RunSpec, *, store: Store, time_limit_seconds: float) -> Outcome:
+    def __call__(self, spec: RunSpec, *, store: Store, time_limit_seconds: float, is_alone: bool = True) -> Outcome:
         self.num_started += 1
         told = dict(setting.split("=", 1) for setting in spec.overrides)
         seed, is_candidate = int(told["training.seed"]), spec.backend == "unsloth"

@@ -6,18 +6,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forge.training.environment import ROOT
 from forge.training.errors import ForgeError
 from forge.training.files import sha256_json
-from harness.arms import EVALUATOR, environment, interpreter
 from harness.claims import Status
-from harness.parity.first_step import CandidateFailed, NotMeasured, inputs_of_arms, quantizations, steps, summed_up
-from harness.parity.ladder import BASE_SECONDS, Ladder
-from harness.parity.step_checks import differing_inputs, direction_check, first_step_checks, layout_checks
-from harness.process import run_process
+from harness.parity.bases import make_base_as
+from harness.parity.first_step import find_checks, first_steps, step_equivalence, summed_up
+from harness.parity.ladder import Ladder
+from harness.parity.step_checks import differing_inputs
+from harness.parity.steps import (
+    CandidateFailed,
+    NotMeasured,
+    measure_inputs,
+    prefetch_steps,
+    quantizations,
+)
 
 ARCHITECTURES = ("llama", "qwen3")
-LAYOUTS = (("8x1", "none"), ("1x8", "none"))
+LAYOUTS = ("8x1:none", "1x8:none")
 
 
 @dataclass(frozen=True)
@@ -38,16 +43,18 @@ def judge_architecture(ladder: Ladder, model_type: str) -> Found:
     quantization = quantizations(ladder)[0]
     try:
         base = base_as(ladder, model_type)
-        lines = differing_inputs(inputs_of_arms(ladder, base))
-        reference, baseline, candidates = steps(ladder, quantization, base, LAYOUTS)
+        lines = differing_inputs(measure_inputs(ladder, (ladder.baseline, ladder.candidate), base))
+        checks = [
+            check
+            for checks_of in (first_steps, step_equivalence)
+            for check in find_checks(ladder, checks_of, base, (quantization,), LAYOUTS)[quantization]
+        ]
     except NotMeasured as why:
         return Found("INCOMPLETE", str(why), {})
     except CandidateFailed as why:
         return Found("FAIL", str(why), {})
-    checks = [direction_check(reference, baseline)]
-    for candidate in candidates:
-        checks += first_step_checks(reference, baseline, candidate)
-    checks += layout_checks(reference, baseline, candidates)
+    except ForgeError as error:
+        return Found("FAIL" if error.exit_code == 8 else "INCOMPLETE", str(error), {})
     figures = {"differing": lines, "checks": {quantization: [check.to_dict() for check in checks]}}
     status, reason = summed_up({quantization: checks})
     if lines:
@@ -55,22 +62,21 @@ def judge_architecture(ladder: Ladder, model_type: str) -> Found:
     return Found(status, reason, figures)
 
 
+def prefetch(ladder: Ladder) -> None:
+    """Measure the steps of the ladder's own base and of these at once, where processes may run side by side."""
+    if ladder.num_side_by_side == 1 or not ladder.measures:
+        return
+    wanted = quantizations(ladder)
+    others = [(base_as(ladder, model_type), wanted[:1], LAYOUTS, True) for model_type in ARCHITECTURES]
+    prefetch_steps(ladder, [(None, wanted, ladder.step_layouts, False), *others])
+
+
 def base_as(ladder: Ladder, model_type: str) -> Path:
     """The ladder's base in another architecture, written once beside the store."""
     of = sha256_json([str(ladder.base_dir), model_type])[:8]
     directory = ladder.store.directory.parent / "parity" / "bases" / f"{model_type}-{of}"
-    if directory.is_dir():
-        return directory.absolute()
-    if not ladder.measures:
-        raise NotMeasured(f"the base as a {model_type} is not made")
-    command = [interpreter(EVALUATOR), "-m", "forge.training.probes.architecture", str(ladder.base_dir)]
-    ended = run_process(
-        [*command, "--as", model_type, "-o", str(directory.absolute())],
-        environment=environment(EVALUATOR),
-        directory=ROOT,
-        time_limit_seconds=BASE_SECONDS,
-    )
-    if ended.exit_code or not directory.is_dir():
-        said = ended.output.decode("utf-8", "replace").strip().splitlines()[-1:]
-        raise ForgeError(f"the base cannot be written as a {model_type}: {' '.join(said)}")
+    if not directory.is_dir():
+        if not ladder.measures:
+            raise NotMeasured(f"the base as a {model_type} is not made")
+        make_base_as(ladder.base_dir, model_type, directory.absolute())
     return directory.absolute()

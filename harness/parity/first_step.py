@@ -1,8 +1,8 @@
 """Rungs 1 to 3 of the parity ladder: same inputs; a first step as near to float32 as the baseline's; any layout alike.
 
 Each is measured by ``forge.training.probes.first_step`` in processes of the arms' own (its docstring says how) and
-judged here from what they left. The tensors lie beside the store, and only their figures in it: a file that is gone is
-measured again.
+judged here from what they left. The tensors lie beside the store, and in it their digests and what was found in them:
+files that are gone are measured again only where they have not been judged.
 
     python -m harness.parity.first_step REFERENCE BASELINE CANDIDATE [LAYOUT ...]    judges files at hand
 """
@@ -10,58 +10,40 @@ measured again.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from forge.training.errors import ForgeError
-from forge.training.files import sha256_file, sha256_json
-from harness.parity.measured_step import MeasuredStep, read_step
+from forge.training.files import read_json_object, sha256_file, sha256_json, write_json
+from harness.parity.measured_step import read_step
 from harness.parity.step_checks import Check, differing_inputs, direction_check, first_step_checks, layout_checks
+from harness.parity.steps import (
+    BASELINE_LAYOUT,
+    CandidateFailed,
+    Measured,
+    NotMeasured,
+    measure_inputs,
+    measure_steps,
+    quantizations,
+)
 from harness.parity.verdicts import Rung
 
 if TYPE_CHECKING:
     from harness.parity.ladder import Ladder
 
+OTHER_ARM = "trl"  # no claim is about it, but what is reported beside the claims must be the same work
+_JUDGES = ("measured_step.py", "step_checks.py")  # whose code the checks of given files follow from
 
-@dataclass(frozen=True)
-class Case:
-    """A layout of the frozen step for one backend."""
-
-    backend: str
-    layout: str
-    padding: str
-
-    @property
-    def arguments(self) -> tuple[str, ...]:
-        """For the probe."""
-        return ("--layout", self.layout, "--padding", self.padding)
-
-
-# "none": not quantised, the workload's 16 bits as they are.
-QUANTIZATIONS = ("nf4", "none")
-NUM_POSITIONS = (
-    16  # tokens of each document: errors of equal size over 128 miss the bar of 1.5 three times in a million
-)
-BASELINE_LAYOUT = ("1x8", "longest")  # its owner's
-CANDIDATE_LAYOUTS = (("4x2", "none"), ("8x1", "none"), ("1x8", "none"), ("8x1", "longest"))  # its own plan's first
-_ITS_OWN_FAULT = (1, 5, 7, 8)  # exit codes: crash, memory, diverged, a check
-
-
-class NotMeasured(Exception):
-    """The session has no time for a probe."""
-
-
-class CandidateFailed(Exception):
-    """The candidate cannot take the step: its failure is data."""
+Checks = dict[str, list[Check]]  # by quantisation
+ChecksOf = Callable[["Ladder", Measured, str, tuple[str, ...]], list[Check]]
 
 
 def judge_inputs(ladder: Ladder) -> Rung:
     """Rung 1, of the ladder's workload as it is, dropout and all."""
+    backends = dict.fromkeys((ladder.baseline, ladder.candidate, OTHER_ARM))
     try:
-        arms = inputs_of_arms(ladder)
+        arms = measure_inputs(ladder, [ladder.baseline, ladder.candidate, *list(backends)[2:]])
     except NotMeasured as why:
         return Rung(number=1, status="INCOMPLETE", reason=str(why))
     except CandidateFailed as why:
@@ -73,49 +55,50 @@ def judge_inputs(ladder: Ladder) -> Rung:
     return Rung(number=1, status="PASS", reason="the arms differ in no input and no setting", figures=figures)
 
 
-def inputs_of_arms(ladder: Ladder, base: Path | None = None) -> list[dict[str, Any]]:
-    """What the probe says of each arm's inputs, the baseline's first. Raises :class:`NotMeasured`."""
-    tag = f"--inputs-only={_inputs_digest(ladder, base)}"
-    return [_answer(ladder, backend, (tag,), base) for backend in (ladder.baseline, ladder.candidate)]
-
-
 def _described(arm: dict[str, Any]) -> dict[str, Any]:
     kept = (
-        "workload_sha256",
-        "base_sha256",
-        "train_examples_sha256",
-        "labels_sha256",
-        "order_sha256",
-        "weights_sha256",
+        *("workload_sha256", "base_sha256", "train_examples_sha256", "labels_sha256", "order_sha256"),
+        *("weights_sha256", "adapter_sha256", "trainable_dtype", "settings"),
     )
-    return {name: arm.get(name) for name in (*kept, "adapter_sha256", "trainable_dtype", "settings")}
+    return {name: arm.get(name) for name in kept}
 
 
 def judge_first_step(ladder: Ladder) -> Rung:
     """Rung 2, for each quantisation and each of the candidate's layouts."""
+    from harness.parity.architectures import prefetch  # it knows this module
 
-    def checks(quantization: str) -> list[Check]:
-        reference, baseline, candidates = steps(ladder, quantization)
-        of_each = [first_step_checks(reference, baseline, candidate) for candidate in candidates]
-        return [direction_check(reference, baseline), *chain.from_iterable(of_each)]
-
-    return _judged(ladder, 2, checks)
+    prefetch(ladder)
+    return _judged(ladder, 2, first_steps)
 
 
 def judge_step_equivalence(ladder: Ladder) -> Rung:
     """Rung 3, for each quantisation: all of the candidate's layouts, among them padded and packed."""
-
-    def checks(quantization: str) -> list[Check]:
-        return layout_checks(*steps(ladder, quantization))
-
-    return _judged(ladder, 3, checks)
+    return _judged(ladder, 3, step_equivalence)
 
 
-def _judged(ladder: Ladder, number: int, checks_of: Any) -> Rung:
-    found: dict[str, list[Check]] = {}
+def first_steps(ladder: Ladder, measured: Measured, quantization: str, layouts: tuple[str, ...]) -> list[Check]:
+    """What rung 2 asks."""
+    reference, baseline, candidates = _steps(ladder, measured, quantization, layouts)
+    of_each = [first_step_checks(reference, baseline, candidate) for candidate in candidates]
+    return [direction_check(reference, baseline), *chain.from_iterable(of_each)]
+
+
+def step_equivalence(ladder: Ladder, measured: Measured, quantization: str, layouts: tuple[str, ...]) -> list[Check]:
+    """What rung 3 asks."""
+    return layout_checks(*_steps(ladder, measured, quantization, layouts))
+
+
+def _steps(ladder: Ladder, measured: Measured, quantization: str, layouts: tuple[str, ...]) -> tuple[Any, Any, Any]:
+    return (
+        measured.step("reference", quantization),
+        measured.step(ladder.baseline, f"{quantization}:{BASELINE_LAYOUT}"),
+        [measured.step(ladder.candidate, f"{quantization}:{layout}") for layout in layouts],
+    )
+
+
+def _judged(ladder: Ladder, number: int, checks_of: ChecksOf) -> Rung:
     try:
-        for quantization in quantizations(ladder):
-            found[quantization] = checks_of(quantization)
+        found = find_checks(ladder, checks_of)
     except NotMeasured as why:
         return Rung(number=number, status="INCOMPLETE", reason=str(why))
     except CandidateFailed as why:
@@ -125,84 +108,42 @@ def _judged(ladder: Ladder, number: int, checks_of: Any) -> Rung:
     return Rung(number=number, status=status, reason=reason, figures=figures)
 
 
-def summed_up(found: dict[str, list[Check]]) -> tuple[Any, str]:
+def find_checks(
+    ladder: Ladder,
+    checks_of: ChecksOf,
+    base: Path | None = None,
+    asked: tuple[str, ...] | None = None,
+    layouts: tuple[str, ...] | None = None,
+) -> Checks:
+    """The checks by quantisation; those of files that were judged before, by this code, from the store.
+
+    Raises :class:`NotMeasured`, :class:`CandidateFailed`, :class:`ForgeError`.
+    """
+    asked, layouts = asked or quantizations(ladder), layouts or ladder.step_layouts
+    code = [sha256_file(Path(__file__).with_name(name)) for name in _JUDGES]
+
+    def stored_as(measured: Measured) -> Path:
+        key = sha256_json([checks_of.__name__, measured.digests, code])
+        return ladder.store.directory / "parity" / f"checks-{key[:16]}.json"
+
+    path = stored_as(measure_steps(ladder, base, asked, layouts))
+    if path.is_file():
+        stored = read_json_object(path)["checks"]
+        return {name: [Check.from_dict(check) for check in checks] for name, checks in stored.items()}
+    measured = measure_steps(ladder, base, asked, layouts, with_files=True)
+    found = {quantization: checks_of(ladder, measured, quantization, layouts) for quantization in asked}
+    content = {name: [check.to_dict() for check in checks] for name, checks in found.items()}
+    write_json(stored_as(measured), {"schema_version": 1, "of": checks_of.__name__, "checks": content})
+    return found
+
+
+def summed_up(found: Checks) -> tuple[Any, str]:
     """Status and reason of a rung's checks, by quantisation."""
     missed = [f"{name}: {check.sentence()}" for name, checks in found.items() for check in checks if not check.holds]
     count = sum(map(len, found.values()))
     if missed or not count:
         return "FAIL", "; ".join(missed) or "nothing was checked"
     return "PASS", f"all {count} checks hold"
-
-
-def quantizations(ladder: Ladder) -> tuple[str, ...]:
-    """Those of the ladder's overrides, else all: a ladder without a GPU names the one that it can."""
-    named = [setting.partition("=")[2] for setting in ladder.overrides if setting.startswith("model.quantization=")]
-    return tuple(named) or QUANTIZATIONS
-
-
-def steps(
-    ladder: Ladder,
-    quantization: str,
-    base: Path | None = None,
-    layouts: tuple[tuple[str, str], ...] | None = None,
-) -> tuple[MeasuredStep, MeasuredStep, list[MeasuredStep]]:
-    """The reference's, the baseline's and the candidate's first steps. Raises :class:`NotMeasured`."""
-    reference = measured(ladder, "reference", quantization, base=base)
-    baseline = measured(ladder, ladder.baseline, quantization, Case(ladder.baseline, *BASELINE_LAYOUT), base)
-    cases = [Case(ladder.candidate, *layout) for layout in layouts or CANDIDATE_LAYOUTS]
-    return reference, baseline, [measured(ladder, ladder.candidate, quantization, case, base) for case in cases]
-
-
-def measured(
-    ladder: Ladder, backend: str, quantization: str, case: Case | None = None, base: Path | None = None
-) -> MeasuredStep:
-    """A first step, from the store and its file or measured now. Raises :class:`NotMeasured`."""
-    positions = f"--positions={NUM_POSITIONS}"
-    more = (*(case.arguments if case else ()), positions, "--set", f"model.quantization={quantization}")
-    tag = sha256_json([_inputs_digest(ladder, base), list(more), list(ladder.overrides)])[:12]
-    directory = ladder.store.directory.parent / "parity" / "steps"
-    path = directory / f"{backend}-{tag}.safetensors"
-    for _ in range(2):
-        answer = _answer(ladder, backend, (*more, f"--out={path}"), base)
-        if path.is_file() and sha256_file(path) == answer["file_sha256"]:
-            return read_step(path)
-        arm = _arm(backend)
-        (ladder.store.directory / "probes" / f"first_step-{arm}-{answer['key'][:12]}.json").unlink(missing_ok=True)
-    raise ForgeError(f"the first step of {backend} left no file {path.name}", remedy="look at the probe's output")
-
-
-def _arm(backend: str) -> Any:
-    return "trl" if backend == "reference" else backend  # whose interpreter it runs in
-
-
-def _answer(ladder: Ladder, backend: str, more: tuple[str, ...], base: Path | None = None) -> dict[str, Any]:
-    """What the probe says of ``backend``. Raises :class:`NotMeasured`, :class:`CandidateFailed`, ForgeError."""
-    overrides = (
-        f"model.path={base or ladder.base_dir}",
-        f"data.train={ladder.documents[0]}",
-        "data.validation=null",
-        *ladder.overrides,
-    )
-    sets = tuple(part for setting in overrides for part in ("--set", setting))
-    try:
-        answer = ladder.probe("first_step", _arm(backend), ("parity", "--backend", backend, *sets, *more))
-    except ForgeError as error:
-        if backend == ladder.candidate != ladder.baseline and error.exit_code in _ITS_OWN_FAULT:
-            raise CandidateFailed(str(error)) from error
-        raise
-    if answer is None:
-        raise NotMeasured(f"no time for the first step of {backend}")
-    return answer
-
-
-def _inputs_digest(ladder: Ladder, base: Path | None) -> str:
-    """Of documents and base: the store knows probes by their arguments, and those name files without their content."""
-    return sha256_json([sha256_file(ladder.documents[0]), _base_digest(base or ladder.base_dir)])[:12]
-
-
-@cache
-def _base_digest(directory: Path) -> str:
-    return sha256_json([[path.name, sha256_file(path)] for path in sorted(directory.glob("*.safetensors"))])
 
 
 def main() -> int:

@@ -6,20 +6,21 @@ has no time for is INCOMPLETE; the next session goes on from the store.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from forge.training.environment import ROOT
-from forge.training.errors import CheckError, ForgeError, MachineError
-from forge.training.plan import Backend
-from harness.arms import EVALUATOR, environment, interpreter
+from forge.training.errors import CheckError, ForgeError
+from forge.training.plan import Backend, load_plan
+from forge.training.workload import load_workload
+from harness.parity.bases import make_base
 from harness.parity.corpus import write_documents
+from harness.parity.side_by_side import Job, run_side_by_side
 from harness.parity.verdicts import Rung, blocked_by
 from harness.probes import run_probe
-from harness.process import run_process
 from harness.store import Outcome, RunSpec, Store
 from harness.trial import Run, run_single
 from harness.worker import TIME_LIMIT_SECONDS, run_once
@@ -27,6 +28,12 @@ from harness.worker import TIME_LIMIT_SECONDS, run_once
 WORKLOAD = "parity"
 BASELINE: Backend = "legacy"
 CANDIDATE: Backend = "unsloth"
+
+# Rungs 2 and 3: documents a micro-batch x micro-batches, and padding; the candidate's own plan's first.
+STEP_LAYOUTS = ("4x2:none", "8x1:none", "1x8:none", "8x1:longest")
+NUM_POSITIONS = (
+    16  # tokens of each document: errors of equal size over 128 miss the bar of 1.5 three times in a million
+)
 
 # Rung 4: the baseline's layouts that differ in rounding alone, the first being its own. Micro-batches of other sizes
 # and make-up sum other partial results, and the attention kernel follows from length, padding and what is allowed.
@@ -52,7 +59,13 @@ PILOT_SEEDS = (1, 2, 3, 4)
 FIRST_TEST_SEED = 101
 
 PROBE_SECONDS = 420.0
-BASE_SECONDS = 900.0
+# What a process is expected to take before one of its kind has been timed: nothing is begun that could not end in time.
+EXPECTED_SECONDS = 240.0
+
+# Side by side on one GPU. A documents' worth of memory is 1,024 tokens of full float32 logits, with their gradient and
+# copies some 3 GiB in the legacy stack; processes wait for the CPU, so some cores are left to the rest.
+DOCUMENTS_SIDE_BY_SIDE = 20
+_MOST_SIDE_BY_SIDE, _CORES_LEFT = 10, 4
 
 
 @dataclass
@@ -60,7 +73,8 @@ class Ladder:
     """One session. ``train``: the gate's documents; ``deadline``: on :func:`time.monotonic`'s clock.
 
     ``base``: a name or directory. ``measures``: whether runs may be made; if not, verdicts rest on what the store has.
-    ``layouts``: plans of the baseline's runs on rung 4. ``overrides``: of the workload, for all arms alike.
+    ``layouts``: plans of the baseline's runs on rung 4. ``num_side_by_side``: processes at a time; 1: one after the
+    other, each alone. ``overrides``: of the workload, for all arms alike.
     """
 
     store: Store
@@ -68,7 +82,10 @@ class Ladder:
     base: str = "small"
     baseline: Backend = BASELINE
     candidate: Backend = CANDIDATE
+    step_layouts: tuple[str, ...] = STEP_LAYOUTS
+    num_positions: int = NUM_POSITIONS
     layouts: tuple[tuple[str, ...], ...] = LAYOUTS
+    num_side_by_side: int = max(1, min(_MOST_SIDE_BY_SIDE, len(os.sched_getaffinity(0)) - _CORES_LEFT))
     overrides: tuple[str, ...] = ()
     deadline: float | None = None
     measures: bool = True
@@ -76,7 +93,6 @@ class Ladder:
     time_limit_seconds: float = TIME_LIMIT_SECONDS
     announce: Callable[[str], None] = lambda line: None
     _verdicts: dict[int, Rung] = field(default_factory=dict)
-    _longest: dict[tuple[Backend, bool], float] = field(default_factory=dict)
 
     # ----------------------------------------------------------------------------------------------------------------
     # Verdicts
@@ -112,18 +128,30 @@ class Ladder:
     # ----------------------------------------------------------------------------------------------------------------
     # Measuring
 
-    def probe(self, name: str, backend: Backend, arguments: tuple[str, ...]) -> dict[str, Any] | None:
-        """What ``forge.training.probes.NAME`` answers in a process of ``backend``; ``None``: no time for it."""
-        deadline = self.deadline if self.measures else 0.0
-        return run_probe(
-            name,
-            backend,
-            arguments,
-            self.store,
-            time_limit_seconds=PROBE_SECONDS,
-            deadline=deadline,
-            announce=self.announce,
-        )
+    def probes(self, name: str, asked: Sequence[tuple[Backend, tuple[str, ...]]]) -> list[Any]:
+        """What ``forge.training.probes.NAME`` answers in a process for each backend and arguments; ``None``: no time.
+
+        A probe that failed is the :class:`ForgeError` that says so. Several run side by side.
+        """
+
+        def job(backend: Backend, arguments: tuple[str, ...]) -> Job[dict[str, Any] | None]:
+            return Job(
+                lambda: run_probe(
+                    name,
+                    backend,
+                    arguments,
+                    self.store,
+                    time_limit_seconds=PROBE_SECONDS,
+                    deadline=self.deadline if self.measures else 0.0,
+                    announce=self.announce,
+                    expected_seconds=EXPECTED_SECONDS,
+                    is_alone=self.num_side_by_side == 1,
+                )
+            )
+
+        with self.store.lock():
+            jobs = [job(*one) for one in asked]
+            return run_side_by_side(jobs, most=self.num_side_by_side, room=DOCUMENTS_SIDE_BY_SIDE)
 
     def spec(
         self,
@@ -154,27 +182,50 @@ class Ladder:
             float32_adapter=float32_adapter,
         )
 
-    def outcome(self, spec: RunSpec) -> Outcome | None:
+    def outcome(self, spec: RunSpec, *, beside_others: bool = False) -> Outcome | None:
         """The run of ``spec``, from the store or made now; ``None``: neither.
 
-        A run of a kind not timed yet is expected to take as long as the session's longest of that arm.
+        A run is expected to take as long as the longest of its arm and kind so far, here or in the store.
         """
         kind = (spec.backend, spec.evaluate)
-        deadline = None if self.deadline is None else self.deadline - self._longest.get(kind, 0.0)
+        needed = self._longest.get(kind, EXPECTED_SECONDS if self.deadline is not None else 0.0)
+        deadline = None if self.deadline is None else self.deadline - needed
         outcome = run_single(
             spec,
             self.store,
             deadline=deadline if self.measures else 0.0,
-            run=self.run,
+            run=partial(self.run, is_alone=False) if beside_others else self.run,
             time_limit_seconds=self.time_limit_seconds,
             announce=self.announce,
         )
         if outcome is not None:
-            self._longest[kind] = max(self._longest.get(kind, 0.0), outcome.wall_seconds)
+            with self.store.numbering:
+                self._longest[kind] = max(self._longest.get(kind, 0.0), outcome.wall_seconds)
         return outcome
+
+    def prefetch(self, specs: Sequence[RunSpec]) -> None:
+        """Make what the store lacks of ``specs``, side by side; one that finds no memory beside others is made later.
+
+        Whether they count is for the rungs to say, each of which stands on the one below: nothing is judged here.
+        """
+        if self.num_side_by_side == 1 or not self.measures:
+            return
+
+        def weight(spec: RunSpec) -> int:
+            return load_plan(
+                load_workload(spec.workload, spec.overrides), spec.backend, spec.plan_overrides
+            ).micro_batch
+
+        with self.store.lock():
+            jobs = [Job(partial(self.outcome, spec, beside_others=True), weight(spec)) for spec in specs]
+            found = run_side_by_side(jobs, most=self.num_side_by_side, room=DOCUMENTS_SIDE_BY_SIDE)
+        for error in found:
+            if isinstance(error, ForgeError):
+                raise error
 
     def outcomes(self, specs: Sequence[RunSpec]) -> list[Outcome]:
         """The runs of ``specs`` up to the first that is missing or failed, which is included if it failed."""
+        self.prefetch(specs)
         found: list[Outcome] = []
         for spec in specs:
             outcome = self.outcome(spec)
@@ -184,6 +235,16 @@ class Ladder:
             if outcome.status != "completed":
                 break
         return found
+
+    @cached_property
+    def _longest(self) -> dict[tuple[Backend, bool], float]:
+        """Seconds of the longest run of each arm, evaluated or not, in the store and since."""
+        longest: dict[tuple[Backend, bool], float] = {}
+        for outcome in self.store.outcomes():
+            if Path(outcome.spec.workload).stem == WORKLOAD:
+                kind = (outcome.spec.backend, outcome.spec.evaluate)
+                longest[kind] = max(longest.get(kind, 0.0), outcome.wall_seconds)
+        return longest
 
     # ----------------------------------------------------------------------------------------------------------------
     # What all runs share
@@ -203,16 +264,4 @@ class Ladder:
         if Path(self.base).is_dir():
             return Path(self.base).absolute()
         self.announce(f"the base {self.base}")
-        ended = run_process(
-            [interpreter(EVALUATOR), "-m", "forge.training.probes.repeatable_base", self.base],
-            environment=environment(EVALUATOR),
-            directory=ROOT,
-            time_limit_seconds=BASE_SECONDS,
-        )
-        lines = ended.output.decode("utf-8", "replace").strip().splitlines()
-        if ended.exit_code or not lines or not Path(lines[-1]).is_dir():
-            said = lines[-1] if lines else "nothing was said"
-            raise MachineError(
-                f"the base {self.base} cannot be had: {said}", remedy=f"`forge base {self.base}` says why"
-            )
-        return Path(lines[-1])
+        return make_base(self.base)

@@ -52,6 +52,13 @@ class Check:
             self.more or {}
         )
 
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Check:
+        """What :meth:`to_dict` gave; null is not a number, and such a check does not hold."""
+        value, bar = (math.nan if content[name] is None else float(content[name]) for name in ("value", "bar"))
+        more = {name: it for name, it in content.items() if name not in ("name", "value", "bar", "least", "holds")}
+        return cls(str(content["name"]), value, bar, bool(content["least"]), more or None)
+
 
 _IDENTITIES = (
     *("workload_sha256", "base_sha256", "tokenizer_sha256", "train_examples_sha256"),

@@ -1,8 +1,11 @@
-"""One frozen optimizer step as a backend's own trainer takes it, or as float32 arithmetic has it.
+"""Frozen optimizer steps as a backend's own trainer takes them, or as float32 arithmetic has them.
 
-    python -m forge.training.probes.first_step WORKLOAD --backend unsloth --out FILE.safetensors
-        [--layout 8x1|4x2|1x8] [--padding longest|none] [--replace first|last|none] [--set ...] [--plan ...]
-    python -m forge.training.probes.first_step WORKLOAD --backend unsloth --inputs-only
+    python -m forge.training.probes.first_step WORKLOAD --backend unsloth --out DIR [--tag NAME]
+        [--step QUANTIZATION:LAYOUT:PADDING ...] [--inputs] [--set ...] [--plan ...]
+
+One process measures as many steps as it is asked for, since it spends most of its time on imports: ``--step
+nf4:8x1:none`` is all eight documents as one micro-batch without padding, on a base in NF4; of the reference
+(``--backend reference``) a step is a quantisation alone.
 
 Eight of the workload's documents, the longest and an even spread of the others by length, are one step. The same
 adapter is put into every backend, B drawn rather than zero, and dropout is off, since its masks differ between
@@ -14,7 +17,7 @@ layouts. Inside the backend's own training loop its step is taken as planned, th
 - ``replaced_losses``: the same of the first micro-batch once more and with one document exchanged for another
   (``repeated_losses``: with none exchanged). What the others lose or gain by that has leaked.
 
-``--inputs-only`` takes the workload as it is (its dropout, its documents, its steps) and stops before the first step.
+``--inputs`` takes the workload as it is (its dropout, its documents, its steps) and stops before the first step.
 """
 
 from __future__ import annotations
@@ -71,12 +74,15 @@ def measure(
     from forge.training.backends import load_backend
 
     module = load_backend(name)
-    module.prepare(plan)
+    if not (name == "unsloth" and "unsloth" in sys.modules):  # imported for a step before this one
+        module.prepare(plan)
     import torch
 
     from forge.training.data.inputs import prepare_inputs
 
     started = time.perf_counter()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as scratch:
         run_dir = Path(scratch) / "run"
         inputs = prepare_inputs(workload, base, run_dir)
@@ -138,45 +144,78 @@ def write(tensors: dict[str, np.ndarray], facts: dict[str, Any], path: Path) -> 
     return {**facts, "file": path.name, "file_sha256": sha256_file(path)}
 
 
+def parse_step(step: str, backend: str) -> tuple[str, str | None, list[str]]:
+    """Quantisation, layout and plan overrides of ``QUANTIZATION[:LAYOUT[:PADDING]]``.
+
+    Raises :class:`ConfigurationError`.
+    """
+    quantization, *others = step.split(":")
+    layout, padding = (*others, None, None)[:2]
+    known = len(others) <= 2 and layout in (None, *LAYOUTS) and padding in (None, "longest", "none")
+    if not known or (backend == "reference") != (not others) or quantization not in ("nf4", "none"):
+        raise ConfigurationError(
+            f"--step {step}: no such step of {backend}",
+            remedy=f"write nf4 or none, and but for reference {'|'.join(LAYOUTS)}, longest or none: nf4:8x1:none",
+        )
+    plan = [f"micro_batch={LAYOUTS[layout]}"] if layout else []
+    return quantization, layout, plan + ([f"padding={padding}"] if padding else [])
+
+
+def _release() -> None:
+    """Forget a step's model before the next is loaded."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def main() -> int:
     """Print the facts as JSON; errors as everywhere in Forge."""
-    parser = argparse.ArgumentParser(prog="forge.training.probes.first_step", description="One frozen optimizer step.")
+    parser = argparse.ArgumentParser(prog="forge.training.probes.first_step", description="Frozen optimizer steps.")
     parser.add_argument("workload")
     parser.add_argument("--backend", choices=("reference", *BACKEND_NAMES), required=True)
-    parser.add_argument("--out", type=Path, metavar="FILE.safetensors")
-    parser.add_argument("--layout", choices=tuple(LAYOUTS), help="documents a micro-batch x micro-batches")
-    parser.add_argument("--padding", choices=("longest", "none"))
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where the tensors go, a file a step")
+    parser.add_argument("--tag", default="step", help="what the files' names begin with")
+    parser.add_argument("--step", action="append", default=[], dest="steps", metavar="QUANTIZATION:LAYOUT:PADDING")
+    parser.add_argument("--inputs", action="store_true", help="also what the workload's own run would begin with")
     parser.add_argument("--replace", choices=("first", "last", "none"), default="first")
-    parser.add_argument(
-        "--inputs-only", nargs="?", const="yes", metavar="TAG", help="TAG: whatever tells two calls apart"
-    )
     parser.add_argument("--positions", type=int, default=NUM_POSITIONS, help="tokens of a document looked at singly")
     parser.add_argument("--fault", choices=FAULTS, help="plant a fault that the gate must catch")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     parser.add_argument("--plan", action="append", default=[], dest="plan_overrides", metavar="KEY=VALUE")
     told = parser.parse_args()
     try:
-        if told.out is None and told.inputs_only is None:
-            raise ConfigurationError("--out FILE.safetensors is missing", remedy="say where the tensors go")
+        if told.steps and told.out is None:
+            raise ConfigurationError("--out DIR is missing", remedy="say where the tensors go")
+        if not told.steps and not told.inputs:
+            raise ConfigurationError("nothing to measure", remedy="name a --step, or --inputs")
         if told.positions < 2:
             raise ConfigurationError("--positions: a document's first and last are looked at", remedy="take 2 or more")
-        workload = frozen_workload(told.workload, told.overrides, inputs_only=told.inputs_only is not None)
-        plan = list(told.plan_overrides)
-        if told.layout is not None:
-            plan.append(f"micro_batch={LAYOUTS[told.layout]}")
-        if told.padding is not None:
-            plan.append(f"padding={told.padding}")
-        tensors, facts = measure(
-            workload,
-            told.backend,
-            plan,
-            fault=told.fault,
-            replace=told.replace,
-            inputs_only=told.inputs_only is not None,
-            num_positions=told.positions,
-        )
-        facts["layout"] = told.layout
-        answer = write(tensors, facts, told.out) if told.out is not None else facts
+        parsed = [parse_step(step, told.backend) for step in told.steps]
+        answer: dict[str, Any] = {"backend": told.backend, "inputs": None, "steps": []}
+        if told.inputs:
+            workload = frozen_workload(told.workload, told.overrides, inputs_only=True)
+            _, answer["inputs"] = measure(
+                workload, told.backend, told.plan_overrides, fault=told.fault, inputs_only=True
+            )
+            _release()
+        for step, (quantization, layout, plan) in zip(told.steps, parsed, strict=True):
+            workload = frozen_workload(told.workload, [*told.overrides, f"model.quantization={quantization}"])
+            tensors, facts = measure(
+                workload,
+                told.backend,
+                [*told.plan_overrides, *plan],
+                fault=told.fault,
+                replace=told.replace,
+                num_positions=told.positions,
+            )
+            path = told.out / f"{told.tag}-{told.backend}-{step.replace(':', '-')}.safetensors"
+            answer["steps"].append(write(tensors, {**facts, "layout": layout}, path))
+            del tensors
+            _release()
         print(json.dumps(answer))
     except ForgeError as error:
         print(f"error: {error}", file=sys.stderr)
