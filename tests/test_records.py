@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forge.training.data.records import Message, Record, read_records
+from forge.training.data import records
+from forge.training.data.records import Message, Record, read_both, read_records
 from forge.training.errors import DataError
 
 GOOD = '{"instruction": "a?", "input": "", "output": "b"}'
@@ -66,6 +68,7 @@ BAD_LINES = {
     '["a", "b"]': "an array, not an object",
     "{}": "instruction and output missing (it has: nothing)",
     '{"prompt": "a", "completion": "b"}': "it has: completion, prompt",
+    '{"\\u001b[31mx": 1, "\\ud800": 2}': "it has: '\\x1b[31mx', '\\ud800')",
     '{"instruction": "a"}': "output missing",
     '{"instruction": "a", "output": null}': "output is null, not text",
     '{"instruction": "a", "output": 3}': "output is a number, not text",
@@ -133,6 +136,8 @@ def test_all_bad_lines_are_counted_and_ten_are_shown(tmp_path: Path) -> None:
         (b"[\n" + GOOD.encode() + b"\n]\n", "is one JSON array"),
         (f"[{GOOD},{GOOD}]".encode(), "line 1: an array, not an object"),
         (GOOD.encode("utf-16"), "is UTF-16"),
+        (GOOD.encode("utf-16-be"), "line 1: a NUL character"),
+        (GOOD.encode("utf-32"), "is UTF-16"),
     ],
 )
 def test_files_of_another_kind_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
@@ -153,6 +158,44 @@ def test_what_is_no_file_is_one_message(tmp_path: Path) -> None:
 def test_a_line_of_fifteen_megabytes_is_read(tmp_path: Path) -> None:
     text = "word " * 3_000_000
     assert read(tmp_path, json.dumps({"instruction": "a", "output": text}))[0].messages[1].content == text
+
+
+def test_a_line_longer_than_the_limit_is_named_and_the_lines_after_it_keep_their_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "MAX_LINE_BYTES", len(GOOD) + 1)
+    with pytest.raises(DataError) as caught:
+        read(tmp_path, f"{GOOD}\n{GOOD[:-1]}    }}\n{'x' * 1000}\n{GOOD}\n{{}}\n" + "y" * 300)
+    named = [line.split(":")[0] for line in caught.value.message.splitlines()[1:]]
+    assert named == ["  line 2", "  line 3", "  line 5", "  line 6"]
+    assert caught.value.message.count(f"longer than {len(GOOD) + 1} bytes") == 3
+
+
+def test_a_huge_file_without_a_line_end_takes_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "MAX_LINE_BYTES", 1 << 20)
+    path = tmp_path / "c.jsonl"
+    with open(path, "wb") as stream:
+        stream.truncate(100 << 20)
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match="line 1: longer than 1,048,576 bytes"):
+            read_records(path)
+        assert tracemalloc.get_traced_memory()[1] < 10e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_faults_of_both_files_are_reported_together(tmp_path: Path) -> None:
+    train, validation = tmp_path / "train.jsonl", tmp_path / "validation.jsonl"
+    train.write_text(f"{GOOD}\n{{}}\n", encoding="utf-8")
+    validation.write_text("", encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        read_both(train, validation)
+    assert "train.jsonl: 1 line cannot be used\n  line 2: " in caught.value.message
+    assert "validation.jsonl has no records" in caught.value.message
+    assert caught.value.exit_code == 3
+    train.write_text(GOOD, encoding="utf-8")
+    assert [len(side or ()) for side in read_both(train, None)] == [1, 0]
 
 
 json_values = st.recursive(
