@@ -7,6 +7,9 @@ import io
 import json
 import os
 import random
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from forge.training.errors import ConfigurationError, DataError, DiskError
 from forge.training.files import sha256_file
 from forge.training.workload import InstructionRule
 
+ROOT = Path(__file__).resolve().parent.parent
 TOKEN = "ghp_" + "Zq7Rw2Lk9Xv4Bn6Tm1Yc8Hd3Jf5Gs0PaUeIo"
 
 
@@ -106,6 +110,80 @@ def test_files_with_secrets_are_left_out_and_named_without_the_secret(tmp_path: 
         assert TOKEN[6:20] not in text
     allowed = build_corpus(root, tmp_path / "c.jsonl", allow_secrets=True, force=True)
     assert (allowed.num_kept, len(allowed.secrets)) == (2, 1)
+
+
+@pytest.mark.timeout(60)
+def test_a_repository_of_everything_that_could_do_harm_yields_its_documents_and_nothing_else(tmp_path: Path) -> None:
+    """Through the command, as a person runs it: what is printed and what is written."""
+    outside = write(tmp_path / "outside", {"passwd.md": "root's shadow entry", "deep/x.md": "more of the outside"})
+    root = write(
+        tmp_path / "r",
+        {
+            "good.md": "# Good\n\nA document.\n",
+            "sub/also good.md": "# Also\n\nAnother one.\n",
+            "leak.py": f'TOKEN = "{TOKEN}"\n',
+            "key.md": "-----BEGIN " + "RSA PRIVATE KEY-----\n" + "MIIEvQIBADANBgkqhkiG9w0BAQEFAASCBKcwggSj\n" * 4,
+            "aws.md": "use AKIA" + "Z7QK3M5N2P8R4T6V here",
+            ".env": "PASSWORD=unguessable-word",
+            ".gitignore": "ignored/\n",
+            "ignored/secret-plan.md": "not for anyone",
+            "binary.md": "a\0b",
+        },
+    )
+    (root / "latin.md").write_bytes("caf\xe9".encode("latin-1"))
+    (root / "escape.md").symlink_to(outside / "passwd.md")
+    (root / "escape").symlink_to(outside)
+    (root / "loop").symlink_to("loop")
+    (root / "sub" / "up").symlink_to("..")
+    os.mkfifo(root / "pipe.md")
+    with open(root / "sparse.md", "wb") as stream:
+        stream.truncate(8 << 30)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(os.path.relpath(root / "socket.md"))
+        command = [
+            sys.executable,
+            "-m",
+            "forge.training",
+            "dataset",
+            str(root),
+            "-o",
+            str(tmp_path / "c.jsonl"),
+            "--json",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=50)
+    assert done.returncode == 0, done.stderr
+    assert {r["instruction"].split("`")[1] for r in rows(tmp_path / "c.jsonl")} == {
+        ".gitignore",
+        "good.md",
+        "sub/also good.md",
+    }
+    report = json.loads(done.stdout)
+    assert {s["path"]: s["reason"] for s in report["skipped"]} == {
+        "leak.py": "secret",
+        "key.md": "secret",
+        "aws.md": "secret",
+        ".env": "credentials file",
+        "ignored/": "ignored by .gitignore",
+        "binary.md": "binary",
+        "latin.md": "not UTF-8",
+        "escape.md": "link that leaves the root",
+        "escape": "link that leaves the root",
+        "loop": "link",
+        "sub/up": "link",
+        "pipe.md": "special file",
+        "socket.md": "special file",
+        "sparse.md": "too large",
+    }
+    everything = done.stdout + done.stderr + (tmp_path / "c.jsonl").read_text(encoding="utf-8")
+    for private in (
+        TOKEN[6:20],
+        "MIIEvQIBADAN",
+        "Z7QK3M5N2P8R4T6V",
+        "unguessable-word",
+        "not for anyone",
+        "shadow entry",
+    ):
+        assert private not in everything
 
 
 def test_chat_markers_stay_in_the_text_and_are_counted_by_file(tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -138,6 +140,36 @@ def test_a_file_exchanged_for_a_link_after_the_walk_is_not_followed(tmp_path: Pa
     write(tmp_path, {"secret": "outside"})
     (tmp_path / "a.md").symlink_to("secret")
     assert reason(tmp_path / "a.md") == "unreadable"
+
+
+def test_a_folder_exchanged_for_a_link_after_the_walk_leads_nowhere(tmp_path: Path) -> None:
+    root = write(tmp_path / "r", {"d/a.md": "inside"})
+    write(tmp_path, {"outside/a.md": "outside"})
+    (found,) = discover(root, exclude=lambda path: False)
+    assert isinstance(found, Candidate)
+    (root / "d").rename(tmp_path / "moved")
+    (root / "d").symlink_to("../outside")
+    text = read_text(found, max_bytes=99)
+    assert isinstance(text, Skipped)
+    assert text.reason == "exchanged while it was read"
+
+
+def test_files_and_folders_that_may_not_be_read_are_named_and_passed_over() -> None:
+    with tempfile.TemporaryDirectory() as name:  # not below pytest's own folder, which only its owner may enter
+        os.chmod(name, 0o755)
+        root = write(Path(name), {"a.md": "a", "closed.md": "b", "shut/c.md": "c"})
+        os.chmod(root / "closed.md", 0)
+        os.chmod(root / "shut", 0)
+        libc, user = ctypes.CDLL(None), os.geteuid()
+        libc.setfsuid(user or 65534)  # root may read everything: this thread gives it up for the while
+        try:
+            found = list(discover(root.resolve(), exclude=lambda path: False))
+            read = [read_text(f, max_bytes=99) if isinstance(f, Candidate) else f for f in found]
+        finally:
+            libc.setfsuid(user)
+    assert "a" in read
+    reasons = {s.path: (s.reason, s.detail) for s in read if isinstance(s, Skipped)}
+    assert reasons == {"closed.md": ("unreadable", "Permission denied"), "shut/": ("unreadable", "Permission denied")}
 
 
 @pytest.mark.parametrize(

@@ -178,8 +178,8 @@ def _is_pattern(line: str) -> bool:
 def read_text(candidate: Candidate, *, max_bytes: int) -> str | Skipped:
     """A file's text with its BOM taken off and CRLF made LF, or why it is not text.
 
-    Opened without following links or waiting, and looked at again once open, so that a file
-    exchanged since the walk can neither hang the reader nor lead it out of the root.
+    Opened without following links or waiting, and looked at again once open, so that a file or a
+    folder exchanged since the walk can neither hang the reader nor lead it out of the root.
     """
     if candidate.num_bytes > max_bytes:
         return Skipped(candidate.path, "too large", f"{candidate.num_bytes:,} bytes")
@@ -188,6 +188,8 @@ def read_text(candidate: Candidate, *, max_bytes: int) -> str | Skipped:
         with open(handle, "rb") as stream:
             if not stat.S_ISREG(os.fstat(handle).st_mode):
                 return Skipped(candidate.path, "special file")
+            if os.readlink(f"/proc/self/fd/{handle}") != candidate.location:  # a folder above it became a link
+                return Skipped(candidate.path, "exchanged while it was read")
             raw = stream.read(max_bytes + 1)
     except OSError as error:
         return Skipped(candidate.path, "unreadable", error.strerror or "")
