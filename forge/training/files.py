@@ -12,7 +12,10 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
+import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +25,7 @@ from typing import IO, Any
 from forge.training.errors import DataError, DiskError, LockedError
 
 _CHUNK_BYTES = 8 << 20
+_MAX_JSON_BYTES = 64 << 20
 _DISK_ERRNOS = {
     errno.ENOSPC: "no space left on the device",
     errno.EDQUOT: "the disk quota is used up",
@@ -33,6 +37,8 @@ _DISK_ERRNOS = {
     errno.EISDIR: "the path is a directory",
     errno.EEXIST: "a file is in the way",
 }
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+_TORCH_WRITE = re.compile(r"inline_container\.cc.* unexpected pos|PytorchStreamWriter failed writing", re.DOTALL)
 
 
 def cache_dir() -> Path:
@@ -56,32 +62,84 @@ def sha256_json(value: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object. Raises :class:`DataError`."""
+def is_there(path: Path) -> bool:
+    """Whether a path exists; one that cannot be a path, too long or with a NUL in it, does not."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def read_json_object(path: Path, *, finite: bool = False) -> dict[str, Any]:
+    """A JSON file of at most 64 MiB that holds an object; ``finite`` refuses NaN and infinity.
+
+    Raises :class:`DataError`, also for a pipe, which could keep its reader waiting for ever.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(handle, "rb") as stream:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise DataError(f"{path} is not a regular file")
+            raw = stream.read(_MAX_JSON_BYTES + 1)
+        if len(raw) > _MAX_JSON_BYTES:
+            raise DataError(f"{path} is larger than {_MAX_JSON_BYTES:,} bytes")
+        value = json.loads(raw, parse_constant=_refuse_constant if finite else None)
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(value, dict):
         raise DataError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
 
 
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number")
+
+
 @contextmanager
 def disk_errors(path: Path | str, doing: str = "write") -> Iterator[None]:
-    """Turn the operating system's disk errors inside the block into :class:`DiskError`."""
+    """Turn disk errors inside the block, those that libraries wrap included, into :class:`DiskError`."""
     try:
         yield
-    except OSError as error:
-        reason = _DISK_ERRNOS.get(error.errno or 0)
-        if reason is None:
+    except Exception as error:
+        found = as_disk_error(error, path, doing)
+        if found is None:
             raise
+        raise found from error
+
+
+def as_disk_error(error: BaseException, path: Path | str, doing: str = "write") -> DiskError | None:
+    """``error`` as a :class:`DiskError` if the disk is its cause, else ``None``.
+
+    safetensors says it as text with the system's number, ``torch.save`` by the position at which its
+    archive stands and at which it should: the bytes between did not fit.
+    """
+    text = str(error)
+    if isinstance(error, OSError):
+        reason = _DISK_ERRNOS.get(error.errno or 0)
+    elif number := _OS_ERROR.search(text):
+        reason = _DISK_ERRNOS.get(int(number[1]))
+    else:
+        reason = "it could not be written whole (is the disk full?)" if _TORCH_WRITE.search(text) else None
+    if reason is None:
+        return None
+    remedy = "free space or choose another place; what was there before is unchanged"
+    return DiskError(f"cannot {doing} {path}: {reason}", remedy=remedy)
+
+
+def require_free_bytes(directory: Path, needed_bytes: int, what: str, remedy: str) -> None:
+    """Raise :class:`DiskError` with both numbers if ``directory``'s file system has not so much free."""
+    existing = next(folder for folder in (directory, *directory.absolute().parents) if folder.is_dir())
+    free_bytes = shutil.disk_usage(existing).free
+    if free_bytes < needed_bytes:
         raise DiskError(
-            f"cannot {doing} {path}: {reason}",
-            remedy="free space or choose another place; what was there before is unchanged",
-        ) from error
+            f"{what} needs {_readable(needed_bytes)} in {directory}, {_readable(free_bytes)} are free", remedy=remedy
+        )
+
+
+def _readable(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
 def refuse_existing(path: Path | str, force: bool) -> None:
@@ -91,12 +149,21 @@ def refuse_existing(path: Path | str, force: bool) -> None:
         raise DiskError(f"{path} exists already", remedy="pass --force to replace it, or name another output")
 
 
-def _fsync_directory(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have the disk hold a file, or a directory's names, before anything that relies on it is written."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def flush_tree(directory: Path) -> None:
+    """:func:`flush` everything in a directory, and the directory."""
+    for path in sorted(directory.rglob("*")):
+        if not path.is_symlink():
+            flush(path)
+    flush(directory)
 
 
 @contextmanager
@@ -118,7 +185,7 @@ def atomic_file(path: Path | str, mode: str = "w") -> Iterator[IO[Any]]:
                 os.fsync(stream.fileno())
             os.chmod(partial, 0o666 & ~_umask())
             os.replace(partial, path)
-            _fsync_directory(path.parent)
+            flush(path.parent)
         finally:
             partial.unlink(missing_ok=True)
 
@@ -146,23 +213,57 @@ def staged_directory(path: Path | str, *, force: bool = False) -> Iterator[Path]
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
+        alive, old = _hold(staging), None  # held while this process lives: clear_leftovers tells by it
         try:
             yield staging
             os.chmod(staging, 0o777 & ~_umask())
-            for name in sorted(staging.rglob("*")):
-                if name.is_file():
-                    with open(name, "rb") as stream:
-                        os.fsync(stream.fileno())
-            old = None
+            flush_tree(staging)
             if path.is_symlink() or path.exists():
                 old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
                 os.replace(path, old / path.name)
             os.replace(staging, path)
-            _fsync_directory(path.parent)
-            if old is not None:
-                shutil.rmtree(old, ignore_errors=True)
+            flush(path.parent)
         finally:
+            if old is not None:
+                _give_back(path, old)
             shutil.rmtree(staging, ignore_errors=True)
+            os.close(alive)
+
+
+def clear_leftovers(path: Path) -> None:
+    """Remove what killed processes left of :func:`staged_directory`; what they were replacing gets its name back.
+
+    Raises :class:`LockedError` if another process is writing ``path`` now.
+    """
+    name = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}\.(part|old)")
+    found = [entry for entry in path.parent.glob(f".{path.name}.*") if name.fullmatch(entry.name) and entry.is_dir()]
+    for partial in (entry for entry in found if entry.suffix == ".part"):
+        try:
+            os.close(_hold(partial))
+        except BlockingIOError:
+            raise LockedError(f"another process is writing {path}", remedy="wait for it, or stop it") from None
+        shutil.rmtree(partial, ignore_errors=True)
+    for old in (entry for entry in found if entry.suffix == ".old"):
+        _give_back(path, old)
+
+
+def _hold(directory: Path) -> int:
+    """An open handle that holds a directory against :func:`clear_leftovers`. Raises ``BlockingIOError`` if one does."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise
+    except OSError:  # a file system without locks
+        return handle
+    return handle
+
+
+def _give_back(path: Path, old: Path) -> None:
+    if not (path.is_symlink() or path.exists()) and os.path.lexists(old / path.name):
+        os.replace(old / path.name, path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
@@ -176,16 +277,33 @@ def locked(directory: Path | str) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            handle.seek(0)
-            holder = handle.read().strip() or "(unknown)"
             raise LockedError(
-                f"{directory} is in use by process {holder}",
+                f"{directory} is in use by process {_holder(directory)}",
                 remedy="wait for it, stop it, or name another directory with --out",
             ) from None
         handle.truncate(0)
-        handle.write(str(os.getpid()))
+        handle.write(f"{os.getpid()} on {platform.node()}")
         handle.flush()
         yield
+
+
+def lock_holder(directory: Path | str) -> str | None:
+    """The process that holds a directory, ``None`` if none does."""
+    try:
+        with open(Path(directory) / ".lock", encoding="utf-8") as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return None
+    except OSError:
+        return _holder(Path(directory))
+    return None
+
+
+def _holder(directory: Path) -> str:
+    try:
+        return (directory / ".lock").read_text(encoding="utf-8").strip() or "(unknown)"
+    except OSError:
+        return "(unknown)"
 
 
 def _umask() -> int:

@@ -13,7 +13,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from forge.training.errors import DataError
-from forge.training.files import write_json
+from forge.training.files import is_there, read_json_object, write_json
+from forge.training.settings import listed, shown, validation_errors
+from forge.training.workload import Workload
 
 SCHEMA_VERSION = 1
 Status = Literal["running", "completed", "interrupted", "diverged", "out_of_memory", "failed"]
@@ -82,6 +84,15 @@ class Losses(_Part):
     last_validation_loss: float | None = None
 
 
+class Resume(_Part):
+    """The run went on at ``at`` from ``step``, ``after`` it ended as that status says (running: killed)."""
+
+    at: str  # UTC, ISO 8601
+    step: int
+    after: Status
+    changes: list[str] = Field(default_factory=list)  # of plan and packages, old -> new
+
+
 class RunRecord(_Part):
     """One backend x one workload x one seed in one process."""
 
@@ -106,7 +117,8 @@ class RunRecord(_Part):
     environment: dict[str, Any] = Field(default_factory=dict)
     adapter_sha256: str | None = None
     batch_digests: list[str] = Field(default_factory=list)  # labels as they reach the model, a step each
-    notes: list[str] = Field(default_factory=list)
+    notes: list[str] = Field(default_factory=list)  # what was unusual: spikes of the loss
+    resumes: list[Resume] = Field(default_factory=list)
 
     def write(self, run_dir: Path) -> None:
         """Write ``run.json`` atomically."""
@@ -116,24 +128,33 @@ class RunRecord(_Part):
 def read_record(run_dir: Path | str) -> RunRecord:
     """Read a run directory's record. Raises :class:`DataError` if it is absent or not one."""
     path = Path(run_dir) / "run.json"
-    try:
-        return RunRecord.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError as error:
+    if not is_there(path):
+        raise DataError(f"{run_dir} is not a run: it has no run.json", remedy="name a directory that `train` wrote")
+    content = read_json_object(path, finite=True)
+    version = content.get("schema_version", SCHEMA_VERSION)
+    if version != SCHEMA_VERSION:
         raise DataError(
-            f"{run_dir} is not a run: it has no run.json",
-            remedy="name a directory that `train` wrote",
-        ) from error
-    except (OSError, ValueError, ValidationError) as error:
-        first = str(error).splitlines()[0]
-        raise DataError(f"{path} is not a run record of schema {SCHEMA_VERSION}: {first}") from error
+            f"{path} is a run record of schema {shown(version)}, and this Forge reads schema {SCHEMA_VERSION}",
+            remedy="read it with the Forge that wrote it, or train again",
+        )
+    try:
+        return RunRecord.model_validate_json(json.dumps(content), strict=True)
+    except ValidationError as invalid:
+        errors = listed(validation_errors(RunRecord, invalid))
+        raise DataError(f"{path} is not a run record of schema {SCHEMA_VERSION}:\n{errors}") from invalid
 
 
 def completed_record(run_dir: Path | str) -> RunRecord:
-    """Like :func:`read_record`, but refuses a run that did not complete."""
+    """Like :func:`read_record`, but refuses a run that did not complete or whose workload is none."""
     record = read_record(run_dir)
     if record.status != "completed":
         raise DataError(
             f"{run_dir} is {record.status} at step {record.num_steps} of {record.num_planned_steps}",
             remedy="finish it first: python -m forge.training train ... --resume",
         )
+    try:
+        Workload.model_validate(record.workload)
+    except ValidationError as invalid:
+        errors = listed(validation_errors(Workload, invalid, "workload."))
+        raise DataError(f"{run_dir}/run.json holds no workload that this Forge knows:\n{errors}") from invalid
     return record
