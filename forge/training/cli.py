@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from forge.training.errors import ForgeError
+from forge.training.command import carry_out, print_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,17 +55,6 @@ def results() -> Console:
     from rich.console import Console
 
     return Console(highlight=False, soft_wrap=True)
-
-
-def print_json(value: Any) -> None:
-    """One JSON document on stdout. ``value``: a pydantic model, a dataclass or plain data."""
-    from dataclasses import asdict, is_dataclass
-
-    if hasattr(value, "model_dump"):
-        value = value.model_dump(mode="json")
-    elif is_dataclass(value) and not isinstance(value, type):
-        value = asdict(value)
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
 @app.command()
@@ -292,18 +280,4 @@ def schema() -> None:
 
 def main() -> NoReturn:
     """Run a command; turn every error into one message and its exit code."""
-    try:
-        app()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else int(bool(stop.code))
-    except ForgeError as error:
-        code = error.exit_code
-        if "--json" in sys.argv[1:]:
-            print_json({"error": error.message, "remedy": error.remedy, "exit_code": code})
-        sys.stderr.write(f"error: {error}\n")
-    except KeyboardInterrupt:
-        code = 130
-        sys.stderr.write("interrupted\n")
-    sys.stdout.flush()
-    sys.exit(code)
+    sys.exit(carry_out(app, sys.argv[1:]))
