@@ -93,7 +93,7 @@ def train_command(spec: RunSpec, run_dir: Path) -> list[str]:
         command += ["--set", _absolute(setting)]
     for setting in spec.plan_overrides:
         command += ["--plan", setting]
-    return [*command, "-o", str(run_dir), "--force"]
+    return [*command, "-o", str(run_dir), "--force", "--on-oom", "stop"]  # another layout is another measurement
 
 
 def evaluate_command(run_dir: Path) -> list[str]:

@@ -85,6 +85,7 @@ class Gate:
             f"data.sample={steps * own.training.effective_batch}",
             f"training.max_steps={steps}",
             "training.save_every_steps=null",
+            "training.save_every_minutes=null",
             "report_to=[]",
         )
 

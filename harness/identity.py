@@ -57,6 +57,7 @@ def identify(spec: RunSpec) -> Identity:
             "data": _describe_data(workload),
             # left out of the digest, because they change no mathematics; they take time
             "save_every_steps": workload.training.save_every_steps,
+            "save_every_minutes": workload.training.save_every_minutes,
             "report_to": list(workload.report_to),
         },
         "plan": load_plan(workload, spec.backend, spec.plan_overrides).model_dump(mode="json"),
@@ -127,14 +128,17 @@ def code_sha256_of(path: Path) -> str:
 
     Raises :class:`DataError` for a file that does not parse.
     """
-    source = path.read_text(encoding="utf-8")
-    lines: list[str | None] = list(source.split("\n"))
     try:
-        remarks = [node.body[0] for node in ast.walk(ast.parse(source)) if _has_docstring(node)]
-        tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
+        return _code_sha256(path.read_text(encoding="utf-8"))
     except (SyntaxError, tokenize.TokenError) as error:
         raise DataError(f"{path} is no Python: {error}", remedy="correct it before measuring") from error
-    for token in tokens:
+
+
+@cache
+def _code_sha256(source: str) -> str:
+    lines: list[str | None] = list(source.split("\n"))
+    remarks = [node.body[0] for node in ast.walk(ast.parse(source)) if _has_docstring(node)]
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             row, column = token.start
             lines[row - 1] = (lines[row - 1] or "")[:column]

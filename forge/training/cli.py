@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from forge.training.command import carry_out, print_json
+from forge.training.command import carry_out, print_json, restore_stdout
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,6 +32,13 @@ class BackendChoice(StrEnum):
     unsloth = "unsloth"
     trl = "trl"
     legacy = "legacy"
+
+
+class OnOutOfMemory(StrEnum):
+    """``shrink``: a fresh process goes on with smaller micro-batches, the same mathematics; ``stop``: exit code 5."""
+
+    shrink = "shrink"
+    stop = "stop"
 
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
@@ -134,12 +142,19 @@ def train(
     overrides: Set = None,
     plan: PlanOption = None,
     out: Out = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest valid checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Insist that there is a run to go on with.")] = False,
+    on_oom: Annotated[
+        OnOutOfMemory, typer.Option("--on-oom", help="Out of GPU memory: smaller micro-batches, or stop.")
+    ] = OnOutOfMemory.shrink,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Train an adapter: the plan first, progress during, a summary and the next command after."""
+    """Train an adapter. The same command again goes on where a run was stopped, and leaves a complete one as it is."""
+    from forge.training.attempt import Listener
+    from forge.training.errors import GpuMemoryError
+    from forge.training.plan import load_plan
     from forge.training.progress import TrainingDisplay
+    from forge.training.resume import smaller_micro_batch
     from forge.training.session import choose_backend
     from forge.training.session import train as train_run
     from forge.training.workload import load_workload
@@ -147,18 +162,33 @@ def train(
     loaded, chosen = load_workload(workload, overrides or []), choose_backend(backend.value)
     run_dir = (out or Path("runs") / f"{loaded.name}-{chosen}").absolute()
     with TrainingDisplay(logs()) as display:
-        record = train_run(
-            loaded,
-            chosen,
-            plan or [],
-            run_dir,
-            resume=resume,
-            force=force,
-            announce=display.announce,
-            on_plan=display.show_plan,
-            on_step=display.show_step,
-        )
+        listener = Listener(display.announce, display.show_plan, display.show_step)
+        try:
+            record = train_run(loaded, chosen, plan or [], run_dir, listener, resume=resume, force=force)
+        except GpuMemoryError as error:
+            smaller = smaller_micro_batch(load_plan(loaded, chosen, plan or []), loaded)
+            if on_oom == OnOutOfMemory.stop or smaller is None:
+                raise
+            display.announce(f"{error.message}\ngoing on in a fresh process with plan.micro_batch={smaller}")
+            again = [argument for argument in sys.argv[1:] if argument != "--force"]
+            _become([*again, "--plan", f"micro_batch={smaller}"])
     print_json(record) if as_json else display.show_summary(record, run_dir, results())
+
+
+def _become(arguments: list[str]) -> NoReturn:
+    """Replace this process, GPU memory and all, by the command with other arguments."""
+    restore_stdout()
+    os.execv(sys.executable, [sys.executable, "-m", "forge.training", *arguments])
+
+
+@app.command()
+def status(run: RunArgument, as_json: Json = False) -> None:
+    """Say where a run stands, and whether the process that worked on it is still there."""
+    from forge.training.progress import describe_status_line
+    from forge.training.status import describe_status
+
+    found = describe_status(run)
+    print_json(found) if as_json else results().print(describe_status_line(found), markup=False)
 
 
 @app.command()

@@ -6,20 +6,32 @@ import math
 import statistics
 from typing import Any
 
-from forge.training.errors import DiskError, DivergedError, GpuMemoryError, Interrupted
-from forge.training.files import disk_errors, sha256_json
+from forge.training.errors import DivergedError, ForgeError, GpuMemoryError, Interrupted
+from forge.training.files import as_disk_error, sha256_json
 from forge.training.job import TrainingJob
 from forge.training.meter import Meter
 from forge.training.record import Losses, RunRecord, Status, Trainable
+from forge.training.signals import StopRequest
 
 NUM_WARMUP_STEPS = 2  # left out of the steady figures: compilation, allocator, caches
 
 
-def translated(error: BaseException, job: TrainingJob) -> BaseException:
-    """The error as :mod:`forge.training.errors` has it, where it is the user's: memory, disk, Ctrl-C."""
+_OUT_OF_MEMORY = (
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "Error out of memory",
+)
+
+
+def translated(error: BaseException, job: TrainingJob, stop: StopRequest) -> BaseException:
+    """The error as :mod:`forge.training.errors` has it, where it is the user's: memory, disk, a signal."""
     import torch
 
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, ForgeError):
+        return error
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or any(said in text for said in _OUT_OF_MEMORY):
         remedies = []
         if job.plan.micro_batch > 1:
             remedies.append("--plan micro_batch=1 (the same mathematics)")
@@ -27,19 +39,11 @@ def translated(error: BaseException, job: TrainingJob) -> BaseException:
             remedies.append("--plan gradient_checkpointing=full (the same mathematics)")
         remedies += ["--set data.max_length=... (shorter documents)", "--set lora.rank=... (a smaller adapter)"]
         return GpuMemoryError(
-            f"out of GPU memory: {str(error).splitlines()[0]:.300}", remedy="in order of cost: " + "; ".join(remedies)
+            f"out of GPU memory: {text.splitlines()[0]:.300}", remedy="in order of cost: " + "; ".join(remedies)
         )
     if isinstance(error, KeyboardInterrupt):
-        return Interrupted("stopped by Ctrl-C", signal_number=2, remedy="the same command with --resume goes on")
-    if isinstance(error, OSError):
-        try:
-            with disk_errors(job.run_dir):
-                raise error
-        except DiskError as translated:
-            return translated
-        except OSError:
-            return error
-    return error
+        return stop.interrupted("before it trained")
+    return as_disk_error(error, job.run_dir) or error
 
 
 def status_of(error: BaseException) -> Status:
@@ -84,6 +88,7 @@ def fill_record(record: RunRecord, meter: Meter, callback: Any, job: TrainingJob
         record.timing.tokens_per_second = sum(meter.step_tokens[skip:]) / sum(seconds)
     if callback is not None:
         record.timing.rehearsal_seconds = callback.rehearsal_seconds
+        record.notes += callback.notes
     if callback is not None and callback.validation:
         record.losses.first_validation_loss = callback.validation[0][1]
         record.losses.last_validation_loss = callback.validation[-1][1]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -60,6 +61,7 @@ class Meter:
         """
         before = _read_log(log_path, resumed_step)
         write_text(log_path, "".join(json.dumps(line) + "\n" for line in before))
+        self.path = log_path
         self._log = open(log_path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - lives as long as the run
         self._accumulation = accumulation
         self._cuda = cuda
@@ -144,6 +146,11 @@ class Meter:
                 device_used_bytes=total - free,
             )
         )
+
+    def flush(self) -> None:
+        """Have the disk hold the step log: a checkpoint is about to rely on it."""
+        self._log.flush()
+        os.fsync(self._log.fileno())
 
     def close(self) -> None:
         """Close the step log."""

@@ -76,7 +76,6 @@ def run_pipeline(
     step("base", False, "base", workload.model.path)
     step("check", False, "check", source, "--backend", backend, *arguments)
     trained = _is_completed(run_dir)
-    resume = ["--resume"] if (run_dir / "run.json").is_file() else []
     step(
         "train",
         trained,
@@ -88,7 +87,6 @@ def run_pipeline(
         str(run_dir),
         *arguments,
         *planned,
-        *resume,
     )
     step("evaluate", (run_dir / "evaluation.json").is_file(), "evaluate", str(run_dir))
     step("export", (run_dir / "export" / "SHA256SUMS").is_file(), "export", str(run_dir))

@@ -136,6 +136,17 @@ class TrainingDisplay:
         console.print(f"next: python -m forge.training evaluate {shown}")
 
 
+def describe_status_line(status: dict[str, Any]) -> str:
+    """One line about a run from :func:`forge.training.status.describe_status`."""
+    steps = f"step {status['step']} of {status['num_planned_steps']}" if status["num_planned_steps"] else "no step yet"
+    kept = f", newest checkpoint {status['checkpoint']}" if status["checkpoint"] else ""
+    if status["killed"]:
+        return f"killed at {steps} or later{kept}: the same command goes on from there"
+    why = f": {status['message']}" if status["message"] else ""
+    who = f" (process {status['holder']})" if status["holder"] else ""
+    return f"{status['state']}{who}, {steps}{kept}{why}"
+
+
 def _gib(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.2f}"
 

@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable
-from datetime import UTC, datetime
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-from forge.training.data.inputs import prepare_inputs
-from forge.training.ending import describe_trainable, fill_record, status_of, translated
-from forge.training.environment import describe_environment, has_cuda_gpu
-from forge.training.errors import (
-    DataError,
-    ForgeError,
-    Interrupted,
-    MachineError,
-)
-from forge.training.files import locked, refuse_existing, sha256_file, write_text
+from forge.training.attempt import Attempt, Listener
+from forge.training.data.inputs import PreparedInputs, prepare_inputs
+from forge.training.environment import has_cuda_gpu
+from forge.training.errors import ForgeError
+from forge.training.files import locked, write_text
 from forge.training.job import TrainingJob
-from forge.training.meter import Meter
-from forge.training.plan import Backend, load_plan
-from forge.training.record import Inputs, RunRecord, read_record
-from forge.training.workload import Workload, changed_keys
-
-_MADE_BY_A_RUN = (
-    *("run.json", "steps.jsonl", "checkpoints", "best", "adapter", "examples", "tensorboard"),
-    *("evaluation.json", "merged", "export", "outcome.json"),
-)
-Announce = Callable[[str], None]
+from forge.training.plan import Backend, Plan, load_plan
+from forge.training.record import RunRecord
+from forge.training.resume import clear, clear_partials, previous_run, refuse_other_inputs
+from forge.training.signals import StopRequest
+from forge.training.status import StatusFile
+from forge.training.workload import Workload
 
 
 def choose_backend(name: str) -> Backend:
@@ -67,170 +54,82 @@ def train(
     backend: Backend,
     plan_overrides: list[str],
     run_dir: Path,
+    listener: Listener,
     *,
-    resume: bool,
-    force: bool,
-    announce: Announce,
-    on_plan: Callable[[TrainingJob, dict[str, Any]], None],
-    on_step: Callable[[int, dict[str, Any]], None],
+    resume: bool = False,
+    force: bool = False,
 ) -> RunRecord:
-    """Train and leave ``adapter/``, ``run.json``, ``steps.jsonl`` in ``run_dir``.
+    """Train and leave ``adapter/``, ``run.json``, ``steps.jsonl``, ``status.json`` in ``run_dir``.
 
-    Raises the errors of :mod:`forge.training.errors`; the record then says how the run ended.
+    Goes on with a run of the same work that is there and returns a complete one as it is; ``resume``
+    insists that there is one, ``force`` replaces it. Raises the errors of
+    :mod:`forge.training.errors`; record and status then say how the run ended.
     """
     plan = load_plan(workload, backend, plan_overrides)
-    if not resume:
-        refuse_existing(run_dir / "run.json", force)
-    elif not (run_dir / "run.json").exists():
-        raise DataError(f"{run_dir} holds no run to resume", remedy="start it without --resume")
-    with locked(run_dir):
-        if resume:
-            before = read_record(run_dir)
-            if before.status == "completed":
-                announce(f"{run_dir} is complete: nothing to resume")
-                return before
-            _refuse_other_work(before, workload, backend, run_dir)
-        base_dir = base_directory(workload)
-        from forge.training.backends import load_backend
-
-        module = load_backend(backend)
-        module.prepare(plan)
-        announce(f"base model {base_dir.name}, backend {backend}")
-        if not resume:
-            for name in _MADE_BY_A_RUN:
-                _remove(run_dir / name)
-        write_text(run_dir / "workload.yaml", workload.to_yaml())
-        inputs = prepare_inputs(workload, base_dir, run_dir)
-        job = TrainingJob(workload, plan, backend, base_dir, run_dir, inputs.train, inputs.validation)
-        return _run(job, inputs.described, module, resume=resume, announce=announce, on_plan=on_plan, on_step=on_step)
+    with locked(run_dir), StopRequest().caught() as stop:
+        before = previous_run(run_dir, workload, backend, resume=resume, force=force)
+        if before is not None and before.status == "completed":
+            shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
+            listener.announce(f"{run_dir} is complete: nothing to do")
+            return before
+        clear_partials(run_dir, listener.announce)
+        if before is None:
+            clear(run_dir)
+        status = StatusFile(run_dir)
+        status.update(step=before.num_steps if before else 0)
+        try:
+            record = _train(workload, backend, plan, run_dir, before, listener, status, stop)
+        except BaseException as error:
+            failure = stop.interrupted("before it trained") if isinstance(error, KeyboardInterrupt) else error
+            _note_failure(status, failure)
+            if failure is error:
+                raise
+            raise failure from error
+        status.update(state="completed", step=record.num_steps, exit_code=0, checkpoint=None)
+        return record
 
 
-def _refuse_other_work(before: RunRecord, workload: Workload, backend: Backend, run_dir: Path) -> None:
-    """A resume goes on with the same work; refused before anything in the run directory is touched."""
-    if (before.workload_sha256, before.backend) == (workload.digest(), backend):
-        return
-    changed = [f"  backend: {before.backend} -> {backend}"] if before.backend != backend else []
-    changed += changed_keys(before.workload, workload.model_dump(mode="json"))
-    raise DataError(
-        f"{run_dir} belongs to other work:\n" + "\n".join(changed),
-        remedy="resume with the settings it was started with, or train into another directory",
-    )
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _run(
-    job: TrainingJob,
-    inputs: Inputs,
-    module: Any,
-    *,
-    resume: bool,
-    announce: Announce,
-    on_plan: Callable[[TrainingJob, dict[str, Any]], None],
-    on_step: Callable[[int, dict[str, Any]], None],
+def _train(
+    workload: Workload,
+    backend: Backend,
+    plan: Plan,
+    run_dir: Path,
+    before: RunRecord | None,
+    listener: Listener,
+    status: StatusFile,
+    stop: StopRequest,
 ) -> RunRecord:
-    import torch
+    base_dir = base_directory(workload)
+    from forge.training.backends import load_backend
 
-    from forge.training.checkpoint import newest_valid
-    from forge.training.loop import BEST, StepCallback, save_adapter
-    from forge.training.models.identity import model_shape
+    module = load_backend(backend)
+    module.prepare(plan)
+    listener.announce(f"base model {base_dir.name}, backend {backend}")
+    inputs = _inputs(workload, base_dir, run_dir, before)
+    for note in inputs.notes:
+        listener.announce(note)
+    write_text(run_dir / "workload.yaml", workload.to_yaml())
+    job = TrainingJob(workload, plan, backend, base_dir, run_dir, inputs.train, inputs.validation)
+    return Attempt(job, inputs.described, before, listener, status, stop).run(module)
 
-    workload, run_dir = job.workload, job.run_dir
-    identity = {
-        "workload": workload.digest(),
-        "base": inputs.base_sha256,
-        "train_examples": inputs.train_examples_sha256,
-        "backend": job.backend,
-    }
-    if resume and (run_dir / "adapter" / BEST).is_file() and not (run_dir / "best").exists():
-        os.replace(run_dir / "adapter", run_dir / "best")  # killed between the last two writes of a run
-    found, remarks = newest_valid(run_dir / "checkpoints", identity) if resume else (None, [])
-    for remark in remarks:
-        announce(remark)
-    if resume and found is None:
-        announce("no checkpoint can be used: starting from the first step")
-    record = RunRecord(
-        status="running",
-        backend=job.backend,
-        workload=workload.model_dump(mode="json"),
-        workload_sha256=workload.digest(),
-        plan=job.plan.model_dump(),
-        seed=workload.training.seed,
-        base_path=str(job.base_dir),
-        started_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        num_steps=0,
-        num_planned_steps=job.num_steps,
-        inputs=inputs,
-        model_shape=model_shape(job.base_dir),
-        environment=describe_environment(with_torch=True),
+
+def _inputs(workload: Workload, base_dir: Path, run_dir: Path, before: RunRecord | None) -> PreparedInputs:
+    """The run's examples, stored in its directory; a resume makes them again elsewhere and compares."""
+    if before is None:
+        return prepare_inputs(workload, base_dir, run_dir)
+    with tempfile.TemporaryDirectory(dir=run_dir, prefix=".inputs.", suffix=".part") as again:
+        inputs = prepare_inputs(workload, base_dir, Path(again))
+    refuse_other_inputs(run_dir, before.inputs, inputs.described)
+    return inputs
+
+
+def _note_failure(status: StatusFile, failure: BaseException) -> None:
+    """How the run ended, into its status."""
+    from forge.training.ending import status_of
+
+    status.update(
+        state=status_of(failure),
+        exit_code=failure.exit_code if isinstance(failure, ForgeError) else 1,
+        message=failure.message if isinstance(failure, ForgeError) else repr(failure)[:500],
+        remedy=failure.remedy if isinstance(failure, ForgeError) else None,
     )
-    record.write(run_dir)
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run_dir / "tensorboard")
-    cuda = torch.cuda.is_available()
-    resumed_step = int(found.name.removeprefix("checkpoint-")) if found else 0
-    meter = Meter(
-        run_dir / "steps.jsonl",
-        job.accumulation,
-        cuda,
-        resumed_step=resumed_step,
-        loss_counts_first_labels=job.backend == "legacy",
-    )
-    callback: Any = None
-    try:
-        started = time.perf_counter()
-        if cuda:
-            torch.backends.cuda.enable_cudnn_sdp(job.plan.attention == "default")
-        trainer = _build(module, job)
-        record.timing.load_seconds = time.perf_counter() - started
-        meter.phase("load")
-        record.trainable = describe_trainable(trainer.model)
-        on_plan(job, {"trainable": record.trainable, "resumed_from": found.name if found else None})
-        trainer.meter = meter
-        callback = StepCallback(trainer, meter, identity, on_step)
-        trainer.add_callback(callback)
-        callback.catch_signals()
-        started = time.perf_counter()
-        trainer.train(resume_from_checkpoint=str(found) if found else None)
-        record.timing.train_seconds = time.perf_counter() - started
-        meter.phase("train")
-        done = int(trainer.state.global_step)
-        if callback.signal_number is not None and done < job.num_steps:
-            raise Interrupted(
-                f"stopped by signal {callback.signal_number} after step {done} of {job.num_steps}",
-                signal_number=callback.signal_number,
-                remedy="the same command with --resume goes on from there",
-            )
-        if callback.best is not None:
-            os.replace(run_dir / "best", run_dir / "adapter")
-        else:
-            save_adapter(trainer.model, job, run_dir / "adapter")
-        meter.phase("save")
-        record.adapter_sha256 = sha256_file(run_dir / "adapter" / "adapter_model.safetensors")
-        record.status = "completed"
-    except BaseException as error:
-        failure = translated(error, job)
-        record.status, record.message = status_of(failure), str(failure).splitlines()[0]
-        if failure is error:
-            raise
-        raise failure from error
-    finally:
-        fill_record(record, meter, callback, job)
-        meter.close()
-        record.write(run_dir)
-    shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)  # the finished adapter supersedes them
-    return record
-
-
-def _build(module: Any, job: TrainingJob) -> Any:
-    """The backend's trainer; a tracker that is not installed is said in one line."""
-    try:
-        return module.build(job)
-    except RuntimeError as error:
-        if "Callback requires" in str(error):
-            raise MachineError(f"report_to: {error}", remedy="install that tracker, or --set report_to=[]") from error
-        raise

@@ -1,0 +1,70 @@
+"""SIGINT and SIGTERM: the first asks for a stop, the second ends the process at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from forge.training.errors import Interrupted
+
+
+class StopRequest:
+    """Whether somebody asked this process to stop: ``number`` is the signal's, ``None`` while nobody has.
+
+    While work can simply be dropped, the first signal raises ``KeyboardInterrupt`` (no library catches
+    it by ``except Exception``). Inside :meth:`deferred` it only sets ``number``, and whoever trains
+    finishes the step and seals a checkpoint. A second signal ends the process with 128 + number there
+    and then: every file it may be writing is complete or absent by construction.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._deferred = False
+
+    @contextmanager
+    def caught(self) -> Iterator[StopRequest]:
+        """Catch both signals inside the block. Does nothing outside the main thread, which alone may."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Inside the block a first signal waits for whoever looks at ``number``."""
+        self._deferred = True
+        try:
+            self.raise_if_asked()  # between the last line before the block and this one
+            yield
+        finally:
+            self._deferred = False
+
+    def raise_if_asked(self) -> None:
+        """Raise ``KeyboardInterrupt`` if a stop was asked for: a library may have swallowed the first."""
+        if self.number is not None:
+            raise KeyboardInterrupt
+
+    def interrupted(self, message: str) -> Interrupted:
+        """The error of a run that was stopped: exit code 130 after SIGINT, 143 after SIGTERM."""
+        number = self.number or signal.SIGINT
+        return Interrupted(
+            f"stopped by {signal.Signals(number).name} {message}",
+            signal_number=number,
+            remedy="the same command goes on from there",
+        )
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if self.number is not None:
+            os._exit(128 + number)
+        self.number = number
+        if not self._deferred:
+            raise KeyboardInterrupt
