@@ -22,7 +22,8 @@ def open_trial(
 ) -> TrialState:
     """The stored trial if it is this one; a new one where there is none or what it measured has changed.
 
-    Raises :class:`ConfigurationError` for another number of pairs or other specs than it began with.
+    A trial is put away when the code or the GPU changes, and taken up again when they are as they were: a gate in
+    stretches may meet another GPU model in between. Raises :class:`ConfigurationError` for another number of pairs or other specs than it began with.
     """
     if num_pairs < 1:
         raise ConfigurationError(f"trial {name} is asked for {num_pairs} pairs", remedy="at least one pair")
@@ -40,10 +41,15 @@ def open_trial(
     if old is not None and _holds(old, new, str(store.trial_path(name))):
         return old
     if old is not None:
-        announce(f"{name}: measured anew, because what is measured has changed:")
+        announce(f"{name}: put away, because what is measured has changed:")
         for line in _changes(old, new):
             announce(line)
         store.put_away_trial(name)
+    for path, state in reversed(store.trials_put_away(name)):
+        if _keys(state) == _keys(new) and _holds(state, new, str(path)):
+            announce(f"{name}: taken up again with {len(state.pairs)} of {num_pairs} pairs, as it was put away")
+            store.take_up_trial(path, state)
+            return state
     store.write_trial(new)
     return new
 
@@ -62,13 +68,17 @@ def _holds(old: TrialState, new: TrialState, place: str) -> bool:
         raise ConfigurationError(
             f"trial {old.name} began with other arms:\n" + "\n".join(_changes(old, new)), remedy=remedy
         )
-    if (old.baseline_key, old.candidate_key) != (new.baseline_key, new.candidate_key):
+    if _keys(old) != _keys(new):
         return False
     if old.num_pairs != new.num_pairs:
         raise ConfigurationError(
             f"trial {old.name} began with {old.num_pairs} pairs and is now asked for {new.num_pairs}", remedy=remedy
         )
     return True
+
+
+def _keys(state: TrialState) -> tuple[str, str]:
+    return state.baseline_key, state.candidate_key
 
 
 def _changes(old: TrialState, new: TrialState) -> list[str]:
@@ -114,7 +124,7 @@ def found_of_open_pair(state: TrialState, identities: Identities, store: Store) 
 def _counted_elsewhere(store: Store) -> set[str]:
     """Runs that some trial has taken or set aside already."""
     taken: set[str] = set()
-    for state in store.trials():
+    for state in (*store.trials(), *(state for _, state in store.trials_put_away())):
         taken |= {run_id for pair in state.pairs for run_id in (pair.baseline, pair.candidate)}
         taken |= {run_id for aside in state.set_aside for run_id in aside.run_ids}
         taken |= {state.failure} if state.failure else set()

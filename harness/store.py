@@ -231,11 +231,20 @@ class Store:
     def put_away_trial(self, name: str) -> None:
         """Keep a trial that holds no longer under ``trials/old/``, out of the way of its successor."""
         path = self.trial_path(name)
-        old = path.parent / "old"
-        with disk_errors(old):
-            old.mkdir(exist_ok=True)
-            number = 1 + sum(1 for _ in old.glob(f"{name}.*.json"))
-            os.replace(path, old / f"{name}.{number}.json")
+        numbers = [int(old.suffixes[0][1:]) for old, _ in self.trials_put_away(name)]
+        with disk_errors(path.parent):
+            (path.parent / "old").mkdir(exist_ok=True)
+            os.replace(path, path.parent / "old" / f"{name}.{max(numbers, default=0) + 1}.json")
+
+    def trials_put_away(self, name: str = "*") -> list[tuple[Path, TrialState]]:
+        """What :meth:`put_away_trial` has kept of a trial, or of all."""
+        found = sorted((self.directory / "trials" / "old").glob(f"{name}.*.json"))
+        return [(path, _read(path, TrialState)) for path in found]
+
+    def take_up_trial(self, path: Path, state: TrialState) -> None:
+        """Make a trial that was put away the current one of its name; there is none, or it was put away before."""
+        with disk_errors(path):
+            os.replace(path, self.trial_path(state.name))
 
     def trial_path(self, name: str) -> Path:
         """Where a trial is kept. Raises :class:`ConfigurationError` for a name that is none."""

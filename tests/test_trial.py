@@ -279,6 +279,29 @@ def test_what_changed_is_measured_anew_said_and_the_old_trial_kept(
     assert old["num_pairs"] == 1
 
 
+def test_a_trial_that_was_put_away_goes_on_where_what_it_measures_is_there_again(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gate in stretches may meet an H100, an H200 and an H100: nothing complete is measured twice."""
+    first = trial(store, Arms(), num_pairs=1)
+    interrupt(store, at_run=2, num_pairs=2, name="other")  # an open pair is put away too
+    monkeypatch.setattr(identity, "describe_gpu", lambda: {"name": "Another GPU"})
+    between = trial(store, Arms(), num_pairs=1)
+    assert [ids(done) for done in (first, between)] == [["01 02"], ["04 05"]]
+    trial(store, Arms(), num_pairs=2, name="other")
+    monkeypatch.undo()
+    said: list[str] = []
+    run = Arms()
+    assert trial(store, run, num_pairs=1, announce=said.append) == first
+    assert run.order == ""
+    assert said[-1] == "speed: taken up again with 1 of 1 pairs, as it was put away"
+    with pytest.raises(ConfigurationError, match="began with 1 pairs and is now asked for 2"):
+        trial(store, Arms(), num_pairs=2)
+    other = trial(store, run, num_pairs=2, name="other")
+    assert ids(other) == ["10 11", "13 12"], "the half of long ago counts in no pair"
+    assert len(list((store.directory / "trials" / "old").iterdir())) == 2
+
+
 def test_a_trial_of_other_code_is_not_read_for_a_verdict_on_this(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     done = trial(store, Arms(), num_pairs=1)
     assert read_trial("speed", store, specs=(A, B)) == done
