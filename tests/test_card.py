@@ -110,7 +110,7 @@ def test_the_modelfile_serves_the_smallest_file_with_the_workloads_settings() ->
             "3.00 GiB",
         ),
         *("merged minus base: -2.1250 nats a token (standard error 0.5000)", "| How many ships? | 48 | merged | yes |"),
-        *("ollama create lighthouse", "12; validation: 3 held-out examples", "rank 16, alpha 32", "c" * 64, "e" * 64),
+        *("ollama create lighthouse", "12; validation: 3 held-out examples", "rank 4, alpha 8", "c" * 64, "e" * 64),
     ],
 )
 def test_the_card_says(fact: str) -> None:

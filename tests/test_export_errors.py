@@ -16,8 +16,8 @@ import pytest
 
 from forge.training.errors import CheckError, ConfigurationError, DataError, DiskError, LockedError, MachineError
 from forge.training.export import space
-from forge.training.export.export import _usable_merge, export_run
-from forge.training.export.merge import merge_adapter
+from forge.training.export.export import export_run
+from forge.training.export.merge import merge_adapter, usable_merge
 from forge.training.export.weights import read_weights
 from forge.training.files import locked
 from forge.training.record import read_record
@@ -101,8 +101,8 @@ def test_another_base_than_the_runs_is_refused_and_nothing_is_left(run_dir: Path
 
 def test_too_full_a_disk_is_refused_with_both_numbers(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil._ntuple_diskusage(10**12, 10**12, 10**6)  # type: ignore[attr-defined]
-    monkeypatch.setattr(space.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(DiskError, match=r"needs 0\.1 GB in .*, 0\.0 GB are free"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(DiskError, match=r"the export needs \d\d\.\d MB in .*, 1\.0 MB are free"):
         export_run(run_dir, quantizations=["f16"])
 
 
@@ -170,18 +170,37 @@ def test_an_interrupted_export_leaves_nothing_under_its_name_and_can_be_repeated
         assert sorted(os.listdir(run_dir / "export")) == [
             *("Modelfile", "README.md", "SHA256SUMS", "export.json", "lighthouse.q8_0.gguf")
         ]
-        assert _usable_merge(run_dir, read_record(run_dir)) == record.merge
+        assert own_merge(run_dir) == record.merge
 
 
-def test_a_merge_that_is_there_is_used_only_if_it_is_of_this_base_and_adapter_and_whole(run_dir: Path) -> None:
+def own_merge(run_dir: Path, **others: str) -> object:
     run = read_record(run_dir)
-    assert _usable_merge(run_dir, run) is None
-    base = run.inputs.base_sha256
-    made = merge_adapter(shared_base(), run_dir / "adapter", run_dir / "merged", expected_base_sha256=base)
-    assert _usable_merge(run_dir, run) == made.to_json()
-    other = run.model_copy(update={"inputs": run.inputs.model_copy(update={"base_sha256": "0" * 64})})
-    assert _usable_merge(run_dir, other) is None
-    shard = next((run_dir / "merged").glob("*00002-of*"))
-    content = shard.read_bytes()
-    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    assert _usable_merge(run_dir, run) is None
+    base_sha256 = others.get("base_sha256", run.inputs.base_sha256)
+    return usable_merge(run_dir / "merged", Path(run.base_path), run_dir / "adapter", base_sha256)
+
+
+def flip_last_byte(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+SPOILED_MERGES: dict[str, Callable[[Path], object]] = {
+    "a weight": lambda merged: flip_last_byte(next(merged.glob("*00002-of*"))),
+    "a file too many": lambda merged: (merged / "model-extra.safetensors").write_bytes(b""),
+    "a file too few": lambda merged: next(merged.glob("*00002-of*")).unlink(),
+    "the tokenizer": lambda merged: edit(merged / "tokenizer.json", truncation=None),
+    "a tokenizer added": lambda merged: (merged / "added_tokens.json").write_text("{}"),
+    "the configuration": lambda merged: edit(merged / "config.json", rope_theta=5.0),
+    "its digests": lambda merged: edit(merged / "merge.json", merged_sha256="0" * 64),
+    "another adapter": lambda merged: edit(merged.parent / "adapter" / "adapter_config.json", lora_alpha=16),
+}
+
+
+@pytest.mark.parametrize("name", SPOILED_MERGES)
+def test_a_merge_that_was_changed_since_is_not_used(run_dir: Path, name: str) -> None:
+    base_sha256 = read_record(run_dir).inputs.base_sha256
+    made = merge_adapter(shared_base(), run_dir / "adapter", run_dir / "merged", expected_base_sha256=base_sha256)
+    assert own_merge(run_dir) == made.to_json()
+    assert own_merge(run_dir, base_sha256="0" * 64) is None
+    SPOILED_MERGES[name](run_dir / "merged")
+    assert own_merge(run_dir) is None

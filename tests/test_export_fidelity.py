@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from forge.training.errors import CheckError
+from forge.training.errors import CheckError, DataError
 from forge.training.export.go_template import render_chat
 from forge.training.export.modelfile import chatml_template
 from forge.training.probes.awkward import awkward_strings
@@ -163,6 +163,7 @@ def test_every_claim_has_a_test_in_the_gate() -> None:
 
 def merged_at(run_dir: Path, factor: float, scratch: Path) -> None:
     """Replace the run's merged weights and its f16 file by those of a merge whose scale is off by a factor."""
+    from forge.training.export.adapter_config import read_adapter_config
     from forge.training.export.export import export_run
     from forge.training.export.merge import merge_adapter
 
@@ -174,6 +175,11 @@ def merged_at(run_dir: Path, factor: float, scratch: Path) -> None:
     config["lora_alpha"] *= factor
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     merge_adapter(run.base_path, adapter, run_dir / "merged", expected_base_sha256=run.inputs.base_sha256)
+    path = run_dir / "merged" / "merge.json"  # the merge says that it was of the run's own configuration
+    made = json.loads(path.read_text()) | {
+        "adapter_config_sha256": read_adapter_config(run_dir / "adapter").digest(),
+    }
+    path.write_text(json.dumps(made))
     export_run(run_dir, quantizations=["f16"])
 
 
@@ -208,9 +214,8 @@ def test_an_adapter_whose_own_configuration_scales_otherwise_than_the_workload_i
 
     path = copy / "adapter" / "adapter_config.json"
     path.write_text(path.read_text().replace('"lora_alpha": 64', '"lora_alpha": 128'))
-    for name in ("merged", "export"):
-        shutil.rmtree(copy / name)
-    export_run(copy, quantizations=["f16"])
+    with pytest.raises(DataError, match="is not what the run trained with"):
+        export_run(copy, quantizations=["f16"], force=True)
     is_red(judge_merge(check_merge(copy)), "configuration scales by 4, the workload by 2")
 
 

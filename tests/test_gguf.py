@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from forge.training.errors import CheckError, ConfigurationError, DataError, DiskError
+from forge.training.errors import CheckError, ConfigurationError, DataError, DiskError, MachineError
 from forge.training.export.chat import answer, converse
 from forge.training.export.child_process import Child, run_child
 from forge.training.export.converter import recognise_pre_tokenizer
@@ -356,7 +356,7 @@ def test_a_child_that_hangs_is_ended() -> None:
 
 
 def test_a_child_that_needs_too_much_memory_is_ended() -> None:
-    with pytest.raises(CheckError, match=r"cannot load|[Mm]emory|status failed"):
+    with pytest.raises((CheckError, MachineError), match=r"cannot load|cannot be loaded|[Mm]emory|status failed"):
         run_child("status", {}, doing="load llama.cpp", limit_seconds=60, memory_limit_bytes=64 << 20)
 
 

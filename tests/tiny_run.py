@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,17 @@ def write_run(run_dir: Path, base_dir: Path, **workload: Any) -> RunRecord:
     """Write ``run.json`` for the adapter in ``run_dir/adapter``, trained (so it says) on ``base_dir``."""
     from forge.training.models.identity import base_sha256, tokenizer_sha256
 
+    adapter = json.loads((run_dir / "adapter" / "adapter_config.json").read_text())
     parsed = Workload.model_validate(
         {
             "name": "lighthouse",
             "data": {"documents": "embedded", "system_prompt": 'You keep a "lighthouse".'},
+            "lora": {
+                "rank": adapter["r"],
+                "alpha": adapter["lora_alpha"],
+                "targets": adapter["target_modules"],
+                "use_rslora": adapter["use_rslora"],
+            },
             "export": {"parameters": {"temperature": 0.2, "num_ctx": 512}},
         }
         | workload

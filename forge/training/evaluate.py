@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 from forge.training.errors import ConfigurationError, DataError
 from forge.training.evaluation import neutral_model as neutral
 from forge.training.evaluation.record import Evaluation, compare, print_evaluation
-from forge.training.files import disk_errors, locked, refuse_existing, sha256_file, write_json
+from forge.training.files import disk_errors, locked, refuse_existing, write_json
+from forge.training.memory import memory_errors
 from forge.training.record import RunRecord, completed_record
 
 if TYPE_CHECKING:
@@ -44,8 +45,8 @@ def evaluate_run(
 
     ``device``: cpu or cuda, by default CUDA where there is a GPU. ``merged_dir``: the merged model;
     by default ``run_dir/merged``, or merged for the occasion. Raises :class:`ConfigurationError`,
-    :class:`DataError` (run, base, adapter or examples are not what the record says; a loss is not
-    finite), :class:`MachineError`, :class:`GpuMemoryError`, :class:`DiskError`, :class:`LockedError`.
+    :class:`DataError` (run, base, tokenizer, adapter or examples are not what the record says; a loss is
+    not finite), :class:`MachineError`, :class:`GpuMemoryError`, :class:`DiskError`, :class:`LockedError`.
     """
     neutral.refuse_unsloth()
     run_dir = Path(run_dir)
@@ -55,11 +56,15 @@ def evaluate_run(
         message = f"unknown subject {unknown[0]!r}" if unknown else "no subject was asked for"
         raise ConfigurationError(message, remedy=f"choose from {', '.join(SUBJECTS)}")
     refuse_existing(run_dir / "evaluation.json", force)
-    with locked(run_dir), neutral.memory_errors():
+    with locked(run_dir), memory_errors("the evaluation"):
         from forge.training.evaluation.bench import prepare_bench
+        from forge.training.export.origin import read_own_base, require_own_adapter, require_own_base
 
-        base = _check_base(run)
-        _check_adapter(run, run_dir, base)
+        run = completed_record(run_dir)  # nobody can be training into it any more
+        _clear_leftovers(run_dir)
+        base = read_own_base(run)
+        require_own_adapter(run, run_dir, base)
+        require_own_base(base.directory, run.inputs.base_sha256)
         bench = prepare_bench(run, run_dir, max_documents)
         placement = neutral.choose_placement(base, bench.longest, device)
         models = _Models(run, run_dir, base, placement, merged_dir, progress or (lambda _: None))
@@ -69,31 +74,13 @@ def evaluate_run(
     return evaluation
 
 
-def _check_base(run: RunRecord) -> ModelWeights:
-    from forge.training.export.weights import read_weights
-    from forge.training.models.identity import base_sha256
-
-    base = read_weights(Path(run.base_path))
-    found, expected = base_sha256(base.directory), run.inputs.base_sha256
-    if found != expected:
-        raise DataError(
-            f"{base.directory} is not the base that was trained on: SHA-256 {found}, the run had {expected}",
-            remedy="put the run's base back, unchanged",
-        )
-    return base
-
-
-def _check_adapter(run: RunRecord, run_dir: Path, base: ModelWeights) -> None:
-    """The adapter must be whole, fit the base and be the one that the run wrote."""
-    from forge.training.export.lora import WEIGHTS, read_adapter
-
-    read_adapter(run_dir / "adapter", base)
-    found, expected = sha256_file(run_dir / "adapter" / WEIGHTS), run.adapter_sha256
-    if found != expected:
-        raise DataError(
-            f"{run_dir / 'adapter'} is not the adapter that this run trained: SHA-256 {found}, the run had {expected}",
-            remedy="put the run's own adapter back, or train again",
-        )
+def _clear_leftovers(run_dir: Path) -> None:
+    """Remove what a killed evaluation left: the lock is ours."""
+    for left in (*run_dir.glob(".merged.*.part"), *run_dir.glob(".evaluation.json.*.part")):
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 @dataclass
@@ -141,30 +128,20 @@ class _Models:
     @contextmanager
     def _merged_model(self) -> Iterator[Path]:
         """The directory of the merged model; where there is none of this base and adapter, one for the occasion."""
-        from forge.training.export.merge import RECORD, merge_adapter
-        from forge.training.files import read_json_object
+        from forge.training.export.merge import merge_adapter, usable_merge
 
-        directory = self.given_merged_dir or self.run_dir / "merged"
-        if (directory / RECORD).is_file():
-            merged = read_json_object(directory / RECORD)
-            if [merged.get(f"{part}_sha256") for part in ("base", "adapter")] == [
-                self.run.inputs.base_sha256,
-                self.run.adapter_sha256,
-            ]:
-                self.merged_sha256 = str(merged["merged_sha256"])
-                yield directory
-                return
+        directory, adapter_dir = self.given_merged_dir or self.run_dir / "merged", self.run_dir / "adapter"
+        base_dir, base_sha256 = self.base.directory, self.run.inputs.base_sha256
+        merged = usable_merge(directory, base_dir, adapter_dir, base_sha256)
+        if merged is not None:
+            self.merged_sha256 = str(merged["merged_sha256"])
+            yield directory
+            return
         if self.given_merged_dir is not None:
-            raise DataError(f"{directory} was not merged from this run's base and adapter")
-        for left in self.run_dir.glob(".merged.*.part"):  # of a killed process: the lock is ours
-            shutil.rmtree(left, ignore_errors=True)
+            raise DataError(f"{directory} was not merged from this run's base and adapter, or was changed since")
         with _scratch(self.run_dir) as scratch:
             record = merge_adapter(
-                self.base.directory,
-                self.run_dir / "adapter",
-                scratch / "merged",
-                expected_base_sha256=self.run.inputs.base_sha256,
-                progress=self.say,
+                base_dir, adapter_dir, scratch / "merged", expected_base_sha256=base_sha256, progress=self.say
             )
             self.merged_sha256 = record.merged_sha256
             yield scratch / "merged"

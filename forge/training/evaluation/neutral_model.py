@@ -9,14 +9,12 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from forge.training.environment import available_ram_bytes
-from forge.training.errors import ConfigurationError, GpuMemoryError, MachineError
+from forge.training.errors import ConfigurationError, MachineError
 from forge.training.export.weights import ModelWeights
 
 _HOST_MARGIN = 1.15  # of the weights, for what loading needs beside them
@@ -124,28 +122,20 @@ def load_model(directory: Path, placement: Placement, *, nf4_dtype: str | None =
 
 
 def with_adapter(model: NeutralModel, adapter_dir: Path, placement: Placement) -> NeutralModel:
-    """Put an adapter into a loaded base, which is changed by it. LoRA's factors compute in float32."""
-    from peft import PeftModel
+    """Put an adapter into a loaded base, which is changed by it. LoRA's factors compute in float32.
+
+    PEFT gets the checked fields of the adapter's configuration and none of the others.
+    """
+    from peft import LoraConfig, PeftModel
+
+    from forge.training.export.adapter_config import read_adapter_config
 
     more: dict[str, Any] = {}
     if placement.max_memory is not None:
         more = {"device_map": "auto", "max_memory": placement.max_memory}
-    adapted = PeftModel.from_pretrained(model.causal, str(adapter_dir), is_trainable=False, **more)
+    config = LoraConfig(task_type="CAUSAL_LM", inference_mode=True, **read_adapter_config(adapter_dir).for_peft())
+    adapted = PeftModel.from_pretrained(model.causal, str(adapter_dir), is_trainable=False, config=config, **more)
     return NeutralModel(adapted.get_base_model().eval(), model.device)
-
-
-@contextmanager
-def memory_errors() -> Iterator[None]:
-    """Turn running out of GPU memory inside the block into :class:`GpuMemoryError`."""
-    import torch
-
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise GpuMemoryError(
-            f"out of GPU memory: {str(error).splitlines()[0]:.300}",
-            remedy="free the GPU, or evaluate on the CPU with an empty CUDA_VISIBLE_DEVICES",
-        ) from error
 
 
 def release_memory() -> None:

@@ -13,6 +13,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from forge.training.errors import ForgeError
@@ -48,6 +49,14 @@ def _convert_lora(_: Callable[[str], None], **arguments: Any) -> dict[str, Any]:
     from forge.training.export import converter
 
     return converter.convert_lora(**arguments)
+
+
+def _check_adapter(_: Callable[[str], None], adapter_dir: str, base_dir: str) -> dict[str, Any]:
+    from forge.training.export.lora import inspect_adapter
+    from forge.training.export.weights import read_weights
+
+    found = inspect_adapter(Path(adapter_dir), read_weights(Path(base_dir)))
+    return {"modules": {factors.module: [factors.rank, factors.scale] for factors in found.factors.values()}}
 
 
 def _merge(progress: Callable[[str], None], **arguments: Any) -> dict[str, Any]:
@@ -110,6 +119,7 @@ TASKS: dict[str, Callable[..., dict[str, Any]]] = {
     "quantize": _quantize,
     "convert": _convert,
     "convert_lora": _convert_lora,
+    "check_adapter": _check_adapter,
     "merge": _merge,
     "open_chat": _open_chat,
     "reply": _reply,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import selectors
 import signal
 import subprocess
@@ -24,12 +25,14 @@ from typing import Any, Self
 
 from forge.training import errors
 from forge.training.errors import CheckError, ForgeError
+from forge.training.files import disk_errors
 
 Progress = Callable[[str], None]
 
 _LOG_TAIL_LINES = 12
 _LOG_TAIL_BYTES = 16 << 10
 _MAX_ANSWER_BYTES = 64 << 20
+_CREDENTIAL = re.compile(r"TOKEN$|_KEY$|KEY_ID$|SECRET|PASSWORD|CREDENTIALS", re.IGNORECASE)
 
 
 def time_limit_seconds(num_bytes: int) -> float:
@@ -56,7 +59,8 @@ class Child:
         self._memory_limit_bytes = memory_limit_bytes
 
     def __enter__(self) -> Self:
-        self._log = tempfile.TemporaryFile()
+        with disk_errors(tempfile.gettempdir()):
+            self._log = tempfile.TemporaryFile()
         self._answers, write_end = os.pipe()
         os.set_blocking(self._answers, False)
         self._unread = b""
@@ -143,7 +147,7 @@ class Child:
         line, _, self._unread = self._unread.partition(b"\n")
         try:
             message = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             message = None
         if not isinstance(message, dict):
             raise self._failure(doing, f"the child process answered {line[:80]!r}")
@@ -175,13 +179,15 @@ def run_child(
 
 
 def _environment() -> dict[str, str]:
+    """The parent's, without what looks like a credential: no child needs one, and what it parses may be hostile."""
     package_root = str(Path(__file__).resolve().parents[3])
     inherited = os.environ.get("PYTHONPATH")
     return {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if not _CREDENTIAL.search(name)},
         "PYTHONPATH": os.pathsep.join([package_root, inherited] if inherited else [package_root]),
         "PYTHONUNBUFFERED": "1",
         "GGML_NO_BACKTRACE": "1",  # else an abort in llama.cpp starts gdb
+        "OPENBLAS_NUM_THREADS": "1",  # numpy's; each thread reserves address space, which is limited
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
@@ -198,6 +204,6 @@ def _cause_of_death(return_code: int) -> str:
 def _rebuild_error(description: dict[str, Any], tail: str) -> ForgeError:
     kind = getattr(errors, str(description.get("kind")), None)
     message = str(description.get("message"))
-    if isinstance(kind, type) and issubclass(kind, ForgeError):
+    if kind is not CheckError and isinstance(kind, type) and issubclass(kind, ForgeError):
         return kind(message, remedy=description.get("remedy"))
-    return CheckError(message + (f"\n{tail}" if tail else ""))
+    return CheckError(message + (f"\n{tail}" if tail else ""), remedy=description.get("remedy"))

@@ -16,9 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from forge.training.errors import CheckError
+from forge.training.errors import CheckError, ForgeError, MachineError
 from forge.training.export.llama_cpp import llama_cpp_tree
+from forge.training.export.native import raise_if_full
 from forge.training.files import disk_errors
+from forge.training.memory import memory_errors
 
 # The regular expressions of llama.cpp's src/llama-vocab.cpp, as tokenizer.json spells them.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -83,6 +85,14 @@ def _without_offsets(value: Any) -> Any:
 def convert(model_dir: str, target: str, outtype: str, model_name: str) -> dict[str, Any]:
     """HF directory -> GGUF by convert_hf_to_gguf.py. A half-written target is the parent's to remove."""
     tree = _prepare(target)
+    name = Path(target).name
+    sys.argv = [str(tree / "convert_hf_to_gguf.py"), "--outfile", name, "--outtype", outtype]
+    sys.argv += ["--model-name", model_name, "--", model_dir]
+    _call(_convert_knowing_more_tokenizers, model_dir, target)
+    return {}
+
+
+def _convert_knowing_more_tokenizers() -> None:
     script: Any = importlib.import_module("convert_hf_to_gguf")
     text_model: Any = importlib.import_module("conversion.base").TextModel
     by_hash = text_model.get_vocab_base_pre
@@ -94,11 +104,7 @@ def convert(model_dir: str, target: str, outtype: str, model_name: str) -> dict[
             return recognise_pre_tokenizer(json.loads(tokenizer.backend_tokenizer.to_str()))
 
     text_model.get_vocab_base_pre = by_hash_or_structure
-    name = Path(target).name
-    sys.argv = [str(tree / "convert_hf_to_gguf.py"), "--outfile", name, "--outtype", outtype]
-    sys.argv += ["--model-name", model_name, "--", model_dir]
-    _call(script.main, model_dir, target)
-    return {}
+    script.main()
 
 
 def convert_lora(adapter_dir: str, base_dir: str, target: str, outtype: str) -> dict[str, Any]:
@@ -119,10 +125,19 @@ def _prepare(target: str) -> Path:
 def _call(script: Callable[[], Any], source: str, target: str) -> None:
     refusal = f"llama.cpp's converter refuses {source}"
     try:
-        with disk_errors(target):
+        with disk_errors(target), memory_errors("the conversion"):
             script()
+    except ForgeError:
+        raise
     except SystemExit as exit_:
         if exit_.code:
-            raise CheckError(refusal, remedy="the end of its log says why; run with the log in view") from exit_
-    except (AssertionError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckError(refusal) from exit_
+    except (ImportError, SyntaxError) as error:
+        cause = f"{type(error).__name__}: {error}"
+        raise MachineError(f"llama.cpp's converter cannot be run: {cause}", remedy="run `make setup` again") from error
+    except Exception as error:  # it raises whatever it meets
+        if Path(target).exists():
+            raise_if_full(target)
         raise CheckError(f"{refusal}: {type(error).__name__}: {error}") from error
+    if not Path(target).is_file():
+        raise CheckError(f"{refusal}: it ended without an error and without a file")

@@ -6,25 +6,25 @@ Intermediate files are deleted as soon as they have been used.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from forge.training.errors import CheckError, DataError
+from forge.training.errors import CheckError
 from forge.training.export import gguf, space
 from forge.training.export.card import read_evaluation, write_card
 from forge.training.export.chat_template import chatml_default_system, read_chat_template
 from forge.training.export.child_process import Answer, Progress, run_child, time_limit_seconds
 from forge.training.export.export_record import ExportRecord, Step, print_export
-from forge.training.export.lora import WEIGHTS
-from forge.training.export.merge import RECORD as MERGE_RECORD
+from forge.training.export.llama_cpp import require_llama_cpp
+from forge.training.export.merge import usable_merge
 from forge.training.export.modelfile import CHATML_STOPS, chatml_template, write_modelfile
-from forge.training.export.weights import ModelWeights, read_weights
+from forge.training.export.origin import read_own_base, require_own_adapter
+from forge.training.export.weights import ModelWeights
 from forge.training.files import (
+    clear_leftovers,
     locked,
-    read_json_object,
     refuse_existing,
     sha256_file,
     staged_directory,
@@ -56,26 +56,21 @@ def export_run(
     """
     run_dir = Path(run_dir)
     run = completed_record(run_dir)
-    adapter_bytes = _check_adapter(run_dir, run)
     target = (out_dir or run_dir / "export").absolute()
     refuse_existing(target, force)
     space.check_quantizations(quantizations)
-    base = read_weights(Path(run.base_path))
+    base = read_own_base(run)
     space.check_architecture(base)
+    require_llama_cpp()
     if not allow_fallback:
         space.check_row_sizes(base, quantizations)
     with locked(run_dir):
-        _clear_leftovers(target)
-        _clear_leftovers((run_dir / "merged").absolute())
-        merged = _usable_merge(run_dir, run)
-        needed = space.peak_disk_bytes(
-            base,
-            quantizations,
-            adapter_bytes=adapter_bytes,
-            writes_merged=merged is None,
-            keeps_merged=keep_merged,
-        )
-        space.check_space(target.parent, needed)
+        run = completed_record(run_dir)  # nobody can be training into it any more
+        adapter_bytes = require_own_adapter(run, run_dir, base)
+        for directory in (target, (run_dir / "merged").absolute()):
+            clear_leftovers(directory)
+        merged = usable_merge(run_dir / "merged", base.directory, run_dir / "adapter", run.inputs.base_sha256)
+        needed = _require_space(run_dir, target, base, quantizations, adapter_bytes, keep_merged, merged is None)
         work = _Export(run, run_dir, base, allow_fallback, progress or (lambda _: None))
         with staged_directory(target, force=force) as staging:
             merged_dir = run_dir / "merged" if keep_merged or merged is not None else staging / "merged"
@@ -145,6 +140,7 @@ class _Export:
             converted.setdefault("f16", staging / _INTERMEDIATE)
         for name, path in converted.items():
             self.progress(f"convert to {name}")
+            self._require_space(path, name)
             answer = gguf.convert_to_gguf(merged_dir, path, name, model_name=self.name)  # type: ignore[arg-type]
             self._count(f"convert {name}", answer, path.stat().st_size)
             report = self._verify(path, name)
@@ -158,6 +154,7 @@ class _Export:
             if name in gguf.QUANTIZED_TYPES:
                 self.progress(f"quantise to {name}")
                 path = staging / self._file_name(name)
+                self._require_space(path, name)
                 answer = gguf.quantize(source, path, name)
                 self._count(f"quantise {name}", answer, path.stat().st_size)
                 self.reports[name] = self._verify(path, name)
@@ -188,6 +185,11 @@ class _Export:
             self.notes.append(f"{path.name}: {len(report.fallbacks)} tensors in larger types: {report.tensor_types}")
         return report
 
+    def _require_space(self, path: Path, quantization: str) -> None:
+        """Asked again before every file: others write to the disk too."""
+        num_bytes = space.with_margin(space.file_bytes(self.base, quantization))
+        space.require_space(path.parent, num_bytes, f"the {quantization} file")
+
     def _file_name(self, quantization: str) -> str:
         return f"{self.name}.{quantization}.gguf"
 
@@ -195,38 +197,29 @@ class _Export:
         self.steps.append(Step(name, round(answer.seconds, 3), num_bytes, answer.peak_rss_bytes))
 
 
-def _check_adapter(run_dir: Path, run: RunRecord) -> int:
-    """Bytes of the run's adapter. Raises :class:`DataError` if it is gone or not the one that the run wrote."""
-    path = run_dir / "adapter" / WEIGHTS
-    if not path.is_file():
-        raise DataError(f"{path} is missing", remedy="train again, or name a run with its adapter")
-    if run.adapter_sha256 is not None and sha256_file(path) != run.adapter_sha256:
-        raise DataError(f"{path} is not the adapter that the run wrote: its SHA-256 differs from run.json")
-    return path.stat().st_size
-
-
-def _usable_merge(run_dir: Path, run: RunRecord) -> dict[str, Any] | None:
-    """The record of ``run_dir/merged`` if it is complete and of this base and this adapter."""
-    path = run_dir / "merged" / MERGE_RECORD
-    if not path.is_file():
-        return None
-    merged = read_json_object(path)
-    expected = (run.inputs.base_sha256, sha256_file(run_dir / "adapter" / WEIGHTS))
-    if (merged.get("base_sha256"), merged.get("adapter_sha256")) != expected:
-        return None
-    digests = merged.get("shard_sha256") or {"": ""}
-    same = all((path.parent / name).is_file() and sha256_file(path.parent / name) == digests[name] for name in digests)
-    return merged if same else None
-
-
-def _clear_leftovers(target: Path) -> None:
-    """Remove what a killed export left; what it was about to replace gets its name back."""
-    for old in target.parent.glob(f".{target.name}.*.old"):
-        if not target.exists() and (old / target.name).exists():
-            os.replace(old / target.name, target)
-        shutil.rmtree(old, ignore_errors=True)
-    for partial in target.parent.glob(f".{target.name}.*.part"):
-        shutil.rmtree(partial, ignore_errors=True)
+def _require_space(
+    run_dir: Path,
+    target: Path,
+    base: ModelWeights,
+    quantizations: Sequence[str],
+    adapter_bytes: int,
+    keeps_merged: bool,
+    writes_merged: bool,
+) -> int:
+    """The most bytes at any time where the export is written, free there; the merge may be elsewhere."""
+    existing = next(folder for folder in target.parents if folder.is_dir())
+    apart = keeps_merged and writes_merged and existing.stat().st_dev != run_dir.stat().st_dev
+    if apart:
+        space.require_space(run_dir, space.with_margin(base.num_bytes), "the merged model")
+    needed = space.peak_disk_bytes(
+        base,
+        quantizations,
+        adapter_bytes=adapter_bytes,
+        writes_merged=writes_merged and not apart,
+        keeps_merged=keeps_merged,
+    )
+    space.require_space(target.parent, needed, "the export")
+    return needed
 
 
 def _write_texts(staging: Path, record: ExportRecord, run: RunRecord, run_dir: Path, base: ModelWeights) -> None:

@@ -11,16 +11,17 @@ import struct
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from threading import Thread
 from typing import Any, Literal
 
 from forge.training.errors import CheckError, ConfigurationError, DataError
 from forge.training.export.child_process import Answer, run_child, time_limit_seconds
-from forge.training.export.lora import write_canonical_adapter
+from forge.training.export.lora import check_adapter, write_canonical_adapter
 from forge.training.files import disk_errors, refuse_existing, sha256_file
+from forge.training.models.safety import refuse_unsafe_files
 
 ConvertedType = Literal["f32", "f16", "bf16", "q8_0"]
 QuantizedType = Literal["q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k"]
@@ -63,6 +64,7 @@ def convert_to_gguf(
     Raises :class:`CheckError` if the converter refuses the model, :class:`DiskError`.
     """
     _require_files(model_dir, "config.json", "tokenizer.json")
+    refuse_unsafe_files(model_dir)
     num_bytes = sum(path.stat().st_size for path in model_dir.glob("*.safetensors"))
     if not num_bytes:  # the converter would write a file without tensors and report success
         raise DataError(f"{model_dir} holds no *.safetensors")
@@ -93,8 +95,10 @@ def convert_lora_to_gguf(
     Raises :class:`DataError` for what a GGUF adapter cannot carry, :class:`CheckError`, :class:`DiskError`.
     """
     _require_files(base_dir, "config.json")
-    with _partial(out, force) as partial, tempfile.TemporaryDirectory(prefix="forge-lora-") as temporary:
-        canonical = Path(temporary) / "adapter"
+    refuse_unsafe_files(base_dir)
+    check_adapter(adapter_dir, base_dir)
+    with _partial(out, force) as partial:
+        canonical = partial.parent / "adapter"
         write_canonical_adapter(adapter_dir, base_dir, canonical)
         return run_child(
             "convert_lora",
@@ -127,6 +131,7 @@ def quantize(source: Path, target: Path, quantization: QuantizedType, *, force: 
             {"source": str(source.absolute()), "target": str(partial), "quantization": quantization},
             doing=f"quantise {source} to {quantization}",
             limit_seconds=time_limit_seconds(4 * source.stat().st_size),  # 15 MB/s on two busy cores
+            memory_limit_bytes=memory_limit_bytes(source.stat().st_size),
         )
 
 
@@ -136,6 +141,8 @@ def check_header(path: Path) -> None:
     A 49-byte file with a huge count kept a parser busy for ever. Raises :class:`CheckError`,
     :class:`DataError` if there is no such file.
     """
+    if not path.is_file():  # a pipe would be waited for
+        raise DataError(f"cannot read {path}: {'not a file' if path.exists() else 'No such file'}")
     try:
         with open(path, "rb") as stream:
             header = stream.read(_HEADER.size)
@@ -174,23 +181,42 @@ def measure_verification(
     if base is not None:
         check_header(base)
         num_bytes += base.stat().st_size
-    started = time.monotonic()
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        digest = pool.submit(sha256_file, path)  # meanwhile: hashlib releases the interpreter's lock
-        answer = run_child(
-            "verify",
-            {
-                "path": str(path.absolute()),
-                "architecture": architecture,
-                "adapter": adapter,
-                "base": str(base.absolute()) if base else None,
-            },
-            doing=f"verify {path}",
-            limit_seconds=time_limit_seconds(num_bytes),
-            memory_limit_bytes=memory_limit_bytes(num_bytes),
-        )
+    started, digest = time.monotonic(), _Digest(path)
+    answer = run_child(
+        "verify",
+        {
+            "path": str(path.absolute()),
+            "architecture": architecture,
+            "adapter": adapter,
+            "base": str(base.absolute()) if base else None,
+        },
+        doing=f"verify {path}",
+        limit_seconds=time_limit_seconds(num_bytes),
+        memory_limit_bytes=memory_limit_bytes(num_bytes),
+    )
     report = GgufReport(name=path.name, num_bytes=path.stat().st_size, sha256=digest.result(), **answer.value)
     return report, replace(answer, seconds=time.monotonic() - started)
+
+
+class _Digest(Thread):
+    """A file's SHA-256, found meanwhile: hashlib releases the interpreter's lock."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(daemon=True)  # an interrupted export ends at once, not after 15 GB
+        self._path, self._found = path, ""
+        self.start()
+
+    def run(self) -> None:
+        """Called by the thread."""
+        with suppress(OSError):
+            self._found = sha256_file(self._path)
+
+    def result(self) -> str:
+        """The digest. Raises :class:`DataError` if the file could not be read to its end."""
+        self.join()
+        if not self._found:
+            raise DataError(f"cannot read {self._path} to its end")
+        return self._found
 
 
 def memory_limit_bytes(num_bytes: int) -> int:
@@ -215,6 +241,8 @@ def _partial(target: Path, force: bool) -> Iterator[Path]:
         ) as folder:
             partial = Path(folder) / "model.gguf"
             yield partial
+            if not partial.is_file():
+                raise CheckError(f"{target} was not written, although llama.cpp reports success")
             with open(partial, "rb") as stream:
                 os.fsync(stream.fileno())
             os.replace(partial, target)

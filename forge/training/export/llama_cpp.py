@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
+from forge.training.environment import package_version
 from forge.training.errors import CheckError, MachineError
 from forge.training.export.child_process import run_child
 from forge.training.files import cache_dir
@@ -43,6 +45,18 @@ def llama_cpp_tree() -> Path:
             f"llama.cpp's converter at {tree} is incomplete: {', '.join(missing)} missing", remedy=_REMEDY
         )
     return tree
+
+
+def require_llama_cpp() -> None:
+    """Raise :class:`MachineError` if the converter or the quantiser is missing, without loading either."""
+    llama_cpp_tree()
+    found = package_version("llama_cpp_python") if find_spec("llama_cpp") is not None else None
+    if found is None:
+        raise MachineError("llama-cpp-python is missing: it quantises and verifies", remedy="run `make setup`")
+    if found != VERSION:
+        raise MachineError(
+            f"llama-cpp-python is {found}; the converter belongs to {VERSION}", remedy="run `make setup`"
+        )
 
 
 def llama_cpp_status() -> LlamaCppStatus:

@@ -16,9 +16,18 @@ from pathlib import Path
 from typing import IO, Any
 
 from forge.training.errors import DataError
+from forge.training.export.adapter_config import read_adapter_config
 from forge.training.export.lora import WEIGHTS, Adapter, Pair, read_adapter
 from forge.training.export.weights import FLOAT_DTYPES, INDEX, ModelWeights, Shard, Tensor, read_tensor, read_weights
-from forge.training.files import sha256_file, sha256_json, staged_directory, write_json
+from forge.training.files import (
+    read_json_object,
+    require_free_bytes,
+    sha256_file,
+    sha256_json,
+    staged_directory,
+    write_json,
+)
+from forge.training.memory import memory_errors
 
 RECORD = "merge.json"
 _COPY_BYTES = 16 << 20
@@ -35,12 +44,14 @@ _COMPANIONS = (
 class MergeRecord:
     """What a merge did. Norms are Frobenius norms over all changed tensors together.
 
+    ``adapter_config_sha256`` is over what the adapter's configuration says of the mathematics;
     ``rounding_norm`` is the part of the change that the weights' own data type could not hold;
     ``merged_sha256`` identifies the merged weights as ``base_sha256`` does the base's: it is what
     :func:`forge.training.models.identity.base_sha256` says of ``out_dir``.
     """
 
     adapter_sha256: str
+    adapter_config_sha256: str
     base_sha256: str | None
     merged_sha256: str
     shard_sha256: dict[str, str]
@@ -80,8 +91,9 @@ def merge_adapter(
     for name in adapter.pairs:
         if base.tensors[name].dtype not in FLOAT_DTYPES:
             raise DataError(f"{base_dir}: {name} is {base.tensors[name].dtype}; only 16- and 32-bit weights are merged")
+    require_free_bytes(out_dir.absolute().parent, base.num_bytes, "the merge", "free space, or choose another place")
     merger = _Merger(adapter, _choose_device(device))
-    with staged_directory(out_dir, force=force) as staging:
+    with staged_directory(out_dir, force=force) as staging, memory_errors("the merge"):
         for name in _COMPANIONS:
             if (base_dir / name).is_file():
                 shutil.copyfile(base_dir / name, staging / name)
@@ -90,10 +102,15 @@ def merge_adapter(
             if progress is not None:
                 progress(f"merge: file {number} of {len(base.shards)}, {shard.num_bytes / 1e9:.2f} GB")
             digests[shard.path.name] = merger.write_shard(shard, staging / shard.path.name)
-        if not merger.num_effective_tensors:
-            raise DataError(f"{adapter_dir} has no effect: its change is lost in the rounding to the base's data type")
+        if merger.without_effect:
+            raise DataError(
+                f"{adapter_dir} has no effect on {merger.without_effect[0]} ({len(merger.without_effect)} of "
+                f"{len(adapter.pairs)} tensors): its change is lost in the rounding to the base's data type",
+                remedy="train longer, or with a higher learning rate",
+            )
         record = MergeRecord(
             adapter_sha256=sha256_file(adapter_dir / WEIGHTS),
+            adapter_config_sha256=adapter.config.digest(),
             base_sha256=expected_base_sha256,
             merged_sha256=sha256_json(digests),
             shard_sha256=digests,
@@ -108,22 +125,47 @@ def merge_adapter(
     return record
 
 
+def usable_merge(
+    directory: Path, base_dir: Path, adapter_dir: Path, expected_base_sha256: str
+) -> dict[str, Any] | None:
+    """The record of a merge made before if it is of this base and this adapter, and unchanged since; else ``None``.
+
+    Unchanged: every weight by its digest, and every file beside them is the base's. Raises :class:`DataError`
+    for a record that is none.
+    """
+    if not (directory / RECORD).is_file():
+        return None
+    record = read_json_object(directory / RECORD)
+    made_of = {
+        "base_sha256": expected_base_sha256,
+        "adapter_sha256": sha256_file(adapter_dir / WEIGHTS),
+        "adapter_config_sha256": read_adapter_config(adapter_dir).digest(),
+    }
+    digests = record.get("shard_sha256")
+    if any(record.get(key) != value for key, value in made_of.items()) or not isinstance(digests, dict):
+        return None
+    same = sorted(path.name for path in directory.glob("*.safetensors")) == sorted(digests)
+    same = same and all(_same_file(base_dir / name, directory / name) for name in _COMPANIONS)
+    same = same and all(sha256_file(directory / name) == digest for name, digest in digests.items())
+    return record if same and record.get("merged_sha256") == sha256_json(digests) else None
+
+
+def _same_file(wanted: Path, found: Path) -> bool:
+    if not wanted.is_file() or not found.is_file():
+        return wanted.is_file() == found.is_file()
+    return wanted.read_bytes() == found.read_bytes()
+
+
 def _check_base(base: ModelWeights, expected_sha256: str | None) -> None:
     if base.config.get("quantization_config"):
         raise DataError(
             f"{base.directory} is quantised; merging into quantised weights would lose what was learned",
             remedy="name the original 16-bit model of the same name",
         )
-    if expected_sha256 is None:
-        return
-    from forge.training.models.identity import base_sha256
+    if expected_sha256 is not None:
+        from forge.training.export.origin import require_own_base
 
-    found = base_sha256(base.directory)
-    if found != expected_sha256:
-        raise DataError(
-            f"{base.directory} is not the base that was trained on: SHA-256 {found}, the run had {expected_sha256}",
-            remedy="name the base of the run, unchanged",
-        )
+        require_own_base(base.directory, expected_sha256)
 
 
 def _choose_device(device: str) -> str:
@@ -138,7 +180,7 @@ class _Merger:
     def __init__(self, adapter: Adapter, device: str) -> None:
         self.adapter = adapter
         self.device = device
-        self.num_effective_tensors = 0
+        self.without_effect: list[str] = []
         self.delta_squares = 0.0
         self.rounding_squares = 0.0
 
@@ -170,7 +212,8 @@ class _Merger:
         merged = exact.to(original.dtype)
         if not bool(merged.isfinite().all()):
             raise DataError(f"{tensor.name} is not finite after the merge: NaN, or beyond the range of {tensor.dtype}")
-        self.num_effective_tensors += int(not torch.equal(merged, original))
+        if torch.equal(merged, original):
+            self.without_effect.append(tensor.name)
         self.delta_squares += _square_sum(delta)
         self.rounding_squares += _square_sum(exact - merged)
         return merged.cpu().contiguous().view(torch.uint8).numpy().data

@@ -8,17 +8,16 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-import shutil
 import sys
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
-from forge.training.errors import CheckError, ConfigurationError, DiskError
+from forge.training.errors import CheckError, ConfigurationError, MachineError
 from forge.training.export.llama_cpp import llama_cpp_tree
+from forge.training.files import disk_errors
 
 _MAX_BLOCK_COUNT = 512  # 10**6 makes llama.cpp abort; the largest known models have about 130
-_FULL_DISK_BYTES = 16 << 20
+_PROBE_BYTES = 1 << 20
 _WARNING = 3  # ggml.h: 0 none, 1 debug, 2 info, 3 warning, 4 error, 5 continues the line before
 _CONTINUED = 5
 
@@ -34,10 +33,16 @@ _last_level = 0
 
 
 def import_llama_cpp() -> Any:
-    """llama_cpp with a log callback of ours: its own has ggml's level numbers wrong and hides errors."""
-    import llama_cpp
+    """llama_cpp with a log callback of ours: its own has ggml's level numbers wrong and hides errors.
 
+    Raises :class:`MachineError` where it is not installed.
+    """
     global _log_callback
+    try:
+        import llama_cpp
+    except (ImportError, OSError, RuntimeError) as error:  # absent, or its library does not load
+        cause = (str(error).split("\n")[-1].strip() or str(error).strip())[:300]
+        raise MachineError(f"llama-cpp-python cannot be loaded: {cause}", remedy="run `make setup`") from error
     if _log_callback is None:
 
         def keep_warnings(level: int, text: bytes, _: Any) -> None:
@@ -67,6 +72,17 @@ def import_gguf() -> Any:
     return gguf
 
 
+def raise_if_full(target: str) -> None:
+    """Raise :class:`DiskError` if no more can be written behind what a failed program has written.
+
+    llama.cpp and numpy say that a write fell short, and not why: a full disk, a quota or a limit of the file's size.
+    """
+    with disk_errors(target), open(target, "ab") as stream:
+        stream.write(bytes(_PROBE_BYTES))
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
 def status() -> dict[str, Any]:
     """Version of llama-cpp-python, once its library is loaded and initialised."""
     llama_cpp = import_llama_cpp()
@@ -84,8 +100,7 @@ def quantize(source: str, target: str, quantization: str) -> dict[str, Any]:
     parameters.nthread = len(os.sched_getaffinity(0))
     _log_lines.clear()
     if llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(parameters)):
-        if shutil.disk_usage(Path(target).parent).free < _FULL_DISK_BYTES:
-            raise DiskError(f"cannot write {target}: no space left on the device", remedy="free space and try again")
+        raise_if_full(target)
         raise CheckError(f"llama.cpp cannot quantise {source} to {quantization}: {reason()}")
     return {}
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from forge.training.errors import ConfigurationError, DiskError, MachineError
+from forge.training.errors import ConfigurationError, MachineError
 from forge.training.export.gguf import CONVERTED_TYPES, QUANTIZED_TYPES
 from forge.training.export.llama_cpp import supported_architectures
 from forge.training.export.weights import ModelWeights
+from forge.training.files import require_free_bytes
 
 _BITS_PER_WEIGHT = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5}
 _BITS_PER_WEIGHT |= {"q6_k": 6.6, "q5_k_m": 5.9, "q4_k_m": 5.1, "q3_k_m": 4.2, "q2_k": 3.6}  # with larger embeddings
@@ -56,27 +56,31 @@ def check_row_sizes(base: ModelWeights, quantizations: Sequence[str]) -> None:
             )
 
 
+def file_bytes(base: ModelWeights, quantization: str) -> int:
+    """About how long a GGUF file of the base's size and of this type is."""
+    return int(base.num_parameters * _BITS_PER_WEIGHT[quantization] / 8)
+
+
 def peak_disk_bytes(
     base: ModelWeights, quantizations: Sequence[str], *, adapter_bytes: int, writes_merged: bool, keeps_merged: bool
 ) -> int:
     """The most bytes on disk at any time during an export, beside what is there already."""
-    size = {name: int(base.num_parameters * bits / 8) for name, bits in _BITS_PER_WEIGHT.items()}
     converted = [name for name in quantizations if name in CONVERTED_TYPES]
     if any(name in QUANTIZED_TYPES for name in quantizations) and "f16" not in converted:
         converted.append("f16")
     merged = base.num_bytes if writes_merged else 0
-    while_converting = merged + sum(size[name] for name in converted)
+    while_converting = merged + sum(file_bytes(base, name) for name in converted)
     in_the_end = while_converting - (0 if keeps_merged else merged)
-    in_the_end += sum(size[name] for name in quantizations if name in QUANTIZED_TYPES)
-    return int(max(while_converting, in_the_end) * (1 + _MARGIN_SHARE)) + 3 * adapter_bytes + _MARGIN_BYTES
+    in_the_end += sum(file_bytes(base, name) for name in quantizations if name in QUANTIZED_TYPES)
+    return with_margin(max(while_converting, in_the_end)) + 3 * adapter_bytes
 
 
-def check_space(directory: Path, needed_bytes: int) -> None:
-    """Raise :class:`DiskError` with both numbers if the file system of a directory has not enough free."""
-    existing = next(folder for folder in (directory, *directory.absolute().parents) if folder.is_dir())
-    free_bytes = shutil.disk_usage(existing).free
-    if free_bytes < needed_bytes:
-        raise DiskError(
-            f"the export needs {needed_bytes / 1e9:.1f} GB in {directory}, {free_bytes / 1e9:.1f} GB are free",
-            remedy="free space, choose another place with --out, or ask for fewer quantisations",
-        )
+def with_margin(num_bytes: int) -> int:
+    """Room for a write of about so many bytes: the estimate's error, tokenizer, records, the file system's own."""
+    return int(num_bytes * (1 + _MARGIN_SHARE)) + _MARGIN_BYTES
+
+
+def require_space(directory: Path, num_bytes: int, what: str) -> None:
+    """Raise :class:`DiskError` with both numbers if a write of ``num_bytes`` does not fit where ``directory`` is."""
+    remedy = "free space, choose another place with --out, or ask for fewer quantisations"
+    require_free_bytes(directory, num_bytes, what, remedy)

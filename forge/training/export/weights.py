@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
+
+import numpy as np
 
 from forge.training.errors import DataError
 from forge.training.files import read_json_object
@@ -22,6 +25,8 @@ _MAX_HEADER_BYTES = 100 << 20  # the format's own limit
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 FLOAT_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # torch's names
+_STORED = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # numpy has no bfloat16: the upper half of a float32
+_STRETCH_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,10 @@ class ModelWeights:
     def num_parameters(self) -> int:
         """Elements of all tensors."""
         return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
+
+    def file_of(self, tensor: Tensor) -> Path:
+        """The file that holds a tensor."""
+        return next(shard.path for shard in self.shards if tensor in shard.tensors)
 
     @property
     def ties_embeddings(self) -> bool:
@@ -108,8 +117,10 @@ def read_shard(path: Path) -> Shard:
             header = json.loads(stream.read(header_bytes))
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing", remedy="copy the model again; a shard is absent") from error
-    except (OSError, ValueError, struct.error) as error:
+    except (OSError, ValueError, RecursionError, struct.error) as error:
         raise DataError(f"{path} is not a safetensors file: {error}") from error
+    if not isinstance(header, dict):
+        raise DataError(f"{path} is not a safetensors file: its header is a {type(header).__name__}")
     preamble = 8 + header_bytes
     tensors = sorted(_read_entries(path, header, preamble), key=lambda tensor: (tensor.begin, tensor.end))
     position = preamble
@@ -128,14 +139,17 @@ def _read_entries(path: Path, header: dict[str, Any], preamble: int) -> list[Ten
         if name == "__metadata__":
             continue
         try:
-            begin, end = entry["data_offsets"]
-            tensor = Tensor(name, entry["dtype"], tuple(entry["shape"]), preamble + begin, preamble + end)
+            (begin, end), dtype, shape = entry["data_offsets"], entry["dtype"], tuple(entry["shape"])
         except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path}: the header's entry for {name} is not understood") from error
-        size = DTYPE_BYTES.get(tensor.dtype)
-        if size is not None and math.prod(tensor.shape) * size != end - begin:
-            raise DataError(f"{path}: {name} has {end - begin} bytes, which is not {tensor.dtype} of {tensor.shape}")
-        tensors.append(tensor)
+            raise DataError(f"{path}: the header's entry for {name:.200} is not understood") from error
+        if not all(type(number) is int and number >= 0 for number in (begin, end, *shape)) or begin > end:
+            raise DataError(f"{path}: the header's entry for {name:.200} has impossible numbers")
+        if not isinstance(dtype, str):
+            raise DataError(f"{path}: the header's entry for {name:.200} has no data type")
+        size = DTYPE_BYTES.get(dtype)
+        if size is not None and math.prod(shape) * size != end - begin:
+            raise DataError(f"{path}: {name:.200} has {end - begin} bytes, which is not {dtype} of {shape}")
+        tensors.append(Tensor(name, dtype, shape, preamble + begin, preamble + end))
     return tensors
 
 
@@ -150,9 +164,14 @@ def read_tensor(source: IO[bytes], tensor: Tensor) -> Any:
     return torch.frombuffer(raw, dtype=getattr(torch, FLOAT_DTYPES[tensor.dtype])).view(tensor.shape)
 
 
-def read_tensor_by_name(weights: ModelWeights, name: str) -> Any:
-    """A 16- or 32-bit tensor of a model directory."""
-    tensor = weights.tensors[name]
-    shard = next(shard for shard in weights.shards if tensor in shard.tensors)
-    with open(shard.path, "rb") as source:
-        return read_tensor(source, tensor)
+def read_float_values(source: IO[bytes], tensor: Tensor) -> Iterator[np.ndarray]:
+    """A 16- or 32-bit tensor's values in order, as float32 or float16 arrays of at most 4 million, without torch."""
+    stored = np.dtype(_STORED[tensor.dtype])
+    for begin in range(tensor.begin, tensor.end, _STRETCH_ELEMENTS * stored.itemsize):
+        source.seek(begin)
+        num_bytes = min(_STRETCH_ELEMENTS * stored.itemsize, tensor.end - begin)
+        raw = source.read(num_bytes)
+        if len(raw) != num_bytes:
+            raise DataError(f"{source.name} became shorter while it was read")
+        values = np.frombuffer(raw, dtype=stored)
+        yield (values.astype(np.uint32) << 16).view(np.float32) if tensor.dtype == "BF16" else values
