@@ -175,7 +175,7 @@ class Attempt:
             trainer.train(resume_from_checkpoint=str(self._checkpoint.path) if self._checkpoint else None)
         done = int(trainer.state.global_step)
         if self._stop.number is not None and done < self._job.num_steps and not callback.is_out_of_patience():
-            raise self._stop.interrupted(f"after step {done} of {self._job.num_steps}")
+            raise self._stop.interrupted(f" after step {done} of {self._job.num_steps}")
 
     def _keep_adapter(self, trainer: Any, callback: Any) -> None:
         """The best adapter of a run that evaluates, else the last one, becomes the run's."""

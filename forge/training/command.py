@@ -15,6 +15,7 @@ from typing import Any
 
 from forge.training.errors import ForgeError
 from forge.training.files import as_disk_error
+from forge.training.signals import StopRequest, follow_parent
 
 _BUG = "this is a bug in Forge: please report it with the lines above"
 
@@ -50,10 +51,15 @@ def carry_out(app: Callable[..., Any], arguments: list[str]) -> int:
     if as_json:
         _keep_stdout()
     message = remedy = None
+    stop = StopRequest()
     try:
-        code = app(args=arguments or ["--help"], standalone_mode=False) or 0
+        follow_parent()
+        with stop.caught():
+            code = app(args=arguments or ["--help"], standalone_mode=False) or 0
         code = code if arguments else 2
-        message = "interrupted" if code == 130 else None
+        if stop.number is not None and code:  # the command line's own word for it is 130, whatever the signal
+            interruption = stop.interrupted("; nothing is left half done")
+            code, message = interruption.exit_code, interruption.message
     except ForgeError as error:
         code, message, remedy = error.exit_code, error.message, error.remedy
     except SystemExit as stop:

@@ -42,7 +42,7 @@ def translated(error: BaseException, job: TrainingJob, stop: StopRequest) -> Bas
             f"out of GPU memory: {text.splitlines()[0]:.300}", remedy="in order of cost: " + "; ".join(remedies)
         )
     if isinstance(error, KeyboardInterrupt):
-        return stop.interrupted("before it trained")
+        return stop.interrupted(" before it trained")
     return as_disk_error(error, job.run_dir) or error
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from forge.training.errors import CheckError, ConfigurationError, ForgeError
 from forge.training.files import write_json
 from forge.training.plan import Backend
 from forge.training.record import read_record
+from forge.training.signals import run_following
 from forge.training.workload import Workload, changed_keys, load_workload
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def run_pipeline(
             return
         console.print(f"[bold]{name}[/]", end="\n")
         started = time.perf_counter()
-        code = subprocess.run([sys.executable, "-m", "forge.training", *command], check=False).returncode
+        code = run_following([sys.executable, "-m", "forge.training", *command])
         if code:
             raise _StepFailed(name, code, run_dir)
         outcome.seconds[name] = time.perf_counter() - started

@@ -1,15 +1,20 @@
-"""SIGINT and SIGTERM: the first asks for a stop, the second ends the process at once."""
+"""SIGINT and SIGTERM: the first asks for a stop, the second ends the process at once. Children follow."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from forge.training.errors import Interrupted
+
+_PARENT = "FORGE_PARENT"  # in a step's environment: the process to follow
+_PR_SET_PDEATHSIG = 1
 
 
 class StopRequest:
@@ -57,7 +62,7 @@ class StopRequest:
         """The error of a run that was stopped: exit code 130 after SIGINT, 143 after SIGTERM."""
         number = self.number or signal.SIGINT
         return Interrupted(
-            f"stopped by {signal.Signals(number).name} {message}",
+            f"stopped by {signal.Signals(number).name}{message}",
             signal_number=number,
             remedy="the same command goes on from there",
         )
@@ -68,3 +73,55 @@ class StopRequest:
         self.number = number
         if not self._deferred:
             raise KeyboardInterrupt
+
+
+@contextmanager
+def stoppable(what: str) -> Iterator[None]:
+    """Work that a signal ends there and then: the block unwinds and takes what it was writing along.
+
+    Raises :class:`Interrupted`, with exit code 130 after SIGINT and 143 after SIGTERM.
+    """
+    stop = StopRequest()
+    with stop.caught():
+        try:
+            yield
+        except KeyboardInterrupt:
+            number = signal.Signals(stop.number or signal.SIGINT)
+            raise Interrupted(
+                f"{what} was stopped by {number.name}: what it was writing is gone, what was there before is unchanged",
+                signal_number=number,
+                remedy="the same command does it again",
+            ) from None
+
+
+def run_following(command: list[str]) -> int:
+    """Run a command of Forge that is stopped with this process, and wait for its end. Returns its exit code.
+
+    It is in a process group of its own, so Ctrl-C reaches it through here and once: it finishes its step
+    while this process waits. If this process is killed, the kernel sends it SIGTERM.
+    """
+    process: subprocess.Popen[bytes] | None = None
+    asked: list[int] = []
+
+    def forward(number: int, _: FrameType | None) -> None:
+        asked.append(number)
+        if process is not None:
+            process.send_signal(number)
+
+    handled = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, forward) for number in handled}
+    try:
+        process = subprocess.Popen(command, env={**os.environ, _PARENT: str(os.getpid())}, process_group=0)
+        for number in asked:  # before it was there
+            process.send_signal(number)
+        return process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def follow_parent() -> None:
+    """Be asked to stop when the process that :func:`run_following` ran in ends. Does nothing elsewhere."""
+    parent = os.environ.pop(_PARENT, None)
+    if parent is not None and parent == str(os.getppid()):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
