@@ -203,20 +203,17 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Held-out loss by document, facts and ROUGE of base, adapter and merged model."""
-    from forge.training.signals import stoppable
+    from forge.training.evaluate import evaluate_run, print_evaluation
 
     console = logs()
-    with stoppable("the evaluation"):
-        from forge.training.evaluate import evaluate_run, print_evaluation
-
-        evaluation = evaluate_run(
-            run,
-            subjects=tuple(s.strip() for s in subjects.split(",") if s.strip()),
-            device=device,
-            max_documents=max_documents,
-            force=force,
-            progress=lambda line: console.print(line),
-        )
+    evaluation = evaluate_run(
+        run,
+        subjects=tuple(s.strip() for s in subjects.split(",") if s.strip()),
+        device=device,
+        max_documents=max_documents,
+        force=force,
+        progress=lambda line: console.print(line),
+    )
     print_json(evaluation) if as_json else print_evaluation(evaluation, results())
 
 
@@ -236,26 +233,23 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Merge, convert, quantise and verify: GGUF files, Modelfile, model card, SHA256SUMS."""
-    from forge.training.signals import stoppable
+    from forge.training.export.export import export_run, print_export
+    from forge.training.record import completed_record
 
     console = logs()
-    with stoppable("the export"):
-        from forge.training.export.export import export_run, print_export
-        from forge.training.record import completed_record
-
-        asked = tuple(q.strip() for q in quantizations.split(",") if q.strip()) if quantizations else None
-        if asked is None:
-            asked = tuple(completed_record(run).workload["export"]["quantizations"])
-        record = export_run(
-            run,
-            quantizations=asked,
-            lora=lora,
-            out_dir=out,
-            force=force,
-            keep_merged=keep_merged,
-            allow_fallback=allow_fallback,
-            progress=lambda line: console.print(line),
-        )
+    asked = tuple(q.strip() for q in quantizations.split(",") if q.strip()) if quantizations else None
+    if asked is None:
+        asked = tuple(completed_record(run).workload["export"]["quantizations"])
+    record = export_run(
+        run,
+        quantizations=asked,
+        lora=lora,
+        out_dir=out,
+        force=force,
+        keep_merged=keep_merged,
+        allow_fallback=allow_fallback,
+        progress=lambda line: console.print(line),
+    )
     print_json(record) if as_json else print_export(record, results())
 
 

@@ -75,25 +75,6 @@ class StopRequest:
             raise KeyboardInterrupt
 
 
-@contextmanager
-def stoppable(what: str) -> Iterator[None]:
-    """Work that a signal ends there and then: the block unwinds and takes what it was writing along.
-
-    Raises :class:`Interrupted`, with exit code 130 after SIGINT and 143 after SIGTERM.
-    """
-    stop = StopRequest()
-    with stop.caught():
-        try:
-            yield
-        except KeyboardInterrupt:
-            number = signal.Signals(stop.number or signal.SIGINT)
-            raise Interrupted(
-                f"{what} was stopped by {number.name}: what it was writing is gone, what was there before is unchanged",
-                signal_number=number,
-                remedy="the same command does it again",
-            ) from None
-
-
 def run_following(command: list[str]) -> int:
     """Run a command of Forge that is stopped with this process, and wait for its end. Returns its exit code.
 
