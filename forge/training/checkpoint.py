@@ -2,7 +2,7 @@
 
 ``transformers`` writes a checkpoint's files one after another and resumes from the highest
 number, complete or not; a missing optimizer file is skipped in silence. Here a checkpoint counts
-only once a seal, written last, names every file with its size and SHA-256. The best adapter so far
+only once a seal, written last, names every file with its size and SHA-256, and itself. The best adapter so far
 and the step log are part of it, so a resumed run goes on from one moment and not from several.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from forge.training.errors import DataError, DiskError
-from forge.training.files import flush, flush_tree, sha256_file, write_json
+from forge.training.files import flush, flush_tree, sha256_file, sha256_json, write_json
 
 SEAL = "forge-seal.json"
 LOG = "steps.jsonl"
@@ -41,17 +41,10 @@ class Checkpoint:
 
 
 def add_run_state(checkpoint: Path, log: Path, best: Path | None) -> None:
-    """Put the step log and, by hard links where the file system has them, the best adapter into a checkpoint."""
+    """Put the step log and the best adapter so far into a checkpoint: copies, so damage to one stays one's own."""
     shutil.copyfile(log, checkpoint / LOG)
-    if best is None:
-        return
-    (checkpoint / BEST).mkdir()
-    for source in best.iterdir():
-        target = checkpoint / BEST / source.name
-        try:
-            os.link(source, target)
-        except OSError:  # a file system without links: the same content
-            shutil.copyfile(source, target)
+    if best is not None:
+        shutil.copytree(best, checkpoint / BEST)
 
 
 def seal(checkpoint: Path, identity: dict[str, str], *, train_seconds: float) -> None:
@@ -65,21 +58,18 @@ def seal(checkpoint: Path, identity: dict[str, str], *, train_seconds: float) ->
     }
     flush_tree(checkpoint)
     flush(checkpoint.parent)
-    write_json(checkpoint / SEAL, {"identity": identity, "train_seconds": train_seconds, "files": files})
+    content = {"identity": identity, "train_seconds": train_seconds, "files": files}
+    write_json(checkpoint / SEAL, content | {"sha256": sha256_json(content)})
 
 
 def problem(checkpoint: Path, *, needs_scaler: bool = False) -> tuple[Literal["unsealed", "damaged"], str] | None:
     """Why a checkpoint cannot be trusted, ``None`` if it can. ``needs_scaler``: fp16's loss scaler belongs to it."""
     if not (checkpoint / SEAL).exists():
         return "unsealed", "it was never sealed (the save did not finish)"
-    try:
-        content = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
-        files, identity, seconds = content["files"], content["identity"], content["train_seconds"]
-        expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
-        if not isinstance(identity, dict) or not isinstance(seconds, int | float):
-            raise TypeError("a field has another type")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    content = _read_seal(checkpoint)
+    if content is None:
         return "damaged", f"{SEAL} is damaged"
+    expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in content["files"].items()}
     for name in (*_REQUIRED, *(("scaler.pt",) if needs_scaler else ())):
         if name not in expected:
             return "damaged", f"{name} is missing"
@@ -93,6 +83,16 @@ def problem(checkpoint: Path, *, needs_scaler: bool = False) -> tuple[Literal["u
     if state.get("global_step") != _step(checkpoint):
         return "damaged", f"it holds step {state.get('global_step')}"
     return None
+
+
+def _read_seal(checkpoint: Path) -> dict[str, Any] | None:
+    """The seal's content, ``None`` unless it is what :func:`seal` wrote, to the bit."""
+    try:
+        content = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
+        digest = content.pop("sha256")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return dict(content) if sha256_json(content) == digest else None
 
 
 def _step(path: Path) -> int | None:
@@ -124,7 +124,8 @@ def choose(
         if wrong is not None:
             invalid.append((path, *wrong))
             continue
-        content = json.loads((path / SEAL).read_text(encoding="utf-8"))
+        content = _read_seal(path)
+        assert content is not None
         old = content["identity"]
         changed = [f"  {k}: {old.get(k)} -> {identity.get(k)}" for k in identity if old.get(k) != identity[k]]
         if changed:
@@ -183,8 +184,8 @@ def delete(path: Path) -> None:
 
 
 def size_bytes(num_parameters: int, optimizer: str) -> int:
-    """What a checkpoint takes: float32 weights and two moments (8 bits each in an 8-bit optimizer), and small files."""
-    return num_parameters * (4 + (3 if "8bit" in optimizer else 8)) + (2 << 20)
+    """What a checkpoint takes: float32 weights twice (the best are there too), two moments, small files."""
+    return num_parameters * (8 + (3 if "8bit" in optimizer else 8)) + (2 << 20)
 
 
 def describe_identity(workload_sha256: str, inputs: Any, backend: str) -> dict[str, str]:
