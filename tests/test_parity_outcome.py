@@ -24,10 +24,18 @@ from harness.identity import identify
 from harness.parity.bands import LEAST_RUNS, draw_band, hold_against, num_distinct, resolution
 from harness.parity.corpus import write_documents
 from harness.parity.evaluated import read_arm
-from harness.parity.ladder import LEAST_SEEDS, MARGIN_NATS, PILOT_SEEDS, Ladder
+from harness.parity.ladder import PILOT_SEEDS, Ladder
 from harness.parity.outcome import judge_differences, plan_seeds
 from harness.parity.recorded import Recorded, read_recorded
-from harness.parity.simulation import LIMIT_ALPHA, NOISES, false_alarms, outcome_rates, seen
+from harness.parity.simulation import (
+    LEAST_SEEDS,
+    LIMIT_ALPHA,
+    MARGIN_NATS,
+    NOISES,
+    false_alarms,
+    outcome_rates,
+    seen,
+)
 from harness.parity.verdicts import Rung
 from harness.stats import tost_power
 from harness.store import Outcome, RunSpec, Store
@@ -50,7 +58,7 @@ def recorded() -> Recorded:
 def test_only_a_spec_that_asks_for_it_says_so_in_its_key() -> None:
     plain = RunSpec(backend="trl", workload="smoke")
     assert set(plain.model_dump()) == {"backend", "workload", "overrides", "plan_overrides"}
-    assert set(identify(plain).parts) == {"spec", "workload", "plan", "code", "packages", "gpu", "settings"}
+    assert not {"evaluation", "float32_adapter"} & set(identify(plain).parts)
     keys = {identify(plain.model_copy(update=more)).key for more in ({}, {"evaluate": True}, {"float32_adapter": True})}
     assert len(keys) == 3
     asked = plain.model_copy(update={"evaluate": True})
@@ -226,7 +234,7 @@ class Runs:
         digests = ["d" * 64] * len(losses)
         steps = [
             {"step": n, "seconds": 1.0, "documents": 8, "trained_tokens": 100, "loss": float(loss)}
-            | {"grad_norm": float(np.exp(norm))}
+            | {"grad_norm": float(np.exp(norm)), "learning_rate": self.rate(spec.backend, n)}
             for n, (loss, norm) in enumerate(zip(losses, norms, strict=True), 1)
         ]
         identity = identify(spec)
@@ -250,6 +258,9 @@ class Runs:
         )
         store.append(outcome)
         return outcome
+
+    def rate(self, backend: str, step: int) -> float:
+        return 0.002 / step * self.faults.get(f"rate of {backend}", 1.0)
 
     def evaluation(self, backend: str, seed: int) -> dict[str, Any]:
         loss = self.held_out(backend, seed)
@@ -319,6 +330,16 @@ def test_a_fault_in_the_candidate_fails_rung_5_and_rung_6_is_not_judged(
     assert ladder.verdict(5).status == "FAIL", ladder.verdict(5).reason
     assert ladder.verdict(6).status == "INCOMPLETE"
     assert "rung 5 (trajectory) is FAIL" in ladder.verdict(6).reason
+
+
+@pytest.mark.parametrize("rung", [5, 6])
+def test_a_learning_rate_a_tenth_off_is_named_by_the_step_logs_of_every_run(
+    tmp_path: Path, corpus: Path, recorded: Recorded, rung: int
+) -> None:
+    ladder = make_ladder(tmp_path, corpus, Runs(recorded, **{"rate of unsloth": 1.1}))
+    ladder._verdicts[rung - 1] = Rung(number=rung - 1, status="PASS", reason="not of this test")
+    assert ladder.verdict(rung).status == "FAIL"
+    assert "learning_rate, step 1: 0.002 | 0.0022" in ladder.verdict(rung).reason
 
 
 def test_noise_that_hides_a_planted_fault_proves_nothing(tmp_path: Path, corpus: Path, recorded: Recorded) -> None:

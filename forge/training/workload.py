@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from forge.training.errors import ConfigurationError
 from forge.training.files import sha256_json
@@ -28,6 +28,15 @@ Positive = Annotated[int, Field(gt=0, le=100_000_000)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
+def _refuse_impossible(path: str) -> str:
+    if len(path.encode()) > 4000 or any(len(part.encode()) > 255 for part in Path(path).parts):
+        raise ValueError(f"no path is so long ({len(path):,} characters)")
+    return path
+
+
+PathText = Annotated[str, AfterValidator(_refuse_impossible)]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=(), allow_inf_nan=False)
 
@@ -35,7 +44,7 @@ class _Section(BaseModel):
 class ModelSection(_Section):
     """The base model. ``path``: a directory, a hub name, or ``tiny``, ``small``, ``qwen2-7b`` (made on the spot)."""
 
-    path: str = "tiny"
+    path: PathText = "tiny"
     revision: str | None = None
     quantization: Literal["none", "nf4"] = "none"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -52,9 +61,9 @@ class InstructionRule(_Section):
 class DataSection(_Section):
     """The documents and how examples are made from them. ``max_length`` in tokens."""
 
-    documents: str | None = None  # a directory, or "embedded"
-    train: str | None = None  # instruction/input/output or messages, JSONL
-    validation: str | None = None
+    documents: PathText | None = None  # a directory, or "embedded"
+    train: PathText | None = None  # instruction/input/output or messages, JSONL
+    validation: PathText | None = None
     validation_share: Share = 0.1
     instructions: tuple[InstructionRule, ...] = Field(default=(), strict=False)
     system_prompt: str | None = None
@@ -143,12 +152,15 @@ class EvaluationSection(_Section):
 class GateSection(_Section):
     """What the acceptance gate measures of this workload, fixed before the first measurement.
 
-    ``num_steps`` optimizer steps a run, of which the first ``num_warmup_steps`` are not timed.
+    ``num_steps`` optimizer steps a run, of which the first ``num_warmup_steps`` are not timed. Accuracy is equivalent
+    where held-out losses differ by less than ``equivalence_margin_nats`` a token, over at least ``min_seeds`` seeds.
     """
 
     num_pairs: Annotated[int, Field(ge=2)] = 5
     num_steps: Positive = 10
     num_warmup_steps: Positive = 2
+    equivalence_margin_nats: Annotated[float, Field(gt=0)] = 0.01
+    min_seeds: Annotated[int, Field(ge=5)] = 5
 
 
 Tracker = Literal["tensorboard", "wandb", "mlflow", "comet_ml", "trackio", "clearml", "neptune", "swanlab"]

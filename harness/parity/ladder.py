@@ -15,7 +15,7 @@ from typing import Any
 
 from forge.training.errors import CheckError, ForgeError
 from forge.training.plan import Backend, load_plan
-from forge.training.workload import load_workload
+from forge.training.workload import GateSection, load_workload
 from harness.parity.bases import make_base
 from harness.parity.corpus import write_documents
 from harness.parity.side_by_side import Job, run_side_by_side
@@ -51,9 +51,7 @@ TRAJECTORY_SEED = 1000
 NO_DROPOUT = "lora.dropout=0.0"  # masks differ between layouts
 FAULT = ("learning_rate", 1.1)  # of the optimizer: what rung 5 must see to be worth anything
 
-# Rung 6. These two belong into the workload's `gate:` section (equivalence_margin_nats, num_seeds) once it knows them.
-MARGIN_NATS = 0.01
-LEAST_SEEDS = 5
+# Rung 6; its margin and least number of seeds are the workload's (`gate:`).
 MOST_SEEDS = 20  # beyond it the spread is too large for the margin, and the workload wants changing
 PILOT_SEEDS = (1, 2, 3, 4)
 FIRST_TEST_SEED = 101
@@ -248,6 +246,11 @@ class Ladder:
 
     # ----------------------------------------------------------------------------------------------------------------
     # What all runs share
+
+    @cached_property
+    def gate(self) -> GateSection:
+        """What the workload fixes of rung 6."""
+        return load_workload(WORKLOAD, self.overrides).gate
 
     @cached_property
     def documents(self) -> tuple[Path, Path]:

@@ -17,10 +17,10 @@ from forge.training.files import read_json_object, sha256_json, write_json
 from harness.claims import Status
 from harness.identity import identify
 from harness.parity.evaluated import Arm, compare_documents, hold_facts, nats_per_token, read_arm
+from harness.parity.same_run import check_same_run
 from harness.parity.verdicts import Rung, not_completed
 from harness.stats import Equivalence, tost, tost_pairs_needed
-from harness.store import Outcome
-from harness.work import check_same_work
+from harness.store import Outcome, RunSpec
 
 if TYPE_CHECKING:
     from harness.parity.ladder import Ladder
@@ -82,24 +82,25 @@ def judge_differences(differences: Sequence[float], margin: float) -> tuple[Stat
 
 def judge_outcome(ladder: Ladder) -> Rung:
     """Rung 6, pilot first."""
-    from harness.parity.ladder import FIRST_TEST_SEED, LEAST_SEEDS, MARGIN_NATS, MOST_SEEDS, PILOT_SEEDS
+    from harness.parity.ladder import FIRST_TEST_SEED, MOST_SEEDS, PILOT_SEEDS
 
+    margin = ladder.gate.equivalence_margin_nats
     pilot = _pairs(ladder, PILOT_SEEDS)
     if isinstance(pilot, Rung):
         return pilot
-    plan = plan_seeds(_differences(pilot), MARGIN_NATS, least=LEAST_SEEDS, most=MOST_SEEDS)
-    planned = {"margin_nats": MARGIN_NATS, "pilot_seeds": list(PILOT_SEEDS), **asdict(plan)}
+    plan = plan_seeds(_differences(pilot), margin, least=ladder.gate.min_seeds, most=MOST_SEEDS)
+    planned = {"margin_nats": margin, "pilot_seeds": list(PILOT_SEEDS), **asdict(plan)}
     run_ids = [outcome.run_id for pair in pilot for outcome in pair]
     if plan.num_seeds is None:
         reason = f"paired differences spread by {plan.sd:.4f} nats (at most {plan.sd_upper:.4f}), and more than"
-        reason += f" {MOST_SEEDS} seeds would be needed for a margin of {MARGIN_NATS:g}: the workload is too noisy"
+        reason += f" {MOST_SEEDS} seeds would be needed for a margin of {margin:g}: the workload is too noisy"
         return Rung(number=6, status="INCONCLUSIVE", reason=reason, figures={"plan": planned}, run_ids=run_ids)
     seeds = tuple(range(FIRST_TEST_SEED, FIRST_TEST_SEED + plan.num_seeds))
     _fix(ladder, {**planned, "seeds": list(seeds), "pilot_run_ids": run_ids})
     pairs = _pairs(ladder, seeds)
     if isinstance(pairs, Rung):
         return pairs.model_copy(update={"figures": {"plan": planned}})
-    return judge_pairs(pairs, seeds, MARGIN_NATS, planned)
+    return judge_pairs(pairs, seeds, margin, planned)
 
 
 def judge_pairs(
@@ -154,19 +155,26 @@ def _worse(a: Status, b: Status) -> Status:
     return max(a, b, key=order.index)
 
 
+def pair_specs(ladder: Ladder, seeds: Sequence[int]) -> list[list[RunSpec]]:
+    """The baseline's run and the candidate's at each seed."""
+    arms = (ladder.baseline, ladder.candidate)
+    return [[ladder.spec(backend, seed, evaluate=True) for backend in arms] for seed in seeds]
+
+
 def _pairs(ladder: Ladder, seeds: Sequence[int]) -> list[tuple[Outcome, Outcome]] | Rung:
     """Both arms' runs at each seed, or the verdict that ends it."""
     pairs: list[tuple[Outcome, Outcome]] = []
-    for seed in seeds:
-        specs = [ladder.spec(backend, seed, evaluate=True) for backend in (ladder.baseline, ladder.candidate)]
-        outcomes = ladder.outcomes(specs)
+    specs = pair_specs(ladder, seeds)
+    ladder.prefetch([spec for pair in specs for spec in pair])
+    for both in specs:
+        outcomes = ladder.outcomes(both)
         if outcomes and outcomes[-1].status != "completed":
             role = "baseline" if len(outcomes) == 1 else "candidate"
             return not_completed(6, outcomes[-1], role, [outcome.run_id for outcome in outcomes])
         if len(outcomes) < 2:
             reason = f"{len(pairs)} of {len(seeds)} seeds measured ({seeds[0]} to {seeds[-1]})"
             return Rung(number=6, status="INCOMPLETE", reason=reason)
-        check_same_work(outcomes[0], outcomes[1])
+        check_same_run(outcomes[0], outcomes[1])
         pairs.append((outcomes[0], outcomes[1]))
     return pairs
 
@@ -184,8 +192,7 @@ def _fix(ladder: Ladder, plan: dict[str, Any]) -> None:
     """Write the plan of the test before its first run; a plan that is there already must be this one."""
     from harness.parity.ladder import PILOT_SEEDS
 
-    arms = (ladder.baseline, ladder.candidate)
-    keys = [identify(ladder.spec(arm, seed, evaluate=True)).key for seed in PILOT_SEEDS for arm in arms]
+    keys = [identify(spec).key for pair in pair_specs(ladder, PILOT_SEEDS) for spec in pair]
     path = ladder.store.directory / "parity" / f"outcome-{sha256_json(keys)[:12]}.json"
     content = {"schema_version": 1, "pilot_keys": keys, **plan}
     if not path.is_file():

@@ -15,14 +15,17 @@ from pathlib import Path
 
 import numpy as np
 
+from forge.training.workload import load_workload
 from harness.parity.bands import LARGER_ROUNDING, Band, draw_band, hold_against
-from harness.parity.ladder import LAYOUTS, LEAST_SEEDS, MARGIN_NATS, MOST_SEEDS, PILOT_SEEDS
+from harness.parity.ladder import LAYOUTS, MOST_SEEDS, PILOT_SEEDS, WORKLOAD
 from harness.parity.outcome import judge_differences, plan_seeds
 from harness.parity.trajectory import FALSE_ALARM
 
 SEED = 20261125
 NUM_STEPS = 150
 NUM_RUNS = len(LAYOUTS)
+_GATE = load_workload(WORKLOAD).gate
+MARGIN_NATS, LEAST_SEEDS = _GATE.equivalence_margin_nats, _GATE.min_seeds
 LIMIT_ALPHA = FALSE_ALARM / 4
 
 # Deviations of `runs` trajectories from what they have in common, shape (runs, NUM_STEPS), in any unit.

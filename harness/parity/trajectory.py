@@ -15,9 +15,10 @@ import numpy as np
 from forge.training.errors import CheckError
 from forge.training.workload import load_workload
 from harness.parity.bands import LEAST_RUNS, Band, Deviation, draw_band, hold_against, num_distinct, resolution
+from harness.parity.same_run import check_same_run
 from harness.parity.verdicts import Rung, not_completed
 from harness.store import Outcome, RunSpec
-from harness.work import check_same_work, training_steps
+from harness.work import training_steps
 
 if TYPE_CHECKING:
     from harness.parity.ladder import Ladder
@@ -57,7 +58,7 @@ def _resolutions(values: np.ndarray, quantity: Quantity) -> np.ndarray:
 def measure_noise(outcomes: list[Outcome]) -> Noise:
     """Bands of runs that did the same work. Raises :class:`WorkMismatch` where they did not."""
     for other in outcomes[1:]:
-        check_same_work(outcomes[0], other)
+        check_same_run(outcomes[0], other)
     values = {quantity: np.array([trajectory(outcome, quantity) for outcome in outcomes]) for quantity in QUANTITIES}
     bands = {}
     for quantity, runs in values.items():
@@ -87,7 +88,14 @@ def noise_specs(ladder: Ladder) -> list[RunSpec]:
 
 def judge_noise(ladder: Ladder) -> Rung:
     """Rung 4: PASS if enough different runs of enough steps show the baseline's rounding."""
+    from harness.parity.ladder import PILOT_SEEDS
+    from harness.parity.outcome import pair_specs
+
     specs = noise_specs(ladder)
+    # none of these hangs on another, so rungs 5 and 6 need not wait for this one's runs, only for its verdict
+    ladder.prefetch(
+        [*specs, *trajectory_specs(ladder)[0], *(s for pair in pair_specs(ladder, PILOT_SEEDS) for s in pair)]
+    )
     outcomes = ladder.outcomes(specs)
     run_ids = [outcome.run_id for outcome in outcomes]
     if outcomes and outcomes[-1].status != "completed":
@@ -134,12 +142,10 @@ def judge_noise(ladder: Ladder) -> Rung:
 # Rung 5
 
 
-def judge_trajectory(ladder: Ladder) -> Rung:
-    """Rung 5: PASS if the candidate stays within the bands and a planted fault does not."""
+def trajectory_specs(ladder: Ladder) -> tuple[list[RunSpec], str]:
+    """The candidate's run and the baseline's with a planted fault; and which fault."""
     from harness.parity.ladder import FAULT, NO_DROPOUT, TRAJECTORY_SEED
 
-    baselines = ladder.outcomes(noise_specs(ladder))
-    noise = measure_noise(baselines)
     candidate_spec = ladder.spec(ladder.candidate, TRAJECTORY_SEED, changes=(NO_DROPOUT,), float32_adapter=True)
     rate = load_workload(candidate_spec.workload, candidate_spec.overrides).optimizer.learning_rate
     faulty = f"optimizer.{FAULT[0]}={rate * FAULT[1]:.6g}"
@@ -150,14 +156,22 @@ def judge_trajectory(ladder: Ladder) -> Rung:
         changes=(NO_DROPOUT, faulty),
         float32_adapter=True,
     )
-    outcomes = ladder.outcomes([candidate_spec, control_spec])
+    return [candidate_spec, control_spec], faulty
+
+
+def judge_trajectory(ladder: Ladder) -> Rung:
+    """Rung 5: PASS if the candidate stays within the bands and a planted fault does not."""
+    baselines = ladder.outcomes(noise_specs(ladder))
+    noise = measure_noise(baselines)
+    specs, faulty = trajectory_specs(ladder)
+    outcomes = ladder.outcomes(specs)
     run_ids = [outcome.run_id for outcome in outcomes]
     if not outcomes:
         return Rung(number=5, status="INCOMPLETE", reason="no time was left for the candidate's run")
     candidate = outcomes[0]
     if candidate.status != "completed":
         return not_completed(5, candidate, "candidate", run_ids)
-    check_same_work(baselines[0], candidate)
+    check_same_run(baselines[0], candidate)
     found = hold(noise, candidate)
     figures: dict[str, Any] = {
         "candidate": {name: _deviation(noise.bands[name], deviation) for name, deviation in found.items()},
