@@ -165,7 +165,7 @@ def test_evaluation_without_held_out_records_is_an_error(base: Path, tmp_path: P
 def test_documents_are_counted_and_a_missing_folder_is_an_error(base: Path, tmp_path: Path) -> None:
     docs = tmp_path / "docs"
     given = {"train": None, "validation": None, "documents": str(docs)}
-    assert "is no directory" in said(check_workload(workload(tmp_path, base, data=given), "trl", tmp_path), "error")
+    assert "no directory" in said(check_workload(workload(tmp_path, base, data=given), "trl", tmp_path), "error")
     docs.mkdir()
     (docs / "a.md").write_text("# A\n", encoding="utf-8")
     assert "1 files to read, 2 are needed" in said(

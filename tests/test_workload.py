@@ -110,7 +110,8 @@ BAD_SETTINGS = {
     'description: "a\\0b"': "description: a NUL character",
     'description: "\\ud800"': "description: half of a surrogate pair",
     "model: {path: '~nobody-of-that-name/x'}": None,  # refused where it is opened
-    f"model: {{path: {'x' * 5000}}}": None,
+    f"model: {{path: {'x' * 300}}}": "model.path: no path is so long (300 characters)",
+    f"model: {{path: {'x/' * 3000}}}": "model.path: no path is so long",
 }
 
 

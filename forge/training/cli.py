@@ -107,11 +107,13 @@ def preview(
     as_json: Json = False,
 ) -> None:
     """Show what would be trained: token counts, lengths, what is cut, what is masked."""
+    from forge.training.data.inputs import refuse_unusable_sources
     from forge.training.data.preview import preview_workload, print_preview
     from forge.training.session import base_directory
     from forge.training.workload import load_workload
 
     loaded = load_workload(workload, overrides or [])
+    refuse_unusable_sources(loaded)
     report = preview_workload(loaded, base_directory(loaded), num_examples=num_examples)
     print_json(report) if as_json else print_preview(report, results())
 

@@ -55,8 +55,7 @@ def carry_out(app: Callable[..., Any], arguments: list[str]) -> int:
     try:
         follow_parent()
         with stop.caught():
-            code = app(args=arguments or ["--help"], standalone_mode=False) or 0
-        code = code if arguments else 2
+            code = app(args=arguments, standalone_mode=False) or 0
         if stop.number is not None and code:  # the command line's own word for it is 130, whatever the signal
             interruption = stop.interrupted("; nothing is left half done")
             code, message = interruption.exit_code, interruption.message
@@ -66,6 +65,8 @@ def carry_out(app: Callable[..., Any], arguments: list[str]) -> int:
         code = stop.code if isinstance(stop.code, int) else int(bool(stop.code))
     except Exception as error:
         code, message, remedy = _described(error)
+    if code == 130 and message is None:  # typer makes it of a Ctrl-C that no command caught
+        message = "interrupted"
     if message is not None:
         sys.stderr.write(_printable(f"error: {message}" + (f"\n  -> {remedy}" if remedy else "") + "\n"))
     if as_json and code and not _Stdout.has_result:
@@ -89,9 +90,12 @@ def _keep_stdout() -> None:
     os.dup2(2, 1)
 
 
-def _described(error: Exception) -> tuple[int, str, str | None]:
+def _described(error: Exception) -> tuple[int, str | None, str | None]:
     """Exit code, message and remedy of what is no ForgeError: wrong usage, the disk's end, a bug."""
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # click's, which typer carries a copy of
+        if type(error).__name__ == "NoArgsIsHelpError":
+            sys.stderr.write(f"{error.format_message()}\n")
+            return int(error.exit_code), None, None
         context = getattr(error, "ctx", None)
         usage = context.get_usage() if context is not None else ""
         return int(error.exit_code), error.format_message(), usage.strip() or None

@@ -33,12 +33,12 @@ def check_data(workload: Workload) -> Iterator[Finding]:
 def _check_documents(workload: Workload) -> Iterator[Finding]:
     from forge.training.data.corpus import embedded_documents
     from forge.training.data.discovery import Candidate, discover
+    from forge.training.data.inputs import refuse_unusable_sources
 
     assert workload.data.documents is not None
     is_embedded = workload.data.documents == "embedded"
     root = (embedded_documents() if is_embedded else Path(workload.data.documents)).resolve()
-    if not root.is_dir():
-        raise DataError(f"data.documents: {root} is no directory", remedy="name the folder of your documents")
+    refuse_unusable_sources(workload)
     num_files = sum(isinstance(found, Candidate) for found in discover(root, exclude=lambda _: False))
     needed = 2 if workload.data.validation_share else 1
     if num_files < needed:

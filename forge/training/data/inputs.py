@@ -29,6 +29,20 @@ class PreparedInputs:
     notes: list[str]
 
 
+def refuse_unusable_sources(workload: Workload) -> None:
+    """Raise :class:`DataError` for documents that are not there or records that cannot be read.
+
+    For what is known in a second and would else be found only after a base model was made or fetched.
+    """
+    from forge.training.data.records import read_both
+
+    data = workload.data
+    if data.train is not None:
+        read_both(Path(data.train), Path(data.validation) if data.validation else None)
+    elif data.documents not in (None, "embedded") and not Path(str(data.documents)).is_dir():
+        raise DataError(f"data.documents: no directory {data.documents}", remedy="name the folder of your documents")
+
+
 def corpus_paths(workload: Workload, run_dir: Path) -> tuple[Path, Path | None]:
     """The corpus files; built from ``data.documents`` into the run directory where they are not given."""
     data = workload.data
