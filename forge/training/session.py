@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from forge.training.attempt import Attempt, Listener
-from forge.training.data.inputs import PreparedInputs, prepare_inputs
+from forge.training.data.inputs import PreparedInputs, prepare_inputs, refuse_unusable_sources
 from forge.training.environment import has_cuda_gpu
 from forge.training.errors import ForgeError
 from forge.training.files import locked, write_text
@@ -99,6 +99,7 @@ def _train(
     status: StatusFile,
     stop: StopRequest,
 ) -> RunRecord:
+    refuse_unusable_sources(workload)
     base_dir = base_directory(workload)
     from forge.training.backends import load_backend
 
