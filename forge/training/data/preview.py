@@ -118,8 +118,8 @@ def print_preview(preview: Preview, console: Console) -> None:
     table.add_row("cut", f"{preview.num_cut:,} documents, {preview.share_of_tokens_cut:.1%} of all tokens lost")
     table.add_row("divided", f"{preview.num_divided:,} documents into {preview.num_parts:,} parts, nothing lost")
     table.add_row("control tokens as text", f"{preview.num_with_control_tokens:,} documents")
-    shown = ": " + ", ".join(preview.dropped[:10]) if preview.dropped else ""
-    table.add_row("nothing to train", f"{len(preview.dropped):,} records{shown}")
+    lines = ": " + ", ".join(preview.dropped[:10]) if preview.dropped else ""
+    table.add_row("nothing to train", f"{len(preview.dropped):,} records{lines}")
     table.add_row("held out and trained", "\n".join(preview.overlap) or "none")
     console.print(table)
     most = max(count for _, count in preview.histogram)
