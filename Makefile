@@ -28,7 +28,8 @@ test: setup ## the fast tests (at most 10 minutes on 2 cores)
 	$(PYTEST)
 
 test-slow: setup ## the slow tests alone
-	$(PYTEST) -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu and not network"
+	$(PYTEST) -m network
 
 test-browser: setup ## a report in Debian's chromium (apt-get install chromium)
 	$(PYTEST) -m browser

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator
+from contextlib import suppress
 
 import pytest
 from hypothesis import settings
@@ -20,6 +21,7 @@ from harness.hooks import (  # noqa: F401 - hooks, found here by their names
     pytest_runtest_teardown,
     pytest_sessionfinish,
     refuse_idle_recorder,
+    start_clock,
 )
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # inherited by every process the tests start
@@ -38,12 +40,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--gate-train", metavar="FILE", help="documents to train on: what `dataset` wrote")
     group.addoption("--gate-store", metavar="DIR", default="runs/gate/store", help="where runs are kept, to go on with")
     group.addoption("--gate-seconds", metavar="N", type=float, help="begin nothing that could end later than this")
+    group.addoption("--gate-run-seconds", metavar="N", type=float, help="stop a run after so long (900), as an outcome")
     group.addoption("--gate-only", metavar="NAMES", help="measure only these now; the rest is taken from the store")
     group.addoption("--gate-model", metavar="PATH", help="base model instead of random weights in Qwen2-7B's shape")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """What would lose or skip results is refused before the first test."""
+    start_clock(config)
     prepare_json(config)
     if _asks_for_gpu(config):
         refuse_idle_recorder(config)
@@ -62,6 +66,18 @@ def pytest_runtest_makereport(
     report = yield
     fail_instead_of_skip(item, report)
     return report
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """No process that a test starts talks to a network either, loopback included; the gate's runs are left alone."""
+    from tests.no_network import deny_network
+
+    kinds = {item.get_closest_marker("network") is not None for item in session.items}
+    if len(kinds) == 2:
+        raise pytest.UsageError("tests that need a network run alone, because no other may have one: add -m network")
+    if kinds == {False} and not _asks_for_gpu(session.config):
+        with suppress(OSError):  # a kernel without such a filter: tests/test_house.py fails and says so
+            deny_network()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -6,12 +6,14 @@ import hashlib
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
 
 import pytest
+from pytest_socket import SocketBlockedError
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -260,7 +262,7 @@ def test_only_loadable_gpu_libraries_are_kept(tmp_path: Path) -> None:
     assert [path.relative_to(tmp_path).as_posix() for path in gpu_bundle.walk_files(tmp_path)] == sorted(kept)
 
 
-@pytest.mark.slow
+@pytest.mark.network
 def test_the_bundle_of_the_pinned_packages_is_small_complete_and_loads_llama_cpp(tmp_path: Path) -> None:
     archive = tmp_path / "bundle.tar.gz"
     summary = gpu_bundle.build_bundle(archive, build_llama_cpp.cache_directory())
@@ -285,6 +287,33 @@ def test_the_bundle_of_the_pinned_packages_is_small_complete_and_loads_llama_cpp
     command = ["bash", "-c", f'source "$0/activate.sh" && "$1" -c "{code}"', str(root), sys.executable]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert shown.split() == [str(root / "site/llama_cpp/__init__.py"), "True"]
+
+
+# No network
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["bash", "-c", "exec 3<>/dev/tcp/127.0.0.1/9"],
+        [sys.executable, "-I", "-c", "import socket; socket.create_connection(('127.0.0.1', 9), 5)"],
+        [sys.executable, "-I", "-c", "import socket; socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)"],
+        [sys.executable, "-I", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:9', timeout=5)"],
+        ["env", "-i", sys.executable, "-c", "import socket; socket.create_connection(('127.0.0.1', 9), 5)"],
+    ],
+    ids=["bash", "TCP", "UDP", "HTTP", "without environment"],
+)
+def test_no_process_that_a_test_starts_has_a_network(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode != 0
+    assert "Permission denied" in done.stderr  # the kernel's refusal, not that nobody listens
+
+
+def test_no_test_has_a_network() -> None:
+    with pytest.raises((SocketBlockedError, PermissionError)):
+        socket.create_connection(("127.0.0.1", 9), 5)
+    with socket.socketpair()[0]:
+        pass  # between processes of this machine sockets work
 
 
 # The Makefile and the llama.cpp version
