@@ -25,7 +25,15 @@ from forge.training.export.converter import recognise_pre_tokenizer
 from forge.training.export.gguf import convert_lora_to_gguf, convert_to_gguf, quantize, verify_gguf
 from forge.training.export.llama_cpp import llama_cpp_status, llama_cpp_tree, supported_architectures
 from forge.training.export.merge import merge_adapter
-from tests.tiny_model import SENTENCES, scratch, shared_adapter, shared_base, write_adapter, write_base
+from tests.tiny_model import (
+    SENTENCES,
+    gguf_file,
+    merged_dir,
+    scratch,
+    shared_base,
+    write_adapter,
+    write_base,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,24 +74,6 @@ AWKWARD = [
     ),
     *SENTENCES,
 ]
-
-
-@cache
-def merged_dir() -> Path:
-    directory = scratch() / "merged"
-    merge_adapter(shared_base(), shared_adapter(), directory)
-    return directory
-
-
-@cache
-def gguf_file(quantization: str) -> Path:
-    """The merged tiny model; f16 by the converter, the rest quantised from it. Nobody may change it."""
-    path = scratch() / f"tiny.{quantization}.gguf"
-    if quantization == "f16":
-        convert_to_gguf(merged_dir(), path)
-    else:
-        quantize(gguf_file("f16"), path, quantization)  # type: ignore[arg-type]
-    return path
 
 
 def log_probabilities(path: Path, ids: list[int], lora: Path | None = None) -> torch.Tensor:

@@ -139,3 +139,27 @@ def write_adapter(base_dir: Path, directory: Path, **lora: Any) -> Any:
                 parameter.normal_(std=0.05)
     model.save_pretrained(directory)
     return model
+
+
+@cache
+def merged_dir() -> Path:
+    """The shared adapter merged into the shared base, made once for all tests; nobody may change it."""
+    from forge.training.export.merge import merge_adapter
+    from forge.training.models.identity import base_sha256
+
+    directory = scratch() / "merged"
+    merge_adapter(shared_base(), shared_adapter(), directory, expected_base_sha256=base_sha256(shared_base()))
+    return directory
+
+
+@cache
+def gguf_file(quantization: str) -> Path:
+    """The merged tiny model; f16 by the converter, the rest quantised from it. Nobody may change it."""
+    from forge.training.export.gguf import convert_to_gguf, quantize
+
+    path = scratch() / f"tiny.{quantization}.gguf"
+    if quantization == "f16":
+        convert_to_gguf(merged_dir(), path)
+    else:
+        quantize(gguf_file("f16"), path, quantization)  # type: ignore[arg-type]
+    return path

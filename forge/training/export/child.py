@@ -167,6 +167,8 @@ def main(arguments: list[str]) -> None:
                 send({"value": value, "peak_rss_bytes": _peak_rss_bytes()})
             except ForgeError as error:
                 send({"error": {"kind": type(error).__name__, "message": error.message, "remedy": error.remedy}})
+            except MemoryError:
+                send({"error": {"kind": "memory", "message": "it needs more memory than it is given"}})
             except Exception as error:  # reported to the parent, which decides
                 traceback.print_exc()
                 summary = f"{request['task']} failed: {type(error).__name__}: {error}"

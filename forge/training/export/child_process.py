@@ -123,6 +123,8 @@ class Child:
                 if progress is not None:
                     progress(str(message["progress"]))
             elif "error" in message:
+                if message["error"].get("kind") == "memory":
+                    raise self._failure(doing, str(message["error"]["message"]))
                 raise _rebuild_error(message["error"], self._tail())
             elif isinstance(message.get("value"), dict):
                 return Answer(message["value"], time.monotonic() - started, int(message.get("peak_rss_bytes", 0)))
