@@ -7,7 +7,6 @@ machines (of one kind) as it takes; a trial that is not finished is INCOMPLETE.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,6 +18,7 @@ from forge.training.workload import Workload, load_workload
 from harness.agenda import (
     CONTEXT_BUDGETS_GIB,
     CONTEXT_WORKLOAD,
+    EXPECTED_SECONDS,
     FP16,
     LADDER,
     LEGACY,
@@ -36,6 +36,9 @@ from harness.probes import run_probe
 from harness.store import Outcome, RunSpec, Store
 from harness.trial import Trial, measure, read_trial, run_single, run_trial
 from harness.work import Metric
+from harness.worker import TIME_LIMIT_SECONDS
+
+_PAST = 0.0  # a deadline that leaves time for nothing but looking into the store
 
 
 @dataclass
@@ -46,6 +49,7 @@ class Gate:
     train: Path
     model: str = MODEL
     deadline: float | None = None
+    run_seconds: float = TIME_LIMIT_SECONDS  # at which a run is stopped, which is an outcome
     only: tuple[str, ...] = ORDER
     announce: Callable[[str], None] = lambda line: None
     errors: dict[str, ForgeError] = field(default_factory=dict)
@@ -113,28 +117,46 @@ class Gate:
                 self.num_pairs(name),
                 self.store,
                 deadline=self.deadline,
+                time_limit_seconds=self.run_seconds,
+                unseen_seconds=EXPECTED_SECONDS[planned.workload],
                 announce=self.announce,
             )
         elif name in ("singles", "ladder"):
             for workload, arm in (*SINGLES, FP16) if name == "singles" else LADDER:
-                spec = self.spec(workload, arm)
-                self._singles[spec] = run_single(spec, self.store, deadline=self.deadline, announce=self.announce)
+                self._single(workload, arm, self.deadline)
         elif name == "ceiling":
-            self._probe("ceiling", "ceiling", UNSLOTH, ())
+            self._probe("ceiling", self.deadline)
         else:
             for arm in (LEGACY, TRL, UNSLOTH):
-                self._probe(f"context_{arm.name}", "context", arm, self._context_arguments(arm))
+                self._probe(f"context_{arm.name}", self.deadline)
 
-    def _probe(self, name: str, module: str, arm: Arm, arguments: Iterable[str]) -> None:
-        self._probes[name] = run_probe(
-            module,
-            arm.backend,
-            tuple(arguments),
-            self.store,
-            time_limit_seconds=PROBE_SECONDS[module],
-            deadline=self.deadline,
-            announce=self.announce,
-        )
+    def _single(self, workload: str, arm: Arm, deadline: float | None) -> Outcome | None:
+        spec = self.spec(workload, arm)
+        if spec not in self._singles:
+            self._singles[spec] = run_single(
+                spec,
+                self.store,
+                deadline=deadline,
+                time_limit_seconds=self.run_seconds,
+                unseen_seconds=EXPECTED_SECONDS[workload],
+                announce=self.announce,
+            )
+        return self._singles[spec]
+
+    def _probe(self, name: str, deadline: float | None) -> dict[str, Any] | None:
+        if name not in self._probes:
+            module, _, told = name.partition("_")
+            arm = next((arm for arm in (LEGACY, TRL) if arm.name == told), UNSLOTH)
+            self._probes[name] = run_probe(
+                module,
+                arm.backend,
+                tuple(self._context_arguments(arm)) if module == "context" else (),
+                self.store,
+                time_limit_seconds=PROBE_SECONDS[module],
+                deadline=deadline,
+                announce=self.announce,
+            )
+        return self._probes[name]
 
     def _context_arguments(self, arm: Arm) -> Iterable[str]:
         yield from (CONTEXT_WORKLOAD, "--backend", arm.backend)
@@ -165,12 +187,14 @@ class Gate:
         return read_trial(name, self.store, specs=(specs[0], specs[1]))
 
     def single(self, workload: str, arm: Arm) -> Outcome | None:
-        """A run beside the trials, ``None`` where there was no time for it."""
-        return self._singles.get(self.spec(workload, arm))
+        """A run beside the trials, of this session or in the store; ``None`` where there is none."""
+        if {"singles", "ladder"} & set(self.errors):  # an arm that cannot even be asked what it would run
+            return self._singles.get(self.spec(workload, arm))
+        return self._single(workload, arm, _PAST)
 
     def probe(self, name: str) -> dict[str, Any] | None:
-        """A probe's answer, ``None`` where there was no time for it."""
-        return self._probes.get(name)
+        """A probe's answer, of this session or in the store; ``None`` where there is none."""
+        return self._probes.get(name) if name.partition("_")[0] in self.errors else self._probe(name, _PAST)
 
     def why_missing(self, name: str) -> str:
         """Why an item of :data:`ORDER` has no result, for people."""
@@ -213,8 +237,3 @@ class Gate:
             if single is not None:
                 found.setdefault((workload, arm.name), []).append(single)
         return found
-
-
-def deadline_in(seconds: float | None) -> float | None:
-    """A deadline so many seconds from now; ``None`` is none."""
-    return None if seconds is None else time.monotonic() + seconds

@@ -10,6 +10,7 @@ import os
 import platform
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,23 @@ _GPU_FACTS = (
     *("name", "num_gpus", "driver", "driver_cuda", "compute_capability", "memory_total_bytes"),
     *("max_sm_clock_mhz", "max_memory_clock_mhz", "power_limit_watts"),
 )
+
+_BEGAN = pytest.StashKey[float]()
+
+# --------------------------------------------------------------------------------------------------------------------
+# A session's time
+
+
+def start_clock(config: pytest.Config) -> None:
+    """Note when the session began: ``--gate-seconds`` are the whole session's, whatever it measures first."""
+    config.stash[_BEGAN] = time.monotonic()
+
+
+def gate_deadline(config: pytest.Config) -> float | None:
+    """When ``--gate-seconds`` are over, on :func:`time.monotonic`'s clock; ``None`` without that option."""
+    seconds: float | None = config.getoption("--gate-seconds")
+    return None if seconds is None else config.stash[_BEGAN] + seconds
+
 
 # --------------------------------------------------------------------------------------------------------------------
 # Keeping what was recorded

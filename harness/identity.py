@@ -137,7 +137,8 @@ def code_sha256_of(path: Path) -> str:
 @cache
 def _code_sha256(source: str) -> str:
     lines: list[str | None] = list(source.split("\n"))
-    remarks = [node.body[0] for node in ast.walk(ast.parse(source)) if _has_docstring(node)]
+    nodes: list[Any] = list(ast.walk(ast.parse(source)))
+    remarks = [node.body[0] for node in nodes if _has_docstring(node)]
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             row, column = token.start

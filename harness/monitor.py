@@ -21,8 +21,10 @@ SAMPLES_PER_SECOND = 5
 FREE_BELOW_BYTES = 2 << 30  # an idle device reports some hundred MiB of its own
 # A process that ends gives its memory back a little later than its exit code.
 PATIENCE_SECONDS = 15.0
-# What slows a run for reasons outside of it. The power cap is none: large GPUs reach it at full load.
+# What slows a run for reasons outside of it. The power cap is none: large GPUs reach it at full load. A bit that is
+# set for a moment is none either: in two samples of a hundred it costs a run less than the noise between two runs.
 DISTURBING_REASONS = {"hardware slowdown", "thermal, software", "thermal, hardware", "power brake"}
+MOST_DISTURBED_SHARE = 0.02
 
 
 def machine_id() -> str:
@@ -105,6 +107,7 @@ class GpuMonitor:
         samples = list(self._samples)
         busy = [s for s in samples if "idle" not in (s.get("throttle_reasons") or [])] or samples
         reasons = {reason for s in samples for reason in s.get("throttle_reasons") or []}
+        disturbed = [s for s in busy if DISTURBING_REASONS & set(s.get("throttle_reasons") or [])]
         clocks, used = _values(busy, "sm_clock_mhz"), _values(samples, "memory_used_bytes")
         temperatures, power = _values(samples, "temperature_celsius"), _values(busy, "power_watts")
         others = _values(samples, "num_other_processes")
@@ -117,6 +120,7 @@ class GpuMonitor:
             temperature_celsius_max=max(temperatures) if temperatures else None,
             power_watts_median=statistics.median(power) if power else None,
             throttle_reasons=sorted(reasons - {"idle"}),
+            disturbed_share=len(disturbed) / len(busy) if busy else None,
             num_foreign_processes_max=max(0, int(max(others)) - 1) if others else None,
         )
 

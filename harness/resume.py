@@ -23,7 +23,9 @@ def open_trial(
     """The stored trial if it is this one; a new one where there is none or what it measured has changed.
 
     A trial is put away when the code or the GPU changes, and taken up again when they are as they were: a gate in
-    stretches may meet another GPU model in between. Raises :class:`ConfigurationError` for another number of pairs or other specs than it began with.
+    stretches may meet another GPU model in between.
+
+    Raises :class:`ConfigurationError` for another number of pairs or other specs than it began with.
     """
     if num_pairs < 1:
         raise ConfigurationError(f"trial {name} is asked for {num_pairs} pairs", remedy="at least one pair")
@@ -131,11 +133,11 @@ def _counted_elsewhere(store: Store) -> set[str]:
     return taken
 
 
-def expected_seconds(keys: list[str], identities: Identities, store: Store) -> float:
-    """What runs of these keys took at most so far, added up; an arm not seen yet as long as the other; else 0."""
+def expected_seconds(keys: list[str], identities: Identities, store: Store, unseen: float = 0.0) -> float:
+    """What runs of these keys took at most so far; an arm not seen yet as long as the other, else ``unseen``."""
     longest = {
         identity.key: max((outcome.wall_seconds for outcome in store.with_key(identity.key)), default=None)
         for identity in identities.values()
     }
-    known = max((seconds for seconds in longest.values() if seconds is not None), default=0.0)
+    known = max((seconds for seconds in longest.values() if seconds is not None), default=unseen)
     return sum(known if (seconds := longest[key]) is None else seconds for key in keys)

@@ -84,6 +84,7 @@ class Monitor(_Part):
     temperature_celsius_max: float | None = None
     power_watts_median: float | None = None
     throttle_reasons: list[str] = Field(default_factory=list)  # without "idle"
+    disturbed_share: float | None = None  # of the samples under load: those with a reason that disturbs
     num_foreign_processes_max: int | None = None
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 from forge.training.errors import ConfigurationError, DataError, ForgeError
 from harness.identity import identify
-from harness.monitor import DISTURBING_REASONS
+from harness.monitor import DISTURBING_REASONS, MOST_DISTURBED_SHARE
 from harness.resume import Identities, expected_seconds, forget_short_timeout, found_of_open_pair, open_trial
 from harness.store import ROLES, OpenPair, Order, Outcome, Pair, Role, RunSpec, SetAside, Store, TrialState
 from harness.work import Metric, WorkMismatch, check_same_work, measure
@@ -99,14 +99,17 @@ def run_trial(
     deadline: float | None = None,
     run: Run = run_once,
     time_limit_seconds: float = TIME_LIMIT_SECONDS,
+    unseen_seconds: float = 0.0,
     announce: Announce = lambda line: None,
 ) -> Trial:
     """Measure what is missing of a trial and return it, complete or with the reason in ``stopped``.
 
     ``deadline``: on :func:`time.monotonic`'s clock; a pair that, by earlier runs, cannot end before it is not
-    started. A run that fails (memory, NaN, time, crash) ends the trial: further pairs cannot change the
-    verdict. Raises :class:`ConfigurationError` for another ``num_pairs`` or other specs than the trial began
-    with, :class:`WorkMismatch` where runs differ in their work, and the reason of a run that was refused.
+    started (``unseen_seconds``: what a run is taken to need where the store has none of either arm). A run that
+    fails (memory, NaN, time, crash) ends the trial: further pairs cannot change the verdict.
+
+    Raises :class:`ConfigurationError` for another ``num_pairs`` or other specs than the trial began with,
+    :class:`WorkMismatch` where runs differ in their work, and the reason of a run that was refused.
     """
     with store.lock():
         specs: dict[Role, RunSpec] = {"baseline": baseline, "candidate": candidate}
@@ -131,7 +134,7 @@ def run_trial(
             order: Order = "AB" if index % 2 else "BA"
             found = found_of_open_pair(state, identities, store)
             keys = [identities[role].key for role in ROLES[order][len(found) :]]
-            needed = expected_seconds(keys, identities, store)
+            needed = expected_seconds(keys, identities, store, unseen_seconds)
             if keys and deadline is not None and time.monotonic() + needed * _SPARE >= deadline:
                 return _trial(state, store, f"no time left for pair {index}, which takes about {needed:.0f} seconds")
             if not found:
@@ -184,7 +187,10 @@ def _disturbance(outcome: Outcome) -> str | None:
     if outcome.monitor.num_foreign_processes_max:
         return f"a foreign process on the GPU during {outcome.run_id}"
     throttled = sorted(DISTURBING_REASONS & set(outcome.monitor.throttle_reasons))
-    return f"the GPU slowing down during {outcome.run_id} ({', '.join(throttled)})" if throttled else None
+    share = outcome.monitor.disturbed_share
+    if not throttled or (share is not None and share <= MOST_DISTURBED_SHARE):
+        return None
+    return f"the GPU slowing down during {outcome.run_id} ({', '.join(throttled)})"
 
 
 def _pairs(state: TrialState, store: Store) -> list[tuple[Outcome, Outcome]]:
@@ -238,18 +244,21 @@ def run_single(
     deadline: float | None = None,
     run: Run = run_once,
     time_limit_seconds: float = TIME_LIMIT_SECONDS,
+    unseen_seconds: float = 0.0,
     announce: Announce = lambda line: None,
 ) -> Outcome | None:
     """The newest undisturbed outcome of ``spec`` in the store, else a new run; ``None``: no time left for one.
 
-    For what is reported beside the claims. The time needed is that of the spec's longest run so far.
+    For what is reported beside the claims. The time needed is that of the spec's longest run so far, else
+    ``unseen_seconds``. A run that was stopped for its time counts until it may take longer.
     """
     with store.lock():
         stored = store.with_key(identify(spec).key)
         valid = [outcome for outcome in stored if outcome.status != "refused" and _disturbance(outcome) is None]
+        valid = [o for o in valid if o.status != "timeout" or time_limit_seconds <= o.wall_seconds + 1]
         if valid:
             return valid[-1]
-        needed = max((outcome.wall_seconds for outcome in stored), default=0.0)
+        needed = max((outcome.wall_seconds for outcome in stored), default=unseen_seconds)
         if deadline is not None and time.monotonic() + needed * _SPARE >= deadline:
             return None
         announce(spec.label())

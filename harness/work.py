@@ -32,8 +32,8 @@ def check_same_work(outcome_a: Outcome, outcome_b: Outcome) -> None:
     """Raise :class:`WorkMismatch` naming every value that differs, of both sides, unless both did the same work.
 
     The same: workload, seed, number of steps, base weights, tokenizer, examples, names, shapes and number of
-    trainable parameters, and at every step the labels as they reached the model and the trained tokens. A
-    value that a side lacks is a difference too, and so is one that both lack.
+    trainable parameters, and at every step the labels as they reached the model, the documents, their tokens
+    without padding and the trained ones. A value that a side lacks is a difference too, and so is one that both lack.
     """
     differing = []
     for name in _SAME_IN_RECORD:
@@ -42,7 +42,7 @@ def check_same_work(outcome_a: Outcome, outcome_b: Outcome) -> None:
             differing.append(f"  {name}: {a} | {b}")
     per_step: list[tuple[str, Callable[[Outcome], list[Any]]]] = [
         ("batch_digests", lambda outcome: list(_value(outcome.record, "batch_digests") or [])),
-        ("trained_tokens", lambda outcome: [line.get("trained_tokens") for line in training_steps(outcome)]),
+        *((name, _of_steps(name)) for name in ("documents", "tokens", "trained_tokens")),
     ]
     for name, values in per_step:
         a, b = values(outcome_a), values(outcome_b)
@@ -53,6 +53,10 @@ def check_same_work(outcome_a: Outcome, outcome_b: Outcome) -> None:
             f"not the same work: {sides[0]} | {sides[1]}\n" + "\n".join(differing),
             remedy="give both arms one workload, data set and base; what was measured of them cannot be compared",
         )
+
+
+def _of_steps(name: str) -> Callable[[Outcome], list[Any]]:
+    return lambda outcome: [line.get(name) for line in training_steps(outcome)]
 
 
 def _differing_steps(name: str, a: list[Any], b: list[Any]) -> list[str]:

@@ -20,6 +20,7 @@ from harness.store import Monitor, Outcome, RunSpec, Store
 from harness.trial import (
     Trial,
     WorkMismatch,
+    _disturbance,
     check_same_work,
     measure,
     read_trial,
@@ -404,6 +405,15 @@ def test_a_pair_whose_run_was_slowed_by_heat_is_set_aside_and_the_power_cap_is_n
     assert [reason.partition("(")[2] for _, reason in done.set_aside] == ["thermal, hardware)"]
 
 
+def test_a_moments_slowdown_of_a_healthy_gpu_costs_no_pair() -> None:
+    """On an H200 at full load bits other than the power cap's were seen for single samples."""
+    seen = Monitor(throttle_reasons=["hardware slowdown", "power cap"], disturbed_share=0.02)
+    assert _disturbance(outcome(monitor=seen)) is None
+    for share in (0.021, None):  # None: a store of before, which says no more than that it was seen
+        longer = seen.model_copy(update={"disturbed_share": share})
+        assert "hardware slowdown" in str(_disturbance(outcome(monitor=longer)))
+
+
 def test_a_pair_disturbed_three_times_stops_the_trial_with_the_reason(store: Store) -> None:
     run = Arms(dict.fromkeys((1, 2, 3), gpu(num_other_processes=2)))
     done = trial(store, run, num_pairs=1)
@@ -435,6 +445,28 @@ def test_a_pair_that_cannot_end_before_the_deadline_is_not_started(store: Store)
     some = trial(store, slow, deadline=time.monotonic() + pair_seconds * 2.0)
     assert len(some.pairs) == 1
     assert trial(store, Arms(), deadline=time.monotonic() + 600).is_complete
+
+
+def test_what_was_never_measured_is_not_begun_when_it_is_not_expected_to_end(store: Store) -> None:
+    """Else the first pair of a trial would be begun in a session's last second, and its machine be gone."""
+    run = Arms()
+    soon = time.monotonic() + 100
+    stopped = trial(store, run, num_pairs=1, deadline=soon, unseen_seconds=60)
+    assert (run.order, stopped.stopped) == ("", "no time left for pair 1, which takes about 120 seconds")
+    assert run_single(A, store, run=run, deadline=soon, unseen_seconds=100) is None
+    assert run_single(A, store, run=run, deadline=soon, unseen_seconds=60) is not None
+    assert trial(store, run, num_pairs=1, deadline=soon, unseen_seconds=60).is_complete, "now it knows better"
+
+
+def test_a_single_run_stopped_for_its_time_is_tried_again_with_more(store: Store) -> None:
+    run = Arms({1: {"sleep": 60, "limit": 1.0}})
+    first = run_single(A, store, run=run, time_limit_seconds=1.0)
+    assert first is not None
+    assert first.status == "timeout"
+    assert run_single(A, store, run=run, time_limit_seconds=1.0) == first
+    second = run_single(A, store, run=run, time_limit_seconds=60)
+    assert second is not None
+    assert (second.status, run.order) == ("completed", "AA")
 
 
 def test_a_second_half_needs_only_its_own_time(store: Store) -> None:
@@ -528,6 +560,8 @@ TRAINABLE = {"num_parameters": 30_000, "names_sha256": "f" * 64, "dtype": "float
         ({"record": {"batch_digests": ["1" * 64, "9", "9"]}}, "batch_digests, step 2: "),
         ({"record": {"batch_digests": ["1" * 64]}}, "batch_digests: 3 steps | 1 steps"),
         ({"steps": {"trained_tokens": 99}}, "trained_tokens, step 1: 100 | 99 (and 2 further steps)"),
+        ({"steps": {"tokens": 401}}, "  tokens, step 1: 400 | 401 (and 2 further steps)"),
+        ({"steps": {"documents": 5}}, "documents, step 1: 4 | 5 (and 2 further steps)"),
         ({"record": {"trainable": None}}, f"trainable.names_sha256: {'f' * 64} | None"),
     ],
 )

@@ -381,6 +381,7 @@ def test_the_runs_own_process_is_not_foreign_and_the_figures_are_those_under_loa
     assert (seen.device_used_before_bytes, seen.device_used_peak_bytes) == (1 << 28, 7 << 30)
     assert (seen.sm_clock_mhz_min, seen.sm_clock_mhz_median) == (1500, 1500)
     assert (seen.throttle_reasons, seen.num_foreign_processes_max) == (["power cap"], 0)
+    assert seen.disturbed_share == 0
     assert seen.num_samples >= 3
 
 

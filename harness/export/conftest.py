@@ -9,7 +9,7 @@ import pytest
 
 from harness.agenda import MODEL
 from harness.export.exports import Exports
-from harness.gate import deadline_in
+from harness.hooks import gate_deadline
 from harness.parity.ladder import CANDIDATE, Ladder
 from harness.store import RunSpec, Store
 
@@ -42,7 +42,7 @@ def exports(pytestconfig: pytest.Config) -> Exports:
         store=store,
         spec=ladder.spec(CANDIDATE, SEED),
         large=RunSpec(backend=CANDIDATE, workload="legacy_256", overrides=large),
-        deadline=deadline_in(option("--gate-seconds")),
+        deadline=gate_deadline(pytestconfig),
         measures=not only or "export" in only,
         announce=announce,
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.gate import deadline_in
+from harness.hooks import gate_deadline
 from harness.parity.ladder import Ladder
 from harness.store import Store
 
@@ -26,7 +26,7 @@ def ladder(pytestconfig: pytest.Config) -> Ladder:
     return Ladder(
         store=Store(option("--gate-store")),
         train=Path(option("--gate-train")).absolute(),
-        deadline=deadline_in(option("--gate-seconds")),
+        deadline=gate_deadline(pytestconfig),
         measures=not only or "parity" in only,
         announce=announce,
     )

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from harness.agenda import MODEL, ORDER
-from harness.gate import Gate, deadline_in
+from harness.gate import Gate
+from harness.hooks import gate_deadline
 from harness.store import Store
+from harness.worker import TIME_LIMIT_SECONDS
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +29,8 @@ def gate(pytestconfig: pytest.Config) -> Gate:
         store=Store(option("--gate-store")),
         train=Path(option("--gate-train")).absolute(),
         model=option("--gate-model") or MODEL,
-        deadline=deadline_in(option("--gate-seconds")),
+        deadline=gate_deadline(pytestconfig),
+        run_seconds=option("--gate-run-seconds") or TIME_LIMIT_SECONDS,
         only=_only(option("--gate-only")),
         announce=announce if terminal is not None else lambda line: None,
     )
