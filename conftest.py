@@ -72,6 +72,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """No process that a test starts talks to a network either, loopback included; the gate's runs are left alone."""
     from tests.no_network import deny_network
 
+    if session.config.getoption("collectonly"):
+        return
     kinds = {item.get_closest_marker("network") is not None for item in session.items}
     if len(kinds) == 2:
         raise pytest.UsageError("tests that need a network run alone, because no other may have one: add -m network")
