@@ -52,7 +52,7 @@ def empty(path: Path) -> None:
 
 
 @pytest.mark.parametrize("hurt", [truncate, flip_a_bit, empty, Path.unlink])
-@pytest.mark.parametrize("name", [*FILES, "steps.jsonl", "best/adapter_model.safetensors", SEAL])
+@pytest.mark.parametrize("name", [*FILES, "steps.jsonl", "best.adapter_model.safetensors", SEAL])
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     tmp_path: Path, name: str, hurt: Callable[[Path], None]
 ) -> None:

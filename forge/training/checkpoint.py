@@ -22,7 +22,7 @@ from forge.training.files import flush, flush_tree, sha256_file, sha256_json, wr
 
 SEAL = "forge-seal.json"
 LOG = "steps.jsonl"
-BEST = "best"
+_BEST = "best."  # before the names of the best adapter's files: a folder of them would be loaded as a second adapter
 _NAME = re.compile(r"checkpoint-(\d+)")
 _REQUIRED = (
     *("adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "scheduler.pt"),
@@ -43,8 +43,8 @@ class Checkpoint:
 def add_run_state(checkpoint: Path, log: Path, best: Path | None) -> None:
     """Put the step log and the best adapter so far into a checkpoint: copies, so damage to one stays one's own."""
     shutil.copyfile(log, checkpoint / LOG)
-    if best is not None:
-        shutil.copytree(best, checkpoint / BEST)
+    for source in best.iterdir() if best is not None else ():
+        shutil.copyfile(source, checkpoint / (_BEST + source.name))
 
 
 def seal(checkpoint: Path, identity: dict[str, str], *, train_seconds: float) -> None:
@@ -157,8 +157,9 @@ def _set_aside(invalid: list[tuple[Path, str, str]]) -> list[str]:
 def restore(checkpoint: Checkpoint, log: Path, best: Path) -> None:
     """Bring the step log and the best adapter back to the moment of the checkpoint."""
     shutil.rmtree(best, ignore_errors=True)
-    if (checkpoint.path / BEST).is_dir():
-        shutil.copytree(checkpoint.path / BEST, best)
+    for source in checkpoint.path.glob(f"{_BEST}*"):
+        best.mkdir(exist_ok=True)
+        shutil.copyfile(source, best / source.name.removeprefix(_BEST))
     shutil.copyfile(checkpoint.path / LOG, log)
 
 

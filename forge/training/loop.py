@@ -139,6 +139,9 @@ def forge_trainer(base: Any) -> Callable[..., Any]:
             self.model.train()
             return metrics
 
+        def create_model_card(self, *_: Any, **__: Any) -> None:
+            """Nothing: TRL writes one at every checkpoint; the export writes the model's."""
+
         def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
             assert self.saver is not None
             with self.saver.saving(self.state.global_step):
