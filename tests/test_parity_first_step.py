@@ -251,7 +251,7 @@ def test_the_ladders_first_three_rungs_pass_through_its_own_processes(folder: Pa
         candidate="trl",
         step_layouts=("4x2:none", "1x8:none"),
         num_positions=6,
-        num_side_by_side=2,
+        num_side_by_side=1,
         overrides=small,
     )
     rungs = [judge_inputs(ladder), judge_first_step(ladder), judge_step_equivalence(ladder)]

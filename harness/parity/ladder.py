@@ -147,9 +147,12 @@ class Ladder:
                 )
             )
 
+        once = list(dict.fromkeys(asked))
         with self.store.lock():
-            jobs = [job(*one) for one in asked]
-            return run_side_by_side(jobs, most=self.num_side_by_side, room=DOCUMENTS_SIDE_BY_SIDE)
+            found = run_side_by_side(
+                [job(*one) for one in once], most=self.num_side_by_side, room=DOCUMENTS_SIDE_BY_SIDE
+            )
+        return [found[once.index(one)] for one in asked]
 
     def spec(
         self,

@@ -1,0 +1,93 @@
+"""Processes beside one another: how many at a time, what becomes of their failures, and that runs stay apart."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forge.training.errors import DataError
+from harness.parity.ladder import Ladder
+from harness.parity.side_by_side import Job, run_side_by_side
+from harness.store import Outcome, RunSpec, Store
+from harness.worker import run_once
+
+from .fake_training import fake
+
+
+class Watched:
+    """Jobs that count how many and how much run at the same time."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.now: list[int] = []
+        self.most = self.heaviest = 0
+
+    def job(self, weight: int) -> Job[int]:
+        def call() -> int:
+            with self.lock:
+                self.now.append(weight)
+                self.most, self.heaviest = max(self.most, len(self.now)), max(self.heaviest, sum(self.now))
+            time.sleep(0.02)
+            with self.lock:
+                self.now.remove(weight)
+            return weight
+
+        return Job(call, weight)
+
+
+def test_never_more_run_than_are_allowed_nor_more_than_there_is_room_for() -> None:
+    watched = Watched()
+    weights = [1, 8, 4, 1, 8, 2, 1, 1, 30, 1]
+    assert run_side_by_side([watched.job(w) for w in weights], most=3, room=10) == weights
+    assert watched.most == 3
+    assert watched.heaviest == 30, "what is too large for the room runs alone"
+
+
+def test_a_failure_is_its_jobs_answer_and_a_bug_is_raised() -> None:
+    def fail() -> int:
+        raise DataError("no such document")
+
+    def bug() -> int:
+        raise ZeroDivisionError
+
+    first, second = run_side_by_side([Job(fail), Job(lambda: 2)], most=2, room=9)
+    assert isinstance(first, DataError)
+    assert second == 2
+    with pytest.raises(ZeroDivisionError):
+        run_side_by_side([Job(bug), Job(lambda: 2)], most=1, room=9)
+
+
+def make_ladder(where: Path, command: Callable[[RunSpec, Path], list[str]]) -> Ladder:
+    (where / "base").mkdir()
+    row = '{"instruction": "Recite %d.", "input": "", "output": "Ship %d came by night."}\n'
+    (where / "train.jsonl").write_text("".join(row % (i, i) for i in range(230)))
+
+    def run(spec: RunSpec, **more: Any) -> Outcome:
+        return run_once(spec, command=command, **more)
+
+    return Ladder(
+        store=Store(where / "store"), train=where / "train.jsonl", base=str(where / "base"), run=run, num_side_by_side=4
+    )
+
+
+def test_runs_made_side_by_side_are_stored_apart_and_not_made_again(tmp_path: Path) -> None:
+    ladder = make_ladder(tmp_path, fake(sleep=0.3))
+    specs = [ladder.spec("trl", seed) for seed in range(6)]
+    outcomes = ladder.outcomes(specs)
+    assert [outcome.status for outcome in outcomes] == ["completed"] * 6
+    assert [outcome.spec for outcome in outcomes] == [spec.portable() for spec in specs]
+    assert len({outcome.run_id for outcome in outcomes}) == len(ladder.store.run_ids()) == 6
+    assert ladder.outcomes(specs) == outcomes
+
+
+def test_what_finds_no_memory_beside_others_is_run_again_alone_and_only_then_believed(tmp_path: Path) -> None:
+    ladder = make_ladder(tmp_path, fake(exit_code=5, record={"status": "out_of_memory"}))
+    (outcome,) = ladder.outcomes([ladder.spec("trl", 1), ladder.spec("trl", 2)])
+    assert outcome.status == "out_of_memory"
+    assert [o.status for o in ladder.store.outcomes()] == ["refused", "refused", "out_of_memory"]
+    assert "beside others: out_of_memory" in str(ladder.store.outcomes()[0].message)
