@@ -118,7 +118,7 @@ class Attempt:
             started = time.perf_counter()
             if cuda:
                 torch.backends.cuda.enable_cudnn_sdp(job.plan.attention == "default")
-            trainer = _build(module, job)
+            trainer = build_trainer(module, job)
             record.timing.load_seconds = time.perf_counter() - started
             meter.phase("load")
             record.trainable = describe_trainable(trainer.model)
@@ -194,7 +194,7 @@ class Attempt:
         self._listener.on_step(step, figures)
 
 
-def _build(module: Any, job: TrainingJob) -> Any:
+def build_trainer(module: Any, job: TrainingJob) -> Any:
     """The backend's trainer; a tracker that is not installed is said in one line."""
     try:
         return module.build(job)

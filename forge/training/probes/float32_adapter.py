@@ -13,9 +13,9 @@ from typing import Any
 
 def main() -> None:
     """Run a command, its trainer's adapter cast before there is an optimizer."""
-    from forge.training import cli, session
+    from forge.training import attempt, cli
 
-    build = session._build
+    build = attempt.build_trainer
 
     def built(module: Any, job: Any) -> Any:
         trainer = build(module, job)
@@ -24,7 +24,7 @@ def main() -> None:
                 parameter.data = parameter.data.float()
         return trainer
 
-    session._build = built
+    attempt.build_trainer = built
     cli.main()
 
 
