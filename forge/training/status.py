@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import time
@@ -13,7 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from forge.training.errors import DataError, DiskError
-from forge.training.files import lock_holder, write_json
+from forge.training.files import is_there, lock_holder, read_json_object, write_json
 
 NAME = "status.json"
 _WRITE_EVERY_SECONDS = 5.0
@@ -73,11 +72,11 @@ class StatusFile:
 def read_status(run_dir: Path | str) -> RunStatus:
     """A run's status as it was last written. Raises :class:`DataError`."""
     path = Path(run_dir) / NAME
+    if not is_there(path):
+        raise DataError(f"{run_dir} is not a run: it has no {NAME}", remedy="name a run directory")
     try:
-        return RunStatus.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError as error:
-        raise DataError(f"{run_dir} is not a run: it has no {NAME}", remedy="name a run directory") from error
-    except (OSError, ValueError, RecursionError, ValidationError) as error:
+        return RunStatus.model_validate(read_json_object(path, finite=True))
+    except ValidationError as error:
         raise DataError(f"{path} is not a run's status: {str(error).splitlines()[0]}") from error
 
 
