@@ -33,7 +33,7 @@ TRAINING = ROOT / "forge" / "training"
 _NOT_EXECUTED = ("export/", "evaluation/", "checks/", "probes/", "evaluate.py", "check.py", "pipeline.py")
 _EXECUTED_ALL_THE_SAME = ("__init__", "weights", "llama_cpp", "native", "child_process")
 # What turns a repository into a corpus: executed only by a run that is given no corpus.
-_MAKES_CORPUS = ("data/corpus", "data/discovery.py", "data/duplicates.py", "data/secrets.py", "data/split.py")
+_MAKES_CORPUS = ("data/corpus", "data/discovery.py", "data/split.py")
 
 _SAMPLE_BYTES, _NUM_SAMPLES = 64 << 10, 64
 
