@@ -158,6 +158,11 @@ def micro_batches(step: np.ndarray, lengths: np.ndarray, plan: Plan) -> list[lis
     return [group for _, group in sorted(zip(totals, groups, strict=True), key=lambda pair: -pair[0])]
 
 
+def _key_value_heads(config: dict[str, Any]) -> int:
+    """As many as query heads where the configuration does not say: transformers' default."""
+    return int(config.get("num_key_value_heads") or config["num_attention_heads"])
+
+
 def memory_floor_bytes(workload: Workload, config: dict[str, Any]) -> int:
     """Bytes that weights, adapter, its gradients and optimizer state need whatever the plan.
 
@@ -168,7 +173,7 @@ def memory_floor_bytes(workload: Workload, config: dict[str, Any]) -> int:
     hidden, layers = config["hidden_size"], config["num_hidden_layers"]
     intermediate, vocabulary = config["intermediate_size"], config["vocab_size"]
     head = config.get("head_dim") or hidden // config["num_attention_heads"]
-    queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+    queries, keys = config["num_attention_heads"] * head, _key_value_heads(config) * head
     shapes = {
         "q_proj": (hidden, queries),
         "k_proj": (hidden, keys),

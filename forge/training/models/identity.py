@@ -20,12 +20,30 @@ _SIZES = (
     *("model_type", "hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "tie_word_embeddings", "max_position_embeddings"),
 )
+_NO_SIZES = ("model_type", "tie_word_embeddings")
+_NEEDED_SIZES = ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size", "num_attention_heads")
 
 
 def model_shape(directory: Path | str) -> dict[str, Any]:
     """The sizes in a model's ``config.json``: what its memory floor and its floating-point operations follow from."""
     config = read_json_object(Path(directory) / "config.json")
     return {key: config[key] for key in _SIZES if config.get(key) is not None}
+
+
+def refuse_strange_sizes(path: Path, config: dict[str, Any]) -> None:
+    """Raise :class:`DataError` where a ``config.json`` lacks a size, or one is no whole number above zero."""
+    for key in _SIZES:
+        size = config.get(key)
+        needed = key in _NEEDED_SIZES
+        if key in _NO_SIZES or (size is None and not needed):
+            continue
+        if isinstance(size, bool) or not isinstance(size, int) or not 0 < size < 1 << 40:
+            raise DataError(
+                f"{path}: {key} is {size!r:.40}, not a number above zero" if key in config else f"{path} has no {key}",
+                remedy="copy the model's files again from where it came from",
+            )
+    if config["hidden_size"] % config["num_attention_heads"] and not config.get("head_dim"):
+        raise DataError(f"{path}: hidden_size is no multiple of num_attention_heads")
 
 
 def base_sha256(directory: Path | str) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 from forge.training.errors import ConfigurationError, DataError, MachineError
 from forge.training.export.weights import read_weights
 from forge.training.files import cache_dir, disk_errors, read_json_object, sha256_json, staged_directory, write_json
+from forge.training.models.identity import refuse_strange_sizes
 from forge.training.models.qwen2 import Recipe, Shape, training_texts, write_configs, write_random, write_trained
 from forge.training.models.safety import refuse_unsafe_files
 from forge.training.models.tokenizers import CONTROL_TOKENS, rebuild_qwen2_tokenizer, save_tokenizer, train_tokenizer
@@ -189,6 +190,7 @@ def check_base(directory: Path) -> Path:
             f"{directory}/config.json: the architecture {architectures} is not supported",
             remedy=f"use a model with one of {', '.join(SUPPORTED)}",
         )
+    refuse_strange_sizes(directory / "config.json", config)
     if config.get("quantization_config"):
         raise ConfigurationError(
             f"{directory} holds quantised weights; adapters are merged into 16-bit ones",
