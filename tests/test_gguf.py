@@ -181,6 +181,36 @@ def patched(content: bytes, key: str, value: int) -> bytes:
     return content[:at] + struct.pack("<I", value) + content[at + 4 :]
 
 
+def with_count(good: bytes, change: int) -> bytes:
+    """The same file, which claims more or fewer tensors than it has."""
+    (count,) = struct.unpack_from("<Q", good, 8)
+    return good[:8] + struct.pack("<Q", count + change) + good[16:]
+
+
+def without_last_token(good: bytes) -> bytes:
+    """The same file in good order, but that its tokenizer has a token less than its embedding has rows."""
+    from forge.training.export.native import import_gguf
+
+    path = scratch() / "good.gguf"
+    path.write_bytes(good)
+    reader = import_gguf().GGUFReader(path)
+    tokens, types = (reader.fields[f"tokenizer.ggml.{key}"] for key in ("tokens", "token_type"))
+    last_info = reader.tensors[-1].field
+    end = last_info.offset + sum(part.nbytes for part in last_info.parts)
+    removed = []
+    for field, num_last_parts in ((tokens, 2), (types, 1)):  # a string's length and its bytes; a number
+        stop = field.offset + sum(part.nbytes for part in field.parts)
+        removed.append((stop - sum(part.nbytes for part in field.parts[-num_last_parts:]), stop))
+    content = bytearray(good[:end])
+    for field in (tokens, types):
+        at = field.offset + 8 + len(field.name.encode()) + 4 + 4  # key, type, type of the elements
+        struct.pack_into("<Q", content, at, len(field.data) - 1)
+    for start, stop in sorted(removed, reverse=True):
+        del content[start:stop]
+    content += bytes(-len(content) % 32)
+    return patched(bytes(content) + good[reader.data_offset :], "tokenizer.ggml.eos_token_id", 0)
+
+
 BAD_FILES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "empty": (lambda good: b"", "not a GGUF file"),
     "text": (lambda good: b"hello, world" * 99, "not a GGUF file"),
@@ -197,6 +227,9 @@ BAD_FILES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "a million layers": (lambda good: patched(good, "qwen2.block_count", 10**6), "block_count"),
     "eos outside the vocabulary": (lambda good: patched(good, "tokenizer.ggml.eos_token_id", 10**6), "eos_token_id"),
     "no pre-tokenizer": (lambda good: good.replace(b"tokenizer.ggml.pre", b"tokenizer.ggml.prx"), "ggml.pre"),
+    "one tensor less than there is": (lambda good: with_count(good, -1), "not a readable GGUF file|refuses"),
+    "one tensor more than there is": (lambda good: with_count(good, 1), "not a readable GGUF file|refuses"),
+    "a token less than the embedding has rows": (without_last_token, r"token_embd\.weight.* wrong shape"),
     "a NaN weight": (lambda good: good[:-2] + b"\xc0\x7f", "refuses"),  # the last tensor is a norm in float32
     "an absurd weight": (lambda good: good[:-2] + b"\x00\x7e", "not finite"),
     "wrong head count": (lambda good: patched(good, "qwen2.attention.head_count", 7), "refuses|cannot verify"),
@@ -212,6 +245,21 @@ def test_bad_files_are_refused_in_bounded_time(tmp_path: Path, name: str) -> Non
     with pytest.raises(CheckError, match=complaint):
         verify_gguf(path)
     assert time.monotonic() - started < 20
+
+
+def test_the_end_of_the_tools_own_log_is_part_of_a_refusal(tmp_path: Path) -> None:
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(without_last_token(gguf_file("f16").read_bytes()))
+    with pytest.raises(CheckError, match=r"(?s)llama.cpp refuses .*\n  \| .*token_embd\.weight") as error:
+        verify_gguf(path)
+    assert error.value.exit_code == 8
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.gguf")
+    for path, complaint in ((tmp_path / "pipe.gguf", "not a file"), (tmp_path, "not a file")):
+        with pytest.raises(DataError, match=complaint):
+            answer(path, "hello")
 
 
 def test_a_weight_that_f16_cannot_hold_is_found(tmp_path: Path) -> None:
