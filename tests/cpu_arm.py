@@ -1,8 +1,8 @@
 """An interpreter for a dry run of the parity ladder on a CPU: ``python tests/cpu_arm.py -m MODULE ARGUMENTS``.
 
-Everything is real (processes, inputs, training, evaluation, records) but that "legacy" and "unsloth" are today's TRL, in
-the layouts that their plans give them. With ``-p tests.cpu_ladder`` and FORGE_GPU_PYTHON and FORGE_LEGACY_PYTHON naming a
-program that starts this file, ``pytest -m gpu harness/parity`` is then the gate's own command line.
+Everything is real (processes, inputs, training, evaluation, records) but that "legacy" and "unsloth" are today's TRL,
+in the layouts that their plans give them. With ``-p tests.cpu_ladder`` and FORGE_GPU_PYTHON and FORGE_LEGACY_PYTHON
+naming a program that starts this file, ``pytest -m gpu harness/parity`` is then the gate's own command line.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A pytest plugin (``-p tests.cpu_ladder``): the parity ladder small enough for a CPU, on a machine that seems to have a GPU.
+"""A pytest plugin (``-p tests.cpu_ladder``): the parity ladder small enough for a CPU, which seems to have a GPU.
 
 Settings that a CPU needs are in LADDER_OVERRIDES (JSON list of ``key=value``) and LADDER_FIELDS (JSON object).
 """

@@ -18,6 +18,7 @@ from harness.parity.first_step import judge_first_step, judge_inputs, judge_step
 from harness.parity.ladder import Ladder
 from harness.parity.measured_step import MeasuredStep, read_step
 from harness.parity.step_checks import Check, differing_inputs, direction_check, first_step_checks, layout_checks
+from harness.parity.verdicts import Rung
 from harness.probes import source_sha256
 from harness.store import Store
 from tests.tiny_model import write_base
@@ -208,6 +209,16 @@ def test_what_is_not_a_number_never_holds() -> None:
     assert not Check("a", float("nan"), 1.0).holds
     assert not Check("a", float("nan"), 1.0, least=True).holds
     assert Check("a", float("nan"), 1.0).to_dict()["value"] is None
+
+
+def test_a_check_is_plain_json_and_comes_back_from_it_as_it_was() -> None:
+    for check in (Check("a", np.float64(1.0), np.nextafter(1.0, 2), True, {"worst": "q"}), Check("b", np.nan, 1.0)):
+        content = json.loads(json.dumps(check.to_dict(), allow_nan=False))
+        again = Check.from_dict(content)
+        assert (again.holds, again.name, again.least, again.more) == (check.holds, check.name, check.least, check.more)
+        assert again.to_dict() == content
+    rung = Rung(number=2, status="PASS", reason="", figures={"checks": [Check("a", np.float64(1), 1.0).to_dict()]})
+    assert json.loads(json.dumps(rung.to_dict()))["figures"]["checks"][0]["holds"] is True
 
 
 def test_an_unknown_backend_is_refused(bench: Bench) -> None:

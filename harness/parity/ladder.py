@@ -189,14 +189,13 @@ class Ladder:
         A run is expected to take as long as the longest of its arm and kind so far, here or in the store.
         """
         kind = (spec.backend, spec.evaluate)
-        needed = self._longest.get(kind, EXPECTED_SECONDS if self.deadline is not None else 0.0)
-        deadline = None if self.deadline is None else self.deadline - needed
         outcome = run_single(
             spec,
             self.store,
-            deadline=deadline if self.measures else 0.0,
+            deadline=self.deadline if self.measures else 0.0,
             run=partial(self.run, is_alone=False) if beside_others else self.run,
             time_limit_seconds=self.time_limit_seconds,
+            unseen_seconds=self._longest.get(kind, EXPECTED_SECONDS),
             announce=self.announce,
         )
         if outcome is not None:

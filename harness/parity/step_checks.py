@@ -38,7 +38,7 @@ class Check:
     @property
     def holds(self) -> bool:
         """Whether it does; never for what is not a number."""
-        return self.value >= self.bar if self.least else self.value <= self.bar
+        return bool(self.value >= self.bar if self.least else self.value <= self.bar)
 
     def sentence(self) -> str:
         """For people."""
@@ -47,7 +47,7 @@ class Check:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON: what is not finite becomes null."""
-        value, bar = (number if math.isfinite(number) else None for number in (self.value, self.bar))
+        value, bar = (float(number) if math.isfinite(number) else None for number in (self.value, self.bar))
         return {"name": self.name, "value": value, "bar": bar, "least": self.least, "holds": self.holds} | (
             self.more or {}
         )
