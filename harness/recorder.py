@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Unit = Literal["seconds", "bytes", "nats"]
 UNITS = ("seconds", "bytes", "nats")
 NO_UNIT = "none"  # of facts
-RECORD_KINDS = ("metric", "claim", "ladder", "context", "ceiling", "not_run", "parity", "export")
+RECORD_KINDS = ("metric", "claim", "ladder", "context", "ceiling", "not_run", "parity", "export", "reliability")
 VERDICTS = ("PASS", "FAIL", "INCONCLUSIVE", "INCOMPLETE")
 
 _MAX_EXACT = 2**53  # a whole number above it may change when it becomes a float

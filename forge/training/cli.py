@@ -172,15 +172,15 @@ def train(
             if on_oom == OnOutOfMemory.stop or smaller is None:
                 raise
             display.announce(f"{error.message}\ngoing on in a fresh process with plan.micro_batch={smaller}")
-            again = [argument for argument in sys.argv[1:] if argument != "--force"]
-            _become([*again, "--plan", f"micro_batch={smaller}"])
+            _become_with(f"micro_batch={smaller}")
     print_json(record) if as_json else display.show_summary(record, run_dir, results())
 
 
-def _become(arguments: list[str]) -> NoReturn:
-    """Replace this process, GPU memory and all, by the command with other arguments."""
+def _become_with(plan: str) -> NoReturn:
+    """Replace this process, GPU memory and all, by its own command with another plan."""
     restore_stdout()
-    os.execv(sys.executable, [sys.executable, "-m", "forge.training", *arguments])
+    again = [argument for argument in sys.orig_argv[1:] if argument != "--force"]  # what it replaced is gone
+    os.execv(sys.executable, [sys.executable, *again, "--plan", plan])
 
 
 @app.command()

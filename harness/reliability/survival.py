@@ -1,0 +1,164 @@
+"""What the survival probe is asked, and the verdict on its answers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from forge.training.errors import ForgeError
+from forge.training.plan import Backend
+from harness.export.findings import Finding, by_faults
+from harness.probes import run_probe
+from harness.store import Store
+
+BACKENDS: tuple[Backend, ...] = ("trl", "unsloth")
+STOP_LIMIT_SECONDS = 30.0  # what torchrun's agent and Docker, at most, leave a process after SIGTERM
+_PROBE_SECONDS = 540.0
+_NOISE_FACTOR = 3.0  # one pair of equal runs shows the noise's size, not its bound
+
+# 4-bit weights, the paged 8-bit optimizer and dropout: everything whose state a resume must bring back
+SMALL: tuple[str, ...] = (
+    *("model.quantization=nf4", "model.dtype=bfloat16", "optimizer.name=paged_adamw_8bit", "lora.dropout=0.1"),
+    *("training.max_steps=40", "training.save_every_steps=10", "training.evaluate_every_steps=16", "report_to=[]"),
+)
+
+
+@dataclass
+class Survival:
+    """One session: the probes' answers, from the store where it has them. ``train``: documents for the 7B run."""
+
+    store: Store
+    train: Path
+    model: str
+    deadline: float | None = None
+    small: tuple[str, ...] = SMALL
+    measures: bool = True
+    announce: Callable[[str], None] = lambda line: None
+    _answers: dict[tuple[str, ...], dict[str, Any] | ForgeError | None] = field(default_factory=dict)
+
+    def small_run(self, backend: Backend) -> dict[str, Any] | None:
+        """Killed and stopped: the smoke workload's trained base in 4 bits."""
+        return self._ask(backend, "smoke", "--backend", backend, *_settings(self.small))
+
+    def large_run(self, backend: Backend) -> dict[str, Any] | None:
+        """Asked to stop at real size."""
+        settings = _settings(self._of_7b(64))
+        return self._ask(backend, "genome_8k", "--backend", backend, "--stop-only", "--after-steps", "3", *settings)
+
+    def tight_run(self, backend: Backend) -> dict[str, Any] | None:
+        """Eight documents of up to 2,048 tokens padded into one micro-batch, on the owner's 8 GB."""
+        settings = _settings((*self._of_7b(32), "data.max_length=2048", "training.max_steps=4"))
+        layout = ("--plan", "micro_batch=8", "--plan", "padding=longest", "--plan", "grouping=none")
+        return self._ask(backend, "genome_8k", "--backend", backend, "--cap-gib", "8", *settings, *layout)
+
+    def _of_7b(self, num_documents: int) -> tuple[str, ...]:
+        data = (f"data.train={self.train}", "data.validation=null", f"data.sample={num_documents}")
+        return (f"model.path={self.model}", *data, "report_to=[]")
+
+    def _ask(self, backend: Backend, *arguments: str) -> dict[str, Any] | None:
+        if arguments not in self._answers:
+            deadline = self.deadline if self.measures else time.monotonic()
+            try:
+                self._answers[arguments] = run_probe(
+                    "survival",
+                    backend,
+                    arguments,
+                    self.store,
+                    time_limit_seconds=_PROBE_SECONDS,
+                    expected_seconds=300.0,
+                    deadline=deadline,
+                    announce=self.announce,
+                )
+            except ForgeError as error:
+                self._answers[arguments] = error
+        answer = self._answers[arguments]
+        if isinstance(answer, ForgeError):
+            raise answer
+        return answer
+
+    def finding(self, name: str, backend: Backend) -> Finding:
+        """The verdict on a claim of :data:`CLAIMS` for a backend."""
+        ask, judge, statement = CLAIMS[name]
+        statement = f"{backend}: {statement}"
+        try:
+            answer = ask(self, backend)
+        except ForgeError as error:
+            return Finding(name=f"{name}_{backend}", statement=statement, status="FAIL", reason=str(error))
+        if answer is None:
+            why = "no time was left for it in this session" if self.measures else "left out of this session"
+            return Finding(name=f"{name}_{backend}", statement=statement, status="INCOMPLETE", reason=why)
+        faults, good = judge(answer)
+        return by_faults(f"{name}_{backend}", statement, faults, good, answer)
+
+
+def _settings(overrides: tuple[str, ...]) -> list[str]:
+    return [part for setting in overrides for part in ("--set", setting)]
+
+
+def _resumes(answer: dict[str, Any]) -> tuple[list[str], str]:
+    noise, faults, said = answer["noise"], [], []
+    for name in ("killed", "stopped"):
+        run = answer[name]
+        apart = run["difference"]
+        if not run["same_labels"]:
+            faults.append(f"{name}: it did not train on the same labels")
+        if not run["resumed_from_step"]:
+            faults.append(f"{name}: it began anew")
+        if apart["identical"]:
+            said.append(f"{name}, resumed from step {run['resumed_from_step']}: identical to the bit")
+        elif noise["identical"]:
+            faults.append(f"{name}: differs by {apart['largest']:.2g}, and two whole runs are identical")
+        elif apart["relative"] > _NOISE_FACTOR * noise["relative"]:
+            faults.append(f"{name}: differs by {apart['relative']:.2g}, two whole runs by {noise['relative']:.2g}")
+        else:
+            said.append(f"{name}: differs by {apart['relative']:.2g}, two whole runs by {noise['relative']:.2g}")
+    return faults, "; ".join(said)
+
+
+def _memory(answer: dict[str, Any]) -> tuple[list[str], str]:
+    faults = []
+    if not any(resume["after"] == "out_of_memory" for resume in answer["resumes"]):
+        faults.append(f"nothing ran out of memory within {answer['cap_gib']:g} GiB")
+    if answer["num_steps"] != answer["num_planned_steps"] or len(set(answer["documents"])) != 1:
+        faults.append(
+            f"{answer['num_steps']} of {answer['num_planned_steps']} steps of {answer['documents']} documents"
+        )
+    return faults, f"went on with micro-batches of {answer['micro_batch']} within {answer['cap_gib']:g} GiB"
+
+
+_NEEDED = ("step_begin", "pre_optimizer_step", "optimizer_step", "step_end", "log")
+
+
+def _order(answer: dict[str, Any]) -> tuple[list[str], str]:
+    """Gradients are looked at before the optimizer's step, a step is logged before it is evaluated, then saved."""
+    faults = []
+    for step in answer["events"]:
+        events = step.split()
+        places = [events.index(name) if name in events else -1 for name in _NEEDED]
+        later = [events.index(name) for name in ("evaluate", "save") if name in events]
+        if -1 in places or places != sorted(places) or later != sorted(later) or (later and later[0] < places[-1]):
+            faults.append(f"a step's callbacks came as {step}")
+    if not any("save" in step for step in answer["events"]):
+        faults.append("no step was saved")
+    return faults, f"{len(answer['events'])} kinds of steps, each in order"
+
+
+def _stop(answer: dict[str, Any]) -> tuple[list[str], str]:
+    faults = []
+    if answer["state"] != "interrupted" or answer["checkpoint_problem"] is not None:
+        faults.append(f"it ended {answer['state']}; its checkpoint: {answer['checkpoint_problem'] or 'sound'}")
+    if answer["stop_seconds"] > STOP_LIMIT_SECONDS:
+        faults.append(f"{answer['stop_seconds']:.1f} s from SIGTERM to the end, limit {STOP_LIMIT_SECONDS:g}")
+    size = answer["checkpoint_bytes"] / 1e6
+    return faults, f"{answer['stop_seconds']:.1f} s from SIGTERM to the end, checkpoint of {size:.0f} MB sealed"
+
+
+CLAIMS: dict[str, tuple[Any, Any, str]] = {
+    "resume": (Survival.small_run, _resumes, "A killed and a stopped run go on as if nothing had happened."),
+    "memory": (Survival.tight_run, _memory, "A step that runs out of memory is survived, the same work done."),
+    "callbacks": (Survival.small_run, _order, "The trainer's callbacks come in the order that saving relies on."),
+    "stop": (Survival.large_run, _stop, "At 7B a stopped run has sealed its checkpoint within 30 seconds."),
+}
