@@ -233,7 +233,7 @@ class Runs:
             losses, norms = self.sound[layout]
         digests = ["d" * 64] * len(losses)
         steps = [
-            {"step": n, "seconds": 1.0, "documents": 8, "trained_tokens": 100, "loss": float(loss)}
+            {"step": n, "seconds": 1.0, "documents": 8, "tokens": 400, "trained_tokens": 100, "loss": float(loss)}
             | {"grad_norm": float(np.exp(norm)), "learning_rate": self.rate(spec.backend, n)}
             for n, (loss, norm) in enumerate(zip(losses, norms, strict=True), 1)
         ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,19 +19,21 @@ from .fake_training import fake
 
 
 class Watched:
-    """Jobs that count how many and how much run at the same time."""
+    """Jobs that count how many and how much run at the same time; ``together``: none ends before so many have begun."""
 
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
+    def __init__(self, together: int = 1) -> None:
+        self.lock, self.barrier = threading.Lock(), threading.Barrier(together)
         self.now: list[int] = []
         self.most = self.heaviest = 0
+        self.sums: set[int] = set()
 
     def job(self, weight: int) -> Job[int]:
         def call() -> int:
             with self.lock:
                 self.now.append(weight)
                 self.most, self.heaviest = max(self.most, len(self.now)), max(self.heaviest, sum(self.now))
-            time.sleep(0.02)
+                self.sums.add(sum(self.now))
+            self.barrier.wait(timeout=30)
             with self.lock:
                 self.now.remove(weight)
             return weight
@@ -40,12 +41,18 @@ class Watched:
         return Job(call, weight)
 
 
-def test_never_more_run_than_are_allowed_nor_more_than_there_is_room_for() -> None:
-    watched = Watched()
-    weights = [1, 8, 4, 1, 8, 2, 1, 1, 30, 1]
-    assert run_side_by_side([watched.job(w) for w in weights], most=3, room=10) == weights
+def test_as_many_run_as_are_allowed_and_never_more() -> None:
+    watched = Watched(together=3)
+    assert run_side_by_side([watched.job(1) for _ in range(6)], most=3, room=10) == [1] * 6
     assert watched.most == 3
-    assert watched.heaviest == 30, "what is too large for the room runs alone"
+
+
+def test_there_is_never_more_on_the_gpu_than_it_has_room_for_but_what_runs_alone() -> None:
+    watched = Watched()
+    weights = [6, 6, 4, 6, 30, 1]
+    assert run_side_by_side([watched.job(w) for w in weights], most=9, room=10) == weights
+    assert watched.heaviest == 30
+    assert watched.sums - {30} <= set(range(11))
 
 
 def test_a_failure_is_its_jobs_answer_and_a_bug_is_raised() -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
-from harness.hooks import gate_deadline
+from harness.hooks import announcer, gate_deadline
 from harness.parity.ladder import Ladder
 from harness.store import Store
 
@@ -20,13 +19,10 @@ def ladder(pytestconfig: pytest.Config) -> Ladder:
         raise pytest.UsageError("the gate trains on real documents: --gate-train FILE (README.md, section 'The gate')")
     only = tuple(filter(None, (option("--gate-only") or "").split(",")))
 
-    def announce(line: str) -> None:
-        print(line, file=sys.__stderr__, flush=True)
-
     return Ladder(
         store=Store(option("--gate-store")),
         train=Path(option("--gate-train")).absolute(),
         deadline=gate_deadline(pytestconfig),
         measures=not only or "parity" in only,
-        announce=announce,
+        announce=announcer(pytestconfig),
     )

@@ -91,16 +91,18 @@ class Ladder:
     time_limit_seconds: float = TIME_LIMIT_SECONDS
     announce: Callable[[str], None] = lambda line: None
     _verdicts: dict[int, Rung] = field(default_factory=dict)
+    _missed: dict[int, Rung] = field(default_factory=dict)
 
     # ----------------------------------------------------------------------------------------------------------------
     # Verdicts
 
     def verdict(self, number: int) -> Rung:
-        """The verdict on a rung, judged once a session; INCOMPLETE where the rung below is no PASS."""
+        """The verdict on a rung, judged once a session; INCOMPLETE where one below is no PASS."""
         if number not in self._verdicts:
             below = self.verdict(number - 1) if number > 1 else None
             if below is not None and below.status != "PASS":
-                self._verdicts[number] = blocked_by(below, number)
+                self._missed[number] = self._missed.get(number - 1, below)  # the lowest, not a chain of reasons
+                self._verdicts[number] = blocked_by(self._missed[number], number)
             else:
                 self._verdicts[number] = self._judge(number)
         return self._verdicts[number]

@@ -48,8 +48,8 @@ class Rung(BaseModel):
 
 
 def blocked_by(below: Rung, number: int) -> Rung:
-    """The verdict on rung ``number`` where the rung below did not pass."""
-    why = f"rung {below.number} ({below.name}) is {below.status}, and each rung stands on the one below"
+    """The verdict on rung ``number`` where ``below``, the lowest that was missed, did not pass."""
+    why = f"rung {below.number} ({below.name}) is {below.status}, and each rung stands on those below"
     return Rung(number=number, status="INCOMPLETE", reason=f"{why}: {below.reason}")
 
 
