@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from forge.training.errors import DataError
 from forge.training.files import is_there, read_json_object, write_json
@@ -119,6 +119,14 @@ class RunRecord(_Part):
     batch_digests: list[str] = Field(default_factory=list)  # labels as they reach the model, a step each
     notes: list[str] = Field(default_factory=list)  # what was unusual: spikes of the loss
     resumes: list[Resume] = Field(default_factory=list)
+
+    @field_validator("environment")
+    @classmethod
+    def _has_sections(cls, environment: dict[str, Any]) -> dict[str, Any]:
+        for name in ("cpu", "git", "gpu", "packages", "settings", "torch"):
+            if not isinstance(environment.get(name), dict | None):
+                raise ValueError(f"environment.{name} is no object")
+        return environment
 
     def write(self, run_dir: Path) -> None:
         """Write ``run.json`` atomically."""
