@@ -467,14 +467,15 @@ def test_real_runs_are_evaluated_and_keep_their_adapter_in_float32_where_asked(t
 
 
 def test_a_ladder_that_may_not_measure_is_red_and_says_why(tmp_path: Path, corpus: Path) -> None:
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "harness/parity/test_trajectory.py", "-q", "--no-header"]
-    command += ["harness/parity/test_outcome.py", "-p", "no:cacheprovider", "-p", "tests.seen_gpu"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "harness/parity", "-q", "--no-header"]
+    command += ["-p", "no:cacheprovider", "-p", "tests.seen_gpu"]
     command += ["--gate-train", str(corpus), "--gate-store", str(tmp_path / "store"), "--gate-only", "ceiling"]
     command += ["--benchmark-json", str(tmp_path / "benchmark.json")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 1, done.stdout[-2000:]
     entries = json.loads((tmp_path / "benchmark.json").read_text())["benchmarks"]
     assert {entry["extra_info"]["record_kind"] for entry in entries} == {"parity"}
-    assert sorted(entry["extra_info"]["verdict"]["number"] for entry in entries) == [4, 5, 6]
+    assert [entry["extra_info"]["metric"] for entry in entries][:6] == [f"rung {number}" for number in range(1, 7)]
+    assert len(entries) == 8, "and two other architectures"
     assert {entry["extra_info"]["verdict"]["status"] for entry in entries} == {"INCOMPLETE"}
-    assert "INCOMPLETE: rung 4 (noise): rung 3 (step equivalence) is INCOMPLETE" in done.stdout
+    assert "INCOMPLETE: rung 4 (noise): rung 1 (inputs) is INCOMPLETE" in done.stdout
