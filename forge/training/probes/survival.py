@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -183,10 +182,14 @@ def main() -> None:
     command = ["train", options.workload, "--backend", options.backend]
     command += [part for setting in options.set for part in ("--set", setting)]
     command += [part for setting in options.plan for part in ("--plan", setting)]
-    os.environ.pop("FORGE_PARENT", None)
     with tempfile.TemporaryDirectory(prefix="forge-survival-") as folder:
         runs = Runs(Path(folder), command)
-        found = stop(runs, options.after_steps) if options.stop_only else survive(runs, options.after_steps)
+        if options.stop_only:
+            found = stop(runs, options.after_steps)
+        elif options.cap_gib is not None:
+            found = squeeze(runs, options.cap_gib)
+        else:
+            found = survive(runs, options.after_steps)
     print(json.dumps(found))
 
 
