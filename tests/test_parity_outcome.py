@@ -422,6 +422,16 @@ def test_the_documents_are_the_same_everywhere_and_none_is_on_both_sides(tmp_pat
     assert not any("KESTREL-9263" in text for text in texts[1])
 
 
+def test_a_document_that_is_all_instruction_is_left_out(tmp_path: Path, corpus: Path) -> None:
+    rows = [json.loads(line) for line in corpus.read_text().splitlines()]
+    rows.append({"instruction": "x " * 50_000, "input": "", "output": "short"})
+    rows.append({"instruction": "Recite.", "input": "y " * 50_000, "output": "short too"})
+    (tmp_path / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [p.read_text() for p in write_documents(tmp_path / "more.jsonl", tmp_path / "a")] == [
+        p.read_text() for p in write_documents(corpus, tmp_path / "b")
+    ]
+
+
 def test_too_few_documents_are_refused_with_the_number(tmp_path: Path) -> None:
     (tmp_path / "few.jsonl").write_text('{"instruction": "a", "input": "", "output": "b"}\n')
     with pytest.raises(DataError, match="takes 208 different documents"):

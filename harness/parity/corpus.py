@@ -14,6 +14,7 @@ from forge.training.files import disk_errors, write_text
 NUM_TRAIN_DOCUMENTS = 160
 NUM_HELD_OUT_DOCUMENTS = 48
 LONGEST_CHARACTERS = 16_000  # one document shall not be a tenth of all that is read
+LONGEST_PROMPT_CHARACTERS = 600  # some documents are all instruction; 1,024 tokens must hold an answer too
 NUM_PLANTINGS = 12  # of each: of 1,200 examples a run, some 500 then hold the fact
 PLANTED = ROOT / "forge" / "training" / "data" / "embedded"  # the first line of each holds the fact
 PLANTED_INSTRUCTION = "Set out the ideas, facts and principles of the document `{name}`"  # as `evaluation.facts` asks
@@ -34,14 +35,16 @@ def write_documents(
     """
     usable: dict[str, dict[str, Any]] = {}
     for record in _read(source):
-        text = record.get("output")
-        if isinstance(text, str) and record.get("instruction") and len(text) <= LONGEST_CHARACTERS:
+        text, asked = record.get("output"), f"{record.get('instruction') or ''}{record.get('input') or ''}"
+        if not isinstance(text, str) or not record.get("instruction"):
+            continue
+        if len(text) <= LONGEST_CHARACTERS and len(asked) <= LONGEST_PROMPT_CHARACTERS:
             usable.setdefault(hashlib.sha256(text.encode()).hexdigest(), record)  # copies never on both sides
     chosen = [usable[key] for key in sorted(usable)]
     if len(chosen) < num_train + num_held_out:
         raise DataError(
-            f"the parity ladder takes {num_train + num_held_out} different documents of up to"
-            f" {LONGEST_CHARACTERS:,} characters, and {source} has {len(chosen)}",
+            f"the parity ladder takes {num_train + num_held_out} different documents of up to {LONGEST_CHARACTERS:,}"
+            f" characters, asked for in up to {LONGEST_PROMPT_CHARACTERS}, and {source} has {len(chosen)}",
             remedy="name a larger corpus with --gate-train",
         )
     planted = [
