@@ -9,7 +9,7 @@ PYTEST := $(PY) -m pytest
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test test-slow test-browser test-all gate compare lint format check-pins gpu-env legacy-env gpu-bundle clean
+.PHONY: help setup demo test test-slow test-browser test-all soak gate compare lint format check-pins gpu-env legacy-env gpu-bundle clean
 
 define need_python_gpu
 	@command -v $(PYTHON_GPU) >/dev/null || { echo "error: no $(PYTHON_GPU) here; set PYTHON_GPU to a Python 3.12" >&2; exit 4; }
@@ -35,6 +35,9 @@ test-browser: setup ## a report in Debian's chromium (apt-get install chromium)
 	$(PYTEST) -m browser
 
 test-all: test test-browser test-slow ## every test that needs no GPU (about an hour)
+
+soak: setup ## kill training and export 50 times at random moments; what comes out must be the same (runs/soak/soak.json)
+	$(PY) -m tests.soak
 
 gate: ## the acceptance gate on this GPU: make gate TRAIN=corpus.train.jsonl [OUT=runs/gate] [SECONDS=N to go on later]
 	@test -n "$(TRAIN)" || { echo "error: name the documents: make gate TRAIN=corpus.train.jsonl" >&2; exit 2; }
