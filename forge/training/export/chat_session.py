@@ -15,10 +15,14 @@ _model: Any = None
 
 def open_model(path: str, lora: str | None, context_tokens: int) -> dict[str, Any]:
     """Load a model, with an adapter applied if one is given. Raises :class:`CheckError` with llama.cpp's reason."""
+    from jinja2 import TemplateError
+
     global _model
     llama_cpp = import_llama_cpp()
     try:
         _model = llama_cpp.Llama(path, lora_path=lora, n_ctx=context_tokens, verbose=False)
+    except TemplateError as error:
+        raise CheckError(f"the chat template of {path} is not readable: {error}") from error
     except (ValueError, RuntimeError) as error:
         raise CheckError(f"llama.cpp refuses {path}: {reason()}") from error
     if lora is not None and not _model._lora_adapter:  # NULL, which llama-cpp-python takes for success
@@ -30,6 +34,8 @@ def open_model(path: str, lora: str | None, context_tokens: int) -> dict[str, An
 
 def reply(messages: list[dict[str, str]], max_tokens: int, on_text: Callable[[str], None]) -> dict[str, Any]:
     """The greedy answer to a conversation, by the model's own template; pieces go to ``on_text`` as they come."""
+    from jinja2 import TemplateError
+
     if _model.metadata.get("tokenizer.ggml.pre") in _NFC_PRE_TOKENIZERS:
         messages = [{**message, "content": unicodedata.normalize("NFC", message["content"])} for message in messages]
     try:
@@ -41,6 +47,8 @@ def reply(messages: list[dict[str, str]], max_tokens: int, on_text: Callable[[st
             if text:
                 pieces.append(text)
                 on_text(text)
+    except TemplateError as error:
+        raise CheckError(f"the file's chat template cannot write this conversation: {error}") from error
     except ValueError as error:
         remedy = "shorten the prompt, or allow a longer context"
         raise DataError(f"the model cannot answer: {error}", remedy=remedy) from error

@@ -123,17 +123,17 @@ def verify(path: str, architecture: str | None, adapter: bool, base: str | None)
 
 def _read_structure(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
     gguf = import_gguf()
+    fields: dict[str, Any] = {}
     try:
         reader = gguf.GGUFReader(path)
+        for key, field in reader.fields.items():
+            is_array = bool(field.types) and field.types[0] == gguf.GGUFValueType.ARRAY
+            fields[key] = len(field.data) if is_array else field.contents()
     except Exception as error:  # IndexError, ValueError, KeyError, OverflowError, ... all mean a bad file
         cause = f"{type(error).__name__}: {error}"
-        raise CheckError(f"{path} is not a readable GGUF file: {cause}", remedy="make it again") from error
+        raise CheckError(f"{path} is not a readable GGUF file: {cause:.500}", remedy="make it again") from error
     if not reader.tensors:
         raise CheckError(f"{path} holds no tensors")
-    fields: dict[str, Any] = {}
-    for key, field in reader.fields.items():
-        is_array = bool(field.types) and field.types[0] == gguf.GGUFValueType.ARRAY
-        fields[key] = len(field.data) if is_array else field.contents()
     file_type = fields.get("general.file_type")
     known: dict[Any, str] = {int(member): member.name for member in gguf.LlamaFileType}
     name = known.get(file_type, str(file_type)).removeprefix("MOSTLY_").removeprefix("ALL_").lower()
@@ -165,9 +165,12 @@ def _check_model_fields(path: str, report: dict[str, Any], fields: dict[str, Any
     missing = [f"tokenizer.ggml.{key}" for key in needed if f"tokenizer.ggml.{key}" not in fields]
     if missing:
         raise CheckError(f"{path} lacks {', '.join(missing)}", remedy="its tokenizer was not converted; convert again")
+    num_tokens = fields["tokenizer.ggml.tokens"]
+    if not isinstance(num_tokens, int):
+        raise CheckError(f"{path}: tokenizer.ggml.tokens is no list")
     for key in ("eos_token_id", "bos_token_id", "padding_token_id"):
         token_id = fields.get(f"tokenizer.ggml.{key}")
-        if token_id is not None and not 0 <= token_id < fields["tokenizer.ggml.tokens"]:
+        if token_id is not None and not (isinstance(token_id, int) and 0 <= token_id < num_tokens):
             raise CheckError(f"{path}: {key} {token_id} is outside the vocabulary")
 
 
