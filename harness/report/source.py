@@ -22,7 +22,7 @@ from harness.report.content import printable
 from harness.report.run import Run, read_run
 from harness.store import Store, TrialState
 
-KINDS = ("metric", "claim", "ladder", "context", "ceiling", "not_run")
+KINDS = ("metric", "claim", "ladder", "context", "ceiling", "not_run", "parity", "export", "reliability")
 _ROUNDING = 1e-6  # entries and runs are the same numbers, through JSON
 _REMEDY = "name the JSON that `pytest -m gpu --benchmark-json=FILE` wrote, and with --store the store it measured into"
 _Info = TypeVar("_Info", bound=BaseModel)

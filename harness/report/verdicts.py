@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from forge.training.errors import DataError
-from harness.claims import CLAIMS, Claim, Verdict
+from harness.claims import CLAIMS, Claim, Status, Verdict
 from harness.report.content import Row, Section, Table
 from harness.report.plots import Estimate, margins
 from harness.report.quantities import NONE, digits, number, percent, spread, tied, times
@@ -51,16 +52,27 @@ def judged_claims(evidence: Evidence) -> list[Judged]:
     return sorted(found.values(), key=lambda judged: order.get(judged.claim.name, len(order)))
 
 
-def overall(judged: list[Judged], *, is_partial: bool = False) -> str:
-    """The worst status: green only if every claim passed and the gate came to its end."""
-    statuses = [one.verdict.status for one in judged]
+def overall(judged: list[Judged], others: dict[str, list[Status]] | None = None, *, is_partial: bool = False) -> str:
+    """The worst status: green only if every claim and every other room passed and the gate came to its end.
+
+    ``others``: statuses of the verdicts on accuracy and export, where this gate has any.
+    """
+    statuses: list[str] = [one.verdict.status for one in judged]
+    statuses += [status for found in (others or {}).values() for status in found]
     return min([*statuses, "INCOMPLETE"] if is_partial else statuses, key=WORST_FIRST.index)
 
 
-def headline(judged: list[Judged]) -> str:
-    counts = {status: sum(one.verdict.status == status for one in judged) for status in WORST_FIRST}
-    others = "".join(f", {num} {status}" for status, num in counts.items() if num and status != "PASS")
-    return f"{counts['PASS']} of {len(judged)} claims passed{others}."
+def headline(judged: list[Judged], others: dict[str, list[Status]] | None = None) -> str:
+    """``5 of 6 claims passed, 1 FAIL. Accuracy: 6 of 8, 2 INCOMPLETE.``"""
+    told = [_counted([one.verdict.status for one in judged], " claims passed")]
+    told += [f"{room.capitalize()}: {_counted(found, ' passed')}" for room, found in (others or {}).items()]
+    return " ".join(told)
+
+
+def _counted(statuses: Sequence[str], what: str) -> str:
+    counts = {status: statuses.count(status) for status in WORST_FIRST}
+    rest = "".join(f", {num} {status}" for status, num in counts.items() if num and status != "PASS")
+    return f"{counts['PASS']} of {len(statuses)}{what}{rest}."
 
 
 def build(evidence: Evidence, judged: list[Judged]) -> Section:

@@ -1,0 +1,91 @@
+"""Export fidelity: a verdict a claim, the loss from base to the smallest file as one chain, the export at 7B."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from harness.report.bars import Bar, bars
+from harness.report.content import Chart, Row, Section, Table
+from harness.report.quantities import NONE, duration, gib, number, percent
+from harness.report.source import Entry, Evidence
+from harness.report.stated import Stated, read_stated, verdict_table
+
+
+def build(evidence: Evidence) -> Section | None:
+    """None where the gate left no verdict on an export. Raises :class:`DataError` for one that cannot be read."""
+    found = read_stated(evidence, "export")
+    timed = [entry for entry in evidence.of_kind("export") if entry.info.get("metric") == "export_seconds"]
+    if not found and not timed:
+        return None
+    parts: list[Chart | Table] = []
+    if found:
+        parts.append(verdict_table(found, "What an export must keep", "Claim"))
+    chain = next((one for one in found if one.figures.get("chain")), None)
+    if chain is not None:
+        parts += _chain(chain, {one.name: one for one in found})
+    for entry in timed:
+        parts += _timed(entry)
+    return Section(
+        "export",
+        "Export: from the adapter to the files",
+        paragraphs=(
+            "On held-out text, of a model trained in this gate. Divergences are those of each file's predictions in "
+            "llama.cpp from the merged weights' in float32.",
+        ),
+        parts=tuple(parts),
+    )
+
+
+def _chain(stated: Stated, found: dict[str, Stated]) -> list[Chart | Table]:
+    steps, held_out = stated.figures["chain"], stated.figures["held_out"]
+    items = [Bar(s["subject"], "unsloth", s["nats_per_token"], f"{s['nats_per_token']:.4f}") for s in steps]
+    pairs = {
+        step["subject"]: found[f"divergence_{step['subject']}"].figures.get("pair", {})
+        for step in steps
+        if f"divergence_{step['subject']}" in found
+    }
+    if "merged_against_adapter" in found:
+        pairs["merged"] = found["merged_against_adapter"].figures.get("pair", {})
+    rows = tuple(
+        Row((s["subject"], f"{s['nats_per_token']:.4f}", _change(s), *_divergence(pairs.get(s["subject"], {}))))
+        for s in steps
+    )
+    size = f"{held_out['num_tokens']:,} tokens of {held_out['num_documents']} documents"
+    columns = ("Model", "Nats a token", "Change (standard error)", "Mean KL (standard error)", "Same top token")
+    parts: list[Chart | Table] = [
+        bars("export-chain", f"Held-out loss along the export, nats a token ({size})", items),
+        Table(
+            "The chain; KL of the merged weights is from the adapter, of each file from the merged weights",
+            columns,
+            rows,
+        ),
+    ]
+    four_bit = stated.figures.get("four_bit") or {}
+    if four_bit.get("shift_nats_per_token") is not None:
+        shift, error = four_bit["shift_nats_per_token"], four_bit["standard_error_nats_per_token"]
+        row = Row(("adapter on the 4-bit base it was trained on", f"{four_bit['nats_per_token']:.4f}"))
+        moved = Row(("shift to the original 16-bit base", f"{shift:+.4f} ({number(error, 2)})"))
+        parts.append(Table("Beside the chain", ("What", "Nats a token"), (row, moved)))
+    return parts
+
+
+def _change(step: dict[str, Any]) -> str:
+    if step["change_nats_per_token"] is None:
+        return NONE
+    return f"{step['change_nats_per_token']:+.2e} ({number(step['standard_error_nats_per_token'], 2)})"
+
+
+def _divergence(pair: dict[str, Any]) -> tuple[str, str]:
+    if not pair:
+        return NONE, NONE
+    error = pair["standard_error_nats"]
+    shown = NONE if error is None else f"{error:.1e}"
+    return f"{pair['mean_kl_nats']:.2e} ({shown})", percent(pair["same_top_share"], 4)
+
+
+def _timed(entry: Entry) -> list[Chart | Table]:
+    rows = tuple(
+        Row((str(step["name"]), duration(step["seconds"]), gib(step["num_bytes"]), gib(step["peak_rss_bytes"])))
+        for step in entry.info["steps"]
+    )
+    return [Table("The whole export at 7B", ("Step", "Took", "Written", "Peak memory"), rows)]
