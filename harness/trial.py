@@ -32,7 +32,7 @@ Announce = Callable[[str], None]
 class Run(Protocol):
     """What :func:`harness.worker.run_once` is to a trial."""
 
-    def __call__(self, spec: RunSpec, *, store: Store, time_limit_seconds: float) -> Outcome: ...
+    def __call__(self, spec: RunSpec, *, store: Store, time_limit_seconds: float, is_alone: bool = True) -> Outcome: ...
 
 
 class Control(NamedTuple):
