@@ -20,6 +20,11 @@ DIES = "open(TARGET, 'wb').write(b'GGUF' * 999); os.kill(os.getpid(), signal.SIG
 EXITS = "print('the reason is on this line'); open(TARGET, 'wb').write(b'GGUF'); sys.exit(3)"
 RAISES = "open(TARGET, 'wb').write(b'GGUF'); raise ZeroDivisionError('the reason')"
 HANGS = "open(TARGET, 'wb').write(b'GGUF' * 999); print('hanging', flush=True); time.sleep(600)"
+ASKS_FOR_A_TOKENIZER = (
+    "from conversion.base import TextModel; from types import SimpleNamespace as New; "
+    "text = open(sys.argv[-1] + '/tokenizer.json').read().replace('N}]?', 'N}]??'); "  # another regular expression
+    "TextModel.get_vocab_base_pre(None, New(backend_tokenizer=New(to_str=lambda: text)))"
+)
 TELLS_ITS_ENVIRONMENT = "print(dict(os.environ)); sys.exit(3)"
 
 _SCRIPT = """
@@ -45,7 +50,8 @@ def use_converter(folder: Path, good: Path, action: str, monkeypatch: pytest.Mon
         (tree / name).write_text(_SCRIPT.format(good=str(good), action=action))
     known = 'TEXT_MODEL_MAP: dict[str, str] = {"Qwen2ForCausalLM": "qwen"}\n'
     (tree / "conversion" / "__init__.py").write_text(known)
-    (tree / "conversion" / "base.py").write_text("class TextModel:\n    def get_vocab_base_pre(self, tokenizer): ...\n")
+    unknown = "class TextModel:\n    def get_vocab_base_pre(self, tokenizer):\n        raise NotImplementedError\n"
+    (tree / "conversion" / "base.py").write_text(unknown)  # as llama.cpp's does where no hash is known
     monkeypatch.setenv("FORGE_LLAMA_CPP", str(tree))
     return tree
 

@@ -84,12 +84,15 @@ TOOLS: dict[str, tuple[str, type[ForgeError], str]] = {
     "ends well, without a file": (stub.WRITES_NOTHING, CheckError, "ended without an error and without a file"),
     "ends with an exit code": (stub.EXITS, CheckError, r"(?s)converter refuses .*\| the reason is on this line"),
     "raises what it likes": (stub.RAISES, CheckError, "converter refuses .*ZeroDivisionError: the reason"),
+    "does not know the tokenizer": (stub.ASKS_FOR_A_TOKENIZER, CheckError, "does not implement the pre-tokenizer"),
     "does not begin": ("import no_such_module", MachineError, "cannot be run: ModuleNotFoundError"),
     "does not parse": ("(", MachineError, "cannot be run: SyntaxError"),
 }
 
 
-@pytest.mark.parametrize("name", quick(TOOLS, "killed midway", "ends well, its file cut off"))
+@pytest.mark.parametrize(
+    "name", quick(TOOLS, "killed midway", "ends well, its file cut off", "does not know the tokenizer")
+)
 def test_a_converter_that_fails_is_one_error_and_the_old_export_stays(
     run_dir: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,7 +193,11 @@ DISK_STEPS: dict[str, tuple[str, Callable[[Path], object]]] = {
 }
 
 
-@pytest.mark.parametrize("name", DISK_STEPS)
+REALLY = "convert, with the real converter"
+DISK_STEPS[REALLY] = ("", DISK_STEPS["convert"][1])
+
+
+@pytest.mark.parametrize("name", quick(DISK_STEPS, *(name for name in DISK_STEPS if name != REALLY)))
 def test_a_file_that_does_not_fit_is_a_disk_error_and_the_last_good_one_stays(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
