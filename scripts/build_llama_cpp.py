@@ -26,6 +26,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
+# Security floor: llama.cpp b8146. CVE-2026-27940 (and before it CVE-2025-49847, CVE-2025-53630): memory overwritten by
+# a GGUF whose numbers overflow. 0.3.36 holds a newer one, whose gguf-py no longer hangs on a header that lies, either.
 VERSION = "0.3.36"
 SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 # No multimodal tools: 127 compile units instead of 178. Not tuned to this machine's CPU: any x86-64 with AVX2 runs it.

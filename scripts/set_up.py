@@ -40,9 +40,14 @@ def check_interpreter(minimum: tuple[int, int]) -> None:
 
 
 def fingerprint(requirements: Path, extra: Sequence[str]) -> str:
-    """What an environment is made from: the pins, the interpreter and the other arguments, as one hex digest."""
+    """What an environment is made from: the pins, the interpreter and the other arguments, as one hex digest.
+
+    Comments and blank lines do not count: another reason beside a pin is no other environment.
+    """
+    lines = (line.strip() for line in requirements.read_text(encoding="utf-8").splitlines())
+    pins = "\n".join(line for line in lines if line and not line.startswith("#"))
     digest = hashlib.sha256()
-    for part in (requirements.read_text(encoding="utf-8"), sys.version, sys.base_prefix, *extra):
+    for part in (pins, sys.version, sys.base_prefix, *extra):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()
 

@@ -261,12 +261,13 @@ def test_the_legacy_stack_is_refused_in_another_interpreter(base: Path, tmp_path
 def test_versions_below_the_security_floor_are_errors_except_in_the_legacy_stack(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old = {"transformers": "4.57.3", "torch": "2.5.1+cu124"}
+    old = {"transformers": "4.57.3", "torch": "2.5.1+cu124", "jinja2": "3.1.5"}
     real = packages.package_version
     monkeypatch.setattr(packages, "package_version", lambda name: old.get(name) or real(name))
     found = list(packages.check_packages(workload(tmp_path, base), "trl", has_gpu=False))
     assert "transformers 4.57.3 is below 5.3" in said(found, "error")
     assert "torch 2.5.1+cu124 is below 2.6" in said(found, "error")
+    assert "jinja2 3.1.5 is below 3.1.6 (CVE-2025-27516" in said(found, "error")
     assert "torch 2.5.1+cu124 (pinned" in said(found, "warning")
     found = list(packages.check_packages(workload(tmp_path, base), "legacy", has_gpu=True))
     assert "transformers 4.57.3 is below 5.3" in said(found, "warning")

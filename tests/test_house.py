@@ -23,12 +23,13 @@ import check_pins  # noqa: E402
 import gpu_bundle  # noqa: E402
 import set_up  # noqa: E402
 
+from forge.training.checks.packages import SECURITY_FLOORS  # noqa: E402
+
 REQUIREMENTS = ["requirements-cpu.txt", "requirements-gpu.txt", "requirements-legacy.txt"]
-SECURITY_FLOORS = {"torch": (2, 6), "transformers": (5, 3)}
 
 
-def major_minor(version: str) -> tuple[int, ...]:
-    return tuple(map(int, version.split(".")[:2]))
+def numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
 
 
 @pytest.fixture
@@ -54,10 +55,28 @@ def test_a_loose_requirement_is_named_with_its_line(tmp_path: Path) -> None:
         gpu_bundle.read_pins(tmp_path / "requirements-x.txt")
 
 
-@pytest.mark.parametrize("name", ["requirements-cpu.txt", "requirements-gpu.txt"])
-def test_pins_are_above_the_security_floors(name: str) -> None:
-    pins = gpu_bundle.read_pins(ROOT / name)
-    assert all(major_minor(pins[package]) >= floor for package, floor in SECURITY_FLOORS.items())
+@pytest.mark.parametrize("name", REQUIREMENTS)
+def test_pins_are_above_the_security_floors_whose_reason_stands_beside_them(name: str) -> None:
+    pins, text = gpu_bundle.read_pins(ROOT / name), (ROOT / name).read_text(encoding="utf-8")
+    for package, (floor, why) in SECURITY_FLOORS.items():
+        if package not in pins:
+            continue
+        identifier = why.partition(":")[0]
+        if (name, package) == ("requirements-legacy.txt", "transformers"):  # the owner's, and said at the top
+            assert identifier in text.partition("\n\n")[0]
+            continue
+        assert numbers(pins[package]) >= numbers(floor)
+        above = text.partition(f"\n{package}==")[0].splitlines()
+        beside = "\n".join(above[-3:])
+        assert f"Floor {floor}. {identifier}" in beside
+
+
+def test_an_installation_without_pins_has_the_same_security_floors() -> None:
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    asked = dict(entry.split(">=") for entry in project["dependencies"])
+    assert all(numbers(asked[package]) >= numbers(floor) for package, (floor, _) in SECURITY_FLOORS.items())
 
 
 def test_cpu_and_gpu_train_with_the_same_stack() -> None:
@@ -100,8 +119,10 @@ def test_set_up_twice_does_nothing_the_second_time(tmp_path: Path, quiet_network
     requirements.write_text("# none\n")
     assert set_up.set_up(environment, requirements, with_llama_cpp=False, editable=None)
     assert not set_up.set_up(environment, requirements, with_llama_cpp=False, editable=None)
+    requirements.write_text("# none, for another reason\n\n")
+    assert not set_up.set_up(environment, requirements, with_llama_cpp=False, editable=None)
     (environment / "of-the-first").touch()
-    requirements.write_text("# none, still\n")
+    requirements.write_text("--no-index\n")
     assert set_up.set_up(environment, requirements, with_llama_cpp=False, editable=None)
     assert not (environment / "of-the-first").exists()
 

@@ -20,9 +20,11 @@ _STACK = (
     *("unsloth", "unsloth_zoo", "xformers", "torchao", "tokenizers", "safetensors"),
 )
 _NEEDED = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "safetensors", "tokenizers")
-_FLOORS = {
+SECURITY_FLOORS = {
     "torch": ("2.6", "CVE-2025-32434: code from a pickle despite weights_only"),
     "transformers": ("5.3", "CVE-2026-4372: code from a config.json despite trust_remote_code=False"),
+    "jinja2": ("3.1.6", "CVE-2025-27516: code from a chat template despite the sandbox"),
+    "sentencepiece": ("0.2.1", "CVE-2026-1260: memory overwritten by a tokenizer.model"),
 }
 _CHILD_SECONDS = 120
 
@@ -57,7 +59,7 @@ def check_packages(workload: Workload, backend: Backend, has_gpu: bool) -> Itera
         yield warning("packages", ", ".join(differing), f"results can differ; {file} is the tested set")
     elif pins and not missing:
         yield ok("packages", f"as pinned in {file}")
-    yield from _check_floors(found, backend)
+    yield from _check_floors(backend)
 
 
 def _read_pins(file: str) -> dict[str, str]:
@@ -70,9 +72,9 @@ def _read_pins(file: str) -> dict[str, str]:
     return {match[1]: match[2] for match in found if match}
 
 
-def _check_floors(found: dict[str, str | None], backend: Backend) -> Iterator[Finding]:
-    for name, (floor, why) in _FLOORS.items():
-        installed = found[name]
+def _check_floors(backend: Backend) -> Iterator[Finding]:
+    for name, (floor, why) in SECURITY_FLOORS.items():
+        installed = package_version(name)
         if installed is None or _numbers(installed) >= _numbers(floor):
             continue
         message = f"{name} {installed} is below {floor} ({why})"
