@@ -118,8 +118,8 @@ def test_an_evaluation_stopped_by_a_signal_leaves_nothing(run_dir: Path, name: s
     stopped = time.monotonic()
     for number in numbers:
         process.send_signal(number)
-    said = process.communicate(timeout=20)[1]
-    assert time.monotonic() - stopped < 10
+    said = process.communicate(timeout=60)[1]
+    assert time.monotonic() - stopped < 30
     assert process.returncode == code, said
     assert "Traceback" not in said
     if len(numbers) == 1 and code > 0:

@@ -107,15 +107,16 @@ def test_a_converter_that_fails_is_one_error_and_the_old_export_stays(
     assert not children_of(os.getpid())
 
 
+@pytest.mark.slow
 def test_a_converter_that_hangs_is_ended_with_the_end_of_its_log(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stub.use_converter(tmp_path, good_gguf(), stub.HANGS, monkeypatch)
-    monkeypatch.setattr(gguf, "time_limit_seconds", lambda _: 1.5)
+    monkeypatch.setattr(gguf, "time_limit_seconds", lambda _: 10.0)  # a busy machine takes seconds to start a child
     started = time.monotonic()
-    with pytest.raises(CheckError, match=r"(?s)no answer within 2 s; the process was ended.*\| hanging"):
+    with pytest.raises(CheckError, match=r"(?s)no answer within 10 s; the process was ended.*\| hanging"):
         export_run(run_dir, quantizations=["q8_0"])
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
     assert not (run_dir / "export").exists()
     assert not children_of(os.getpid())
 
@@ -135,7 +136,7 @@ def test_a_library_that_fails_is_one_error_in_bounded_time(
     action, kind, complaint = LIBRARIES[name]
     good_gguf()
     stub.use_library(tmp_path, action, monkeypatch)
-    monkeypatch.setattr(gguf, "time_limit_seconds", lambda _: 4.0 if name == "hangs" else 60.0)
+    monkeypatch.setattr(gguf, "time_limit_seconds", lambda _: 10.0 if name == "hangs" else 60.0)
     work: tuple[Callable[[], object], ...] = (
         lambda: verify_gguf(good_gguf()),
         lambda: quantize(good_gguf(), tmp_path / "x.gguf", "q8_0"),
@@ -144,7 +145,7 @@ def test_a_library_that_fails_is_one_error_in_bounded_time(
         started = time.monotonic()
         with pytest.raises(kind, match=complaint):
             attempt()
-        assert time.monotonic() - started < 20
+        assert time.monotonic() - started < 60
     assert not (tmp_path / "x.gguf").exists()
     assert not children_of(os.getpid())
 
@@ -322,8 +323,8 @@ def test_an_export_stopped_by_a_signal_keeps_the_old_one_and_leaves_no_process(
     stopped = time.monotonic()
     for number in numbers:
         process.send_signal(number)
-    said = process.communicate(timeout=20)[1]
-    assert time.monotonic() - stopped < 5
+    said = process.communicate(timeout=30)[1]
+    assert time.monotonic() - stopped < 15
     assert process.returncode == code, said
     wait_for_end(children)
     assert {
@@ -341,7 +342,7 @@ def test_an_export_stopped_by_a_signal_keeps_the_old_one_and_leaves_no_process(
 
 
 def wait_for_end(pids: list[int]) -> None:
-    deadline = time.monotonic() + 2
+    deadline = time.monotonic() + 10
     while any(Path(f"/proc/{pid}").exists() and pid in alive(pids) for pid in pids):
         assert time.monotonic() < deadline, "a child outlives the export"
         time.sleep(0.02)
@@ -425,7 +426,7 @@ def test_every_failure_is_one_json_document(
     assert said in document["error"]
 
 
-def test_credentials_reach_no_child_no_log_and_no_file(
+def test_no_credential_reaches_a_child_a_log_or_a_file_and_no_path_of_this_machine_an_export(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     secret = "hf_" + "x7Q" * 11
@@ -443,6 +444,9 @@ def test_credentials_reach_no_child_no_log_and_no_file(
     assert secret not in str(error.value) + printed.out + printed.err + json.dumps(environment)
     for path, content in contents(run_dir).items():
         assert secret.encode() not in content, path
+    for path, content in contents(run_dir / "export").items():
+        for place in (tmp_path, shared_base(), Path.home(), Path.cwd()):
+            assert f"{place}/".encode() not in content, path
 
 
 def child_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:

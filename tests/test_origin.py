@@ -195,7 +195,7 @@ def is_refused(judge: str, run: Path, complaint: str, kind: type[ForgeError] = D
     with pytest.raises(kind, match=complaint):
         JUDGES[judge](run)
     assert left(run) == before
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 60
 
 
 @pytest.mark.parametrize("judge", JUDGES)
@@ -241,7 +241,7 @@ def test_an_adapter_that_would_keep_a_parser_busy_for_ever_ends_at_its_limit(
     started = time.monotonic()
     with pytest.raises(CheckError, match=r"cannot read the adapter .*: no answer within 2 s; the process was ended"):
         lora.check_adapter(run_dir / "adapter", shared_base())
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 30
 
 
 def test_an_adapter_that_needs_too_much_memory_is_one_error(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
