@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from forge.training.data.conversation import IGNORED, Encoder, encode_conversation
+from forge.training.data.conversation import IGNORED, Encoder, encode_conversation, encode_question
 from forge.training.data.examples import encode_records, load_examples, sample_examples, save_examples
 from forge.training.data.records import Message, Record
 from forge.training.errors import ConfigurationError, DataError
@@ -101,6 +101,13 @@ def test_no_text_whatsoever_becomes_a_control_token_and_clean_ones_are_the_templ
     if not contaminated:
         plain = [{"role": m.role, "content": m.content} for m in messages]
         assert ids.tolist() == tokenizer.apply_chat_template(plain, tokenize=True, return_dict=False)
+    asked = encode_question(encoder, messages[:1])
+    opened = encode_question(encoder, [PROMPT])
+    assert encoder.num_control(asked) == encoder.num_control(opened)
+    if not any(token in contents[0] for token in SPECIAL_TOKENS):
+        plain = [{"role": "user", "content": contents[0]}]
+        wanted = tokenizer.apply_chat_template(plain, tokenize=True, return_dict=False, add_generation_prompt=True)
+        assert asked.tolist() == wanted
     said = unicodedata.normalize("NFC", contents[1]) + "<|im_end|>"
     assert trained_text(tokenizer, ids, labels).endswith(said)
 

@@ -98,33 +98,19 @@ def encode_conversation(
     With ``loss_on="answer"`` the assistant's text and the token that ends its turn are trained.
     Raises :class:`ConfigurationError` where the template rewrites the content it is given.
     """
-    tokenizer = encoder.tokenizer
-
-    render = _Render(tokenizer)
     roles = tuple(m.role for m in messages)
-    pieces = _skeleton(tokenizer.chat_template, roles, render)
-    contents = [m.content for m in messages]
-    rendered = render([{"role": m.role, "content": m.content} for m in messages])
-    if _join(pieces, contents) != rendered:
-        contents = [c.strip() for c in contents]  # some templates trim
-        if _join(pieces, contents) != rendered:
-            raise ConfigurationError("the chat template rewrites the messages' text; Forge cannot mask it")
+    pieces, contents, rendered = _rendered(encoder, messages, asks=False)
     ids, starts, ends = encoder.ids_and_ends(rendered, plain=False)
-    # by content, and by result: a tokenizer that normalises first finds control tokens that are not there literally
-    contaminated = any(encoder.has_control(c) for c in contents) or (
-        encoder.num_control(ids) != sum(encoder.num_control(encoder.ids_and_ends(p, plain=False)[0]) for p in pieces)
-    )
+    contaminated = _is_contaminated(encoder, pieces, contents, ids)
     if contaminated:
         parts = []
-        for index, piece in enumerate(pieces):
-            ids, _, _ = encoder.ids_and_ends(piece, plain=False)
-            trained = np.zeros(len(ids), dtype=bool)
-            if index and roles[index - 1] == "assistant" and len(ids) and _ends_turn(encoder, piece):
+        for index, part in enumerate(_encode_apart(encoder, pieces, contents)):
+            message, is_content = divmod(index, 2)
+            trained = np.full(len(part), bool(is_content) and roles[message] == "assistant")
+            ends_answer = index and not is_content and roles[message - 1] == "assistant"
+            if ends_answer and len(part) and _ends_turn(encoder, pieces[message]):
                 trained[0] = True
-            parts.append((ids, trained))
-            if index < len(contents):
-                ids, _, _ = encoder.ids_and_ends(contents[index], plain=True)
-                parts.append((ids, np.full(len(ids), roles[index] == "assistant")))
+            parts.append((part, trained))
         ids = np.concatenate([p[0] for p in parts])
         trained = np.concatenate([p[1] for p in parts])
     else:
@@ -142,26 +128,71 @@ def encode_conversation(
     return ids, np.where(trained, ids, IGNORED).astype(np.int32), contaminated
 
 
-class _Render:
-    """A hashable renderer, so that skeletons can be cached for each tokenizer."""
+def encode_question(encoder: Encoder, messages: Sequence[Message]) -> np.ndarray:
+    """The ids of a conversation up to where the assistant's next answer begins, int32 of shape (length,).
 
-    def __init__(self, tokenizer: Any) -> None:
+    Control tokens in the messages are text here as they are in training.
+    """
+    pieces, contents, rendered = _rendered(encoder, messages, asks=True)
+    ids = encoder.ids_and_ends(rendered, plain=False)[0]
+    if _is_contaminated(encoder, pieces, contents, ids):
+        return np.concatenate(_encode_apart(encoder, pieces, contents))
+    return ids
+
+
+def _rendered(encoder: Encoder, messages: Sequence[Message], *, asks: bool) -> tuple[tuple[str, ...], list[str], str]:
+    """The template's pieces, the contents as it gives them, and both together."""
+    render = _Render(encoder.tokenizer, asks)
+    pieces = _skeleton(encoder.tokenizer.chat_template, tuple(m.role for m in messages), render)
+    contents = [m.content for m in messages]
+    rendered = render([{"role": m.role, "content": m.content} for m in messages])
+    if _join(pieces, contents) != rendered:
+        contents = [c.strip() for c in contents]  # some templates trim
+        if _join(pieces, contents) != rendered:
+            raise ConfigurationError("the chat template rewrites the messages' text; Forge cannot mask it")
+    return pieces, contents, rendered
+
+
+def _is_contaminated(encoder: Encoder, pieces: Sequence[str], contents: Sequence[str], ids: np.ndarray) -> bool:
+    """Whether a content holds a control token: literally, or once the tokenizer has normalised it."""
+    if any(encoder.has_control(content) for content in contents):
+        return True
+    own = sum(encoder.num_control(encoder.ids_and_ends(piece, plain=False)[0]) for piece in pieces)
+    return encoder.num_control(ids) != own
+
+
+def _encode_apart(encoder: Encoder, pieces: Sequence[str], contents: Sequence[str]) -> list[np.ndarray]:
+    """The ids of piece, content, piece, ... in turn, the contents' as text."""
+    parts = [encoder.ids_and_ends(pieces[0], plain=False)[0]]
+    for content, piece in zip(contents, pieces[1:], strict=True):
+        parts.append(encoder.ids_and_ends(content, plain=True)[0])
+        parts.append(encoder.ids_and_ends(piece, plain=False)[0])
+    return parts
+
+
+class _Render:
+    """A hashable renderer, so that skeletons can be cached for each tokenizer. ``asks``: up to an answer's begin."""
+
+    def __init__(self, tokenizer: Any, asks: bool = False) -> None:
         self.tokenizer = tokenizer
+        self.asks = asks
 
     def __call__(self, conversation: list[dict[str, str]]) -> str:
         from jinja2 import TemplateError
 
         try:
-            return str(self.tokenizer.apply_chat_template(conversation, tokenize=False))
+            return str(
+                self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=self.asks)
+            )
         except (TemplateError, TypeError, ValueError, LookupError) as error:  # what a template does is its author's
             problem = str(error).partition("\n")[0]
             raise DataError(f"the base model's chat template refuses the conversation: {problem:.200}") from error
 
     def __hash__(self) -> int:
-        return id(self.tokenizer)
+        return hash((id(self.tokenizer), self.asks))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Render) and other.tokenizer is self.tokenizer
+        return isinstance(other, _Render) and other.tokenizer is self.tokenizer and other.asks == self.asks
 
 
 def _join(pieces: Sequence[str], contents: Sequence[str]) -> str:

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from forge.training.data.conversation import IGNORED
+from forge.training.data.conversation import IGNORED, Encoder, encode_question
 from forge.training.data.examples import Examples
+from forge.training.data.records import Message
 from forge.training.evaluation.likelihood import Document
 from forge.training.evaluation.neutral_model import NeutralModel
 
@@ -65,11 +66,12 @@ def _answer_begin(ids: np.ndarray, labels: np.ndarray, opening: list[int]) -> in
 
 
 def question_ids(tokenizer: Any, question: str, system_prompt: str | None) -> np.ndarray:
-    """A question through the chat template, as int32 of shape (length,), up to where the answer begins."""
-    talk = [{"role": "system", "content": system_prompt}] if system_prompt is not None else []
-    talk.append({"role": "user", "content": question})
-    text = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
-    return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
+    """A question through the chat template, as int32 of shape (length,), up to where the answer begins.
+
+    Control tokens that stand in the question are text, as they are in training.
+    """
+    talk = [Message("system", system_prompt)] if system_prompt is not None else []
+    return encode_question(Encoder(tokenizer), [*talk, Message("user", question)])
 
 
 def greedy_answer(model: NeutralModel, tokenizer: Any, input_ids: np.ndarray, max_new_tokens: int) -> str:
