@@ -152,6 +152,27 @@ def test_broken_and_empty_data_are_errors_and_shared_texts_a_warning(base: Path,
     assert "1 of 2 held-out texts" in said(findings, "warning")
 
 
+def test_the_faults_of_both_files_near_copies_and_credentials_are_told(base: Path, tmp_path: Path) -> None:
+    broken = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for path in broken:
+        path.write_text("{}\n", encoding="utf-8")
+    both = {"train": str(broken[0]), "validation": str(broken[1])}
+    text = said(check_workload(workload(tmp_path, base, data=both), "trl", tmp_path), "error")
+    assert "a.jsonl: 1 line" in text
+    assert "b.jsonl: 1 line" in text
+    words = " ".join(f"word{i}" for i in range(60))
+    token = "ghp_" + "Zq7Rw2Lk9Xv4Bn6Tm1Yc8Hd3Jf5Gs0PaUeIo"
+    near = {
+        "train": write_corpus(tmp_path / "c.jsonl", "one", words, f"the key is {token}"),
+        "validation": write_corpus(tmp_path / "d.jsonl", words + " more"),
+    }
+    findings = check_workload(workload(tmp_path, base, data=near), "trl", tmp_path)
+    assert "1 of 1 held-out texts are nearly trained ones: line 1 is 98% line 2" in said(findings, "warning")
+    assert "credentials: line 3: GitHub Token" in said(findings, "warning")
+    assert token[6:] not in repr(findings)
+    assert exit_code(findings) == 0
+
+
 def test_evaluation_without_held_out_records_is_an_error(base: Path, tmp_path: Path) -> None:
     none_held_out = {"validation": None}
     findings = check_workload(

@@ -330,6 +330,12 @@ def test_no_process_that_a_test_starts_has_a_network(command: list[str]) -> None
     assert "Permission denied" in done.stderr  # the kernel's refusal, not that nobody listens
 
 
+@pytest.mark.parametrize("attempt", ["socket.getaddrinfo('example.org', 80)", "urllib.request.urlopen('http://[::1]')"])
+def test_a_process_that_looks_for_a_network_can_be_made_to_end_there(attempt: str) -> None:
+    code = f"import socket, urllib.request; from tests.no_network import end_at_a_connection as end; end(); {attempt}"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False).returncode == 77
+
+
 def test_no_test_has_a_network() -> None:
     with pytest.raises((SocketBlockedError, PermissionError)):
         socket.create_connection(("127.0.0.1", 9), 5)

@@ -19,6 +19,7 @@ from forge.training.files import cache_dir
 from . import command
 from .lighthouse import arguments, status, write_inputs
 
+NO_CONNECTION = "tests.no_network:end_at_a_connection"
 SECRET = "Zq7Rw2Lk9Xv4Bn6Tm1Yc8Hd3Jf5Gs0PaUe"
 PLANTED = {
     "HF_TOKEN": "hf_" + SECRET,
@@ -55,9 +56,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("home-of-somebody")
     write_inputs(folder)
     environment = {**PLANTED, "HOME": str(folder), "FORGE_CACHE": str(cache_dir())}
+    # nothing tells the libraries to stay offline, and a process that looks for a network ends at once
+    alone = {**environment, "HF_HUB_OFFLINE": "0"}
     run_dir = folder / "run"
     train = [*arguments(folder, run_dir), "--set", 'report_to=["tensorboard"]']
-    running = command.start(train, folder / "logs" / "stopped", environment=environment)
+    running = command.start(train, folder / "logs" / "stopped", fault=NO_CONNECTION, environment=alone)
     assert running.wait_for(lambda: any(run_dir.glob("checkpoints/checkpoint-*/*.json")))
     running.send_signal(signal.SIGTERM)
     assert running.wait().returncode == 143
@@ -69,11 +72,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "evaluated": ["evaluate", str(run_dir), "--json"],
         "exported": ["export", str(run_dir), "--quant", "f16", "--lora", "--keep-merged"],
         "status": ["status", str(run_dir)],
-        "refused": [*arguments(folder, folder / "other"), "--set", "model.path=nobody/nothing-of-that-name"],
     }.items():
-        ended = command.run(more, folder / "logs" / name, environment=environment)
-        assert ended.returncode == (4 if name == "refused" else 0), ended.stderr
+        ended = command.run(more, folder / "logs" / name, fault=NO_CONNECTION, environment=alone)
+        assert ended.returncode == 0, ended.stderr
+    absent = [*arguments(folder, folder / "other"), "--set", "model.path=nobody/nothing-of-that-name"]
+    assert command.run(absent, folder / "logs" / "refused", environment=environment).returncode == 4
     return folder
+
+
+@pytest.mark.slow
+def test_a_local_base_is_trained_evaluated_and_exported_without_looking_for_a_network(folder: Path) -> None:
+    assert (folder / "run" / "export" / "SHA256SUMS").is_file()  # every command came to its end
 
 
 @pytest.mark.slow
