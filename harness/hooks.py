@@ -10,8 +10,10 @@ import os
 import platform
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +46,18 @@ _BEGAN = pytest.StashKey[float]()
 def start_clock(config: pytest.Config) -> None:
     """Note when the session began: ``--gate-seconds`` are the whole session's, whatever it measures first."""
     config.stash[_BEGAN] = time.monotonic()
+
+
+def announcer(config: pytest.Config) -> Callable[[str], None]:
+    """Says a line on stderr at once, past pytest's capture, with the session's second before it."""
+    capture: Any = config.pluginmanager.getplugin("capturemanager")
+    one_at_a_time = threading.Lock()
+
+    def announce(line: str) -> None:
+        with one_at_a_time, capture.global_and_fixture_disabled() if capture else nullcontext():
+            print(f"[{time.monotonic() - config.stash[_BEGAN]:4.0f} s] {line}", file=sys.stderr, flush=True)
+
+    return announce
 
 
 def gate_deadline(config: pytest.Config) -> float | None:

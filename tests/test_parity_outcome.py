@@ -21,10 +21,11 @@ from forge.training.environment import ROOT
 from forge.training.errors import DataError
 from harness.arms import train_command
 from harness.identity import identify
+from harness.parity.agenda import PILOT_SEEDS
 from harness.parity.bands import LEAST_RUNS, draw_band, hold_against, num_distinct, resolution
 from harness.parity.corpus import write_documents
 from harness.parity.evaluated import read_arm
-from harness.parity.ladder import PILOT_SEEDS, Ladder
+from harness.parity.ladder import Ladder
 from harness.parity.outcome import judge_differences, plan_seeds
 from harness.parity.recorded import Recorded, read_recorded
 from harness.parity.simulation import (

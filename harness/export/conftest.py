@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
+from forge.training.errors import MachineError
 from harness.agenda import MODEL
 from harness.export.exports import Exports
-from harness.hooks import gate_deadline
-from harness.parity.ladder import CANDIDATE, Ladder
+from harness.hooks import announcer, gate_deadline
+from harness.parity.agenda import CANDIDATE, WORKLOAD
+from harness.parity.ladder import Ladder
 from harness.store import RunSpec, Store
 
 SEED = 42
@@ -26,12 +27,15 @@ def exports(pytestconfig: pytest.Config) -> Exports:
     if not option("--gate-train"):
         raise pytest.UsageError("the gate trains on real documents: --gate-train FILE (README.md, section 'The gate')")
     only = tuple(filter(None, (option("--gate-only") or "").split(",")))
+    measures = not only or "export" in only
     store, train = Store(option("--gate-store")), Path(option("--gate-train")).absolute()
-
-    def announce(line: str) -> None:
-        print(line, file=sys.__stderr__, flush=True)
-
-    ladder = Ladder(store=store, train=train, announce=announce)  # the same base, documents and workload
+    announce = announcer(pytestconfig)
+    try:  # the ladder's base, documents and workload
+        spec = Ladder(store=store, train=train, measures=measures, announce=announce).spec(CANDIDATE, SEED)
+    except MachineError:
+        if measures:
+            raise
+        spec = RunSpec(backend=CANDIDATE, workload=WORKLOAD)  # without its base nothing is found of the run
     large = (
         f"model.path={option('--gate-model') or MODEL}",
         f"data.train={train}",
@@ -40,9 +44,9 @@ def exports(pytestconfig: pytest.Config) -> Exports:
     )
     return Exports(
         store=store,
-        spec=ladder.spec(CANDIDATE, SEED),
+        spec=spec,
         large=RunSpec(backend=CANDIDATE, workload="legacy_256", overrides=large),
         deadline=gate_deadline(pytestconfig),
-        measures=not only or "export" in only,
+        measures=measures,
         announce=announce,
     )

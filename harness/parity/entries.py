@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness.parity.ladder import WORKLOAD, Ladder
+from harness.parity.agenda import WORKLOAD
+from harness.parity.ladder import Ladder
 from harness.recorder import record_facts
 
 

@@ -1,4 +1,4 @@
-"""One session of the parity ladder: what it runs, as data, and its runs and verdicts as they are asked for.
+"""One session of the parity ladder: its runs and verdicts, as they are asked for.
 
 A rung is judged once its predecessor has passed, from runs that the store has or that are made now. What a session
 has no time for is INCOMPLETE; the next session goes on from the store.
@@ -13,9 +13,23 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from forge.training.errors import CheckError, ForgeError
+from forge.training.errors import CheckError, ForgeError, MachineError
+from forge.training.files import read_json_object, write_json
 from forge.training.plan import Backend, load_plan
 from forge.training.workload import GateSection, load_workload
+from harness.parity.agenda import (
+    BASELINE,
+    CANDIDATE,
+    CORES_LEFT,
+    DOCUMENTS_SIDE_BY_SIDE,
+    EXPECTED_SECONDS,
+    LAYOUTS,
+    MOST_SIDE_BY_SIDE,
+    NUM_POSITIONS,
+    PROBE_SECONDS,
+    STEP_LAYOUTS,
+    WORKLOAD,
+)
 from harness.parity.bases import make_base
 from harness.parity.corpus import write_documents
 from harness.parity.side_by_side import Job, run_side_by_side
@@ -24,46 +38,6 @@ from harness.probes import run_probe
 from harness.store import Outcome, RunSpec, Store
 from harness.trial import Run, run_single
 from harness.worker import TIME_LIMIT_SECONDS, run_once
-
-WORKLOAD = "parity"
-BASELINE: Backend = "legacy"
-CANDIDATE: Backend = "unsloth"
-
-# Rungs 2 and 3: documents a micro-batch x micro-batches, and padding; the candidate's own plan's first.
-STEP_LAYOUTS = ("4x2:none", "8x1:none", "1x8:none", "8x1:longest")
-NUM_POSITIONS = (
-    16  # tokens of each document: errors of equal size over 128 miss the bar of 1.5 three times in a million
-)
-
-# Rung 4: the baseline's layouts that differ in rounding alone, the first being its own. Micro-batches of other sizes
-# and make-up sum other partial results, and the attention kernel follows from length, padding and what is allowed.
-LAYOUTS: tuple[tuple[str, ...], ...] = (
-    (),
-    ("micro_batch=2",),
-    ("micro_batch=4",),
-    ("micro_batch=8",),
-    ("micro_batch=1", "attention=flash"),
-    ("micro_batch=2", "grouping=length", "attention=flash"),
-    ("micro_batch=4", "grouping=tokens"),
-    ("micro_batch=8", "grouping=length", "attention=flash"),
-)
-TRAJECTORY_SEED = 1000
-NO_DROPOUT = "lora.dropout=0.0"  # masks differ between layouts
-FAULT = ("learning_rate", 1.1)  # of the optimizer: what rung 5 must see to be worth anything
-
-# Rung 6; its margin and least number of seeds are the workload's (`gate:`).
-MOST_SEEDS = 20  # beyond it the spread is too large for the margin, and the workload wants changing
-PILOT_SEEDS = (1, 2, 3, 4)
-FIRST_TEST_SEED = 101
-
-PROBE_SECONDS = 420.0
-# What a process is expected to take before one of its kind has been timed: nothing is begun that could not end in time.
-EXPECTED_SECONDS = 240.0
-
-# Side by side on one GPU. A documents' worth of memory is 1,024 tokens of full float32 logits, with their gradient and
-# copies some 3 GiB in the legacy stack; processes wait for the CPU, so some cores are left to the rest.
-DOCUMENTS_SIDE_BY_SIDE = 20
-_MOST_SIDE_BY_SIDE, _CORES_LEFT = 10, 4
 
 
 @dataclass
@@ -83,7 +57,7 @@ class Ladder:
     step_layouts: tuple[str, ...] = STEP_LAYOUTS
     num_positions: int = NUM_POSITIONS
     layouts: tuple[tuple[str, ...], ...] = LAYOUTS
-    num_side_by_side: int = max(1, min(_MOST_SIDE_BY_SIDE, len(os.sched_getaffinity(0)) - _CORES_LEFT))
+    num_side_by_side: int = max(1, min(MOST_SIDE_BY_SIDE, len(os.sched_getaffinity(0)) - CORES_LEFT))
     overrides: tuple[str, ...] = ()
     deadline: float | None = None
     measures: bool = True
@@ -270,5 +244,16 @@ class Ladder:
         """
         if Path(self.base).is_dir():
             return Path(self.base).absolute()
+        note = self.store.directory.parent / "parity" / "base.json"
+        made = read_json_object(note) if note.is_file() else {}
+        if made.get("name") == self.base and Path(str(made.get("directory"))).is_dir():
+            return Path(str(made["directory"]))
+        if not self.measures:
+            raise MachineError(
+                f"the base {self.base} is not made, and this session leaves the ladder out",
+                remedy="leave parity in --gate-only, or leave that option out",
+            )
         self.announce(f"the base {self.base}")
-        return make_base(self.base)
+        directory = make_base(self.base)
+        write_json(note, {"name": self.base, "directory": str(directory)})
+        return directory

@@ -16,6 +16,7 @@ from forge.training.errors import CheckError, ConfigurationError
 from forge.training.files import read_json_object, sha256_json, write_json
 from harness.claims import Status
 from harness.identity import identify
+from harness.parity.agenda import FIRST_TEST_SEED, MOST_SEEDS, PILOT_SEEDS
 from harness.parity.evaluated import Arm, compare_documents, hold_facts, nats_per_token, read_arm
 from harness.parity.same_run import check_same_run
 from harness.parity.verdicts import Rung, not_completed
@@ -82,8 +83,6 @@ def judge_differences(differences: Sequence[float], margin: float) -> tuple[Stat
 
 def judge_outcome(ladder: Ladder) -> Rung:
     """Rung 6, pilot first."""
-    from harness.parity.ladder import FIRST_TEST_SEED, MOST_SEEDS, PILOT_SEEDS
-
     margin = ladder.gate.equivalence_margin_nats
     pilot = _pairs(ladder, PILOT_SEEDS)
     if isinstance(pilot, Rung):
@@ -190,8 +189,6 @@ def _check_same_judging(a: Arm, b: Arm) -> None:
 
 def _fix(ladder: Ladder, plan: dict[str, Any]) -> None:
     """Write the plan of the test before its first run; a plan that is there already must be this one."""
-    from harness.parity.ladder import PILOT_SEEDS
-
     keys = [identify(spec).key for pair in pair_specs(ladder, PILOT_SEEDS) for spec in pair]
     path = ladder.store.directory / "parity" / f"outcome-{sha256_json(keys)[:12]}.json"
     content = {"schema_version": 1, "pilot_keys": keys, **plan}

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from forge.training.workload import load_workload
+from harness.parity.agenda import LAYOUTS, MOST_SEEDS, PILOT_SEEDS, WORKLOAD
 from harness.parity.bands import LARGER_ROUNDING, Band, draw_band, hold_against
-from harness.parity.ladder import LAYOUTS, MOST_SEEDS, PILOT_SEEDS, WORKLOAD
 from harness.parity.outcome import judge_differences, plan_seeds
 from harness.parity.trajectory import FALSE_ALARM
 

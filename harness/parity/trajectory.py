@@ -14,6 +14,7 @@ import numpy as np
 
 from forge.training.errors import CheckError
 from forge.training.workload import load_workload
+from harness.parity.agenda import FAULT, NO_DROPOUT, PILOT_SEEDS, TRAJECTORY_SEED
 from harness.parity.bands import LEAST_RUNS, Band, Deviation, draw_band, hold_against, num_distinct, resolution
 from harness.parity.same_run import check_same_run
 from harness.parity.verdicts import Rung, not_completed
@@ -78,8 +79,6 @@ def hold(noise: Noise, outcome: Outcome) -> dict[Quantity, Deviation]:
 
 def noise_specs(ladder: Ladder) -> list[RunSpec]:
     """The baseline's runs that differ in rounding alone."""
-    from harness.parity.ladder import NO_DROPOUT, TRAJECTORY_SEED
-
     return [
         ladder.spec(ladder.baseline, TRAJECTORY_SEED, plan=plan, changes=(NO_DROPOUT,), float32_adapter=True)
         for plan in ladder.layouts
@@ -88,7 +87,6 @@ def noise_specs(ladder: Ladder) -> list[RunSpec]:
 
 def judge_noise(ladder: Ladder) -> Rung:
     """Rung 4: PASS if enough different runs of enough steps show the baseline's rounding."""
-    from harness.parity.ladder import PILOT_SEEDS
     from harness.parity.outcome import pair_specs
 
     specs = noise_specs(ladder)
@@ -144,7 +142,6 @@ def judge_noise(ladder: Ladder) -> Rung:
 
 def trajectory_specs(ladder: Ladder) -> tuple[list[RunSpec], str]:
     """The candidate's run and the baseline's with a planted fault; and which fault."""
-    from harness.parity.ladder import FAULT, NO_DROPOUT, TRAJECTORY_SEED
 
     candidate_spec = ladder.spec(ladder.candidate, TRAJECTORY_SEED, changes=(NO_DROPOUT,), float32_adapter=True)
     rate = load_workload(candidate_spec.workload, candidate_spec.overrides).optimizer.learning_rate

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
 from harness.agenda import MODEL, ORDER
 from harness.gate import Gate
-from harness.hooks import gate_deadline
+from harness.hooks import announcer, gate_deadline
 from harness.store import Store
 from harness.worker import TIME_LIMIT_SECONDS
 
@@ -20,10 +19,6 @@ def gate(pytestconfig: pytest.Config) -> Gate:
     option = pytestconfig.getoption
     if not option("--gate-train"):
         raise pytest.UsageError("the gate trains on real documents: --gate-train FILE (README.md, section 'The gate')")
-    terminal = pytestconfig.pluginmanager.getplugin("terminalreporter")
-
-    def announce(line: str) -> None:
-        print(line, file=sys.__stderr__, flush=True)
 
     gate = Gate(
         store=Store(option("--gate-store")),
@@ -32,7 +27,7 @@ def gate(pytestconfig: pytest.Config) -> Gate:
         deadline=gate_deadline(pytestconfig),
         run_seconds=option("--gate-run-seconds") or TIME_LIMIT_SECONDS,
         only=_only(option("--gate-only")),
-        announce=announce if terminal is not None else lambda line: None,
+        announce=announcer(pytestconfig),
     )
     gate.measure_all()
     return gate

@@ -45,7 +45,7 @@ SMALL = Shape(
     vocab_size=152064,
     max_position_embeddings=32768,
 )
-SMALL_RECIPE = Recipe(num_steps=2000, batch=32, sequence=512, learning_rate=1e-3)
+SMALL_RECIPE = Recipe(num_steps=1200, batch=32, sequence=512, learning_rate=1e-3)
 QWEN2_7B = Shape(
     hidden_size=3584,
     intermediate_size=18944,

@@ -18,7 +18,10 @@ def main() -> None:
     import torch
 
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cuda.enable_mem_efficient_sdp(False)  # the one without a deterministic backward pass
+    # Only matrix products and a softmax are left. The memory-efficient kernels have no deterministic backward pass, and
+    # the flash kernels' is not used while PyTorch only warns (ATen, attention_backward.cu).
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
+    torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.cuda.enable_cudnn_sdp(False)
     from forge.training import cli
 

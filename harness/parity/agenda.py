@@ -1,0 +1,45 @@
+"""What the parity ladder measures, as data."""
+
+from __future__ import annotations
+
+from forge.training.plan import Backend
+
+WORKLOAD = "parity"
+BASELINE: Backend = "legacy"
+CANDIDATE: Backend = "unsloth"
+
+# Rungs 2 and 3: documents a micro-batch x micro-batches, and padding; the candidate's own plan's first.
+STEP_LAYOUTS = ("4x2:none", "8x1:none", "1x8:none", "8x1:longest")
+NUM_POSITIONS = (
+    16  # tokens of each document: errors of equal size over 128 miss the bar of 1.5 three times in a million
+)
+
+# Rung 4: the baseline's layouts that differ in rounding alone, the first being its own. Micro-batches of other sizes
+# and make-up sum other partial results, and the attention kernel follows from length, padding and what is allowed.
+LAYOUTS: tuple[tuple[str, ...], ...] = (
+    (),
+    ("micro_batch=2",),
+    ("micro_batch=4",),
+    ("micro_batch=8",),
+    ("micro_batch=1", "attention=flash"),
+    ("micro_batch=2", "grouping=length", "attention=flash"),
+    ("micro_batch=4", "grouping=tokens"),
+    ("micro_batch=8", "grouping=length", "attention=flash"),
+)
+TRAJECTORY_SEED = 1000
+NO_DROPOUT = "lora.dropout=0.0"  # masks differ between layouts
+FAULT = ("learning_rate", 1.1)  # of the optimizer: what rung 5 must see to be worth anything
+
+# Rung 6; its margin and least number of seeds are the workload's (`gate:`).
+MOST_SEEDS = 20  # beyond it the spread is too large for the margin, and the workload wants changing
+PILOT_SEEDS = (1, 2, 3, 4)
+FIRST_TEST_SEED = 101
+
+PROBE_SECONDS = 420.0
+# What a process is expected to take before one of its kind has been timed: nothing is begun that could not end in time.
+EXPECTED_SECONDS = 240.0
+
+# Side by side on one GPU. A documents' worth of memory is 1,024 tokens of full float32 logits, with their gradient and
+# copies some 3 GiB in the legacy stack; processes wait for the CPU, so some cores are left to the rest.
+DOCUMENTS_SIDE_BY_SIDE = 20
+MOST_SIDE_BY_SIDE, CORES_LEFT = 10, 4
