@@ -137,7 +137,7 @@ class Attempt:
                 record.status = "completed"
         except BaseException as error:
             failure = translated(error, job, self._stop)
-            record.status, record.message = status_of(failure), str(failure).splitlines()[0]
+            record.status, record.message = status_of(failure), str(failure).partition("\n")[0] or repr(failure)
             if failure is error:
                 raise
             raise failure from error

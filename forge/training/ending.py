@@ -38,9 +38,8 @@ def translated(error: BaseException, job: TrainingJob, stop: StopRequest) -> Bas
         if job.plan.gradient_checkpointing == "none":
             remedies.append("--plan gradient_checkpointing=full (the same mathematics)")
         remedies += ["--set data.max_length=... (shorter documents)", "--set lora.rank=... (a smaller adapter)"]
-        return GpuMemoryError(
-            f"out of GPU memory: {text.splitlines()[0]:.300}", remedy="in order of cost: " + "; ".join(remedies)
-        )
+        first = text.partition("\n")[0]  # of an error that says nothing it is empty
+        return GpuMemoryError(f"out of GPU memory: {first:.300}", remedy="in order of cost: " + "; ".join(remedies))
     if isinstance(error, KeyboardInterrupt):
         return stop.interrupted(" before it trained")
     return as_disk_error(error, job.run_dir) or error

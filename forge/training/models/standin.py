@@ -168,7 +168,7 @@ def _fetched(name: str, offline: bool | None, revision: str | None) -> Path:
     try:
         found = snapshot_download(name, revision=revision, allow_patterns=list(_HUB_FILES), local_files_only=local_only)
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        how = "offline, and it is not in the local cache" if local_only else str(error).splitlines()[0]
+        how = "offline, and it is not in the local cache" if local_only else str(error).partition("\n")[0]
         raise MachineError(
             f"the model {name} cannot be had from the hub: {how}",
             remedy="name a local directory with --set model.path=..., or a stand-in such as tiny",
