@@ -29,14 +29,13 @@ from forge.training.evaluation.record import Evaluation
 from forge.training.export.card import read_evaluation, write_card
 from forge.training.export.export import export_run
 from forge.training.export.export_record import ExportRecord
-from forge.training.models.tokenizers import load_tokenizer
 from forge.training.plan import BACKEND_NAMES, Plan, load_plan, num_steps, step_order
 from forge.training.record import completed_record
 from forge.training.resume import previous_run
 from forge.training.status import describe_status
 from forge.training.workload import WORKLOADS, Workload, load_workload
 
-from .tiny_model import shared_adapter, shared_base
+from .tiny_model import shared_adapter, shared_base, write_tokenizer
 from .tiny_run import write_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,11 +46,11 @@ EFFORT = {
     "workload": (25, 400),
     "workload bytes": (10, 200),
     "plan": (25, 300),
-    "records": (30, 400),
+    "records": (25, 400),
     "run record": (30, 400),
     "evaluation": (25, 250),
     "status": (15, 150),
-    "base": (10, 250),
+    "base": (5, 250),
 }
 
 STRANGE_TEXTS = [
@@ -303,7 +302,7 @@ LINES = (
 
 @fuzz("records")
 def test_any_records_are_encoded_or_a_data_error(effort: int, tmp_path: Path) -> None:
-    encoder = Encoder(load_tokenizer(shared_base()))
+    encoder = Encoder(write_tokenizer(tmp_path / "tokenizer"))
 
     def body(given_input: tuple[list[str], list[str], str, dict[str, Any]]) -> None:
         train, validation, end, changes = given_input

@@ -87,6 +87,29 @@ def test_texts_on_both_sides_and_near_copies_are_told_with_their_lines(tmp_path:
     assert preview_workload(work, shared_base(), num_examples=0).overlap == told
 
 
+def test_what_became_of_the_documents_is_told(tmp_path: Path) -> None:
+    root = tmp_path / "docs"
+    root.mkdir()
+    token = "ghp_" + "Zq7Rw2Lk9Xv4Bn6Tm1Yc8Hd3Jf5Gs0PaUeIo"
+    for name, text in {
+        "a.md": prose(1),
+        "b.md": prose(2),
+        "c.md": f"x\n{token}\n",
+        "d.md": "\0",
+        "e.md": prose(1),
+    }.items():
+        (root / name).write_text(text, encoding="utf-8")
+    data = {"documents": str(root), "validation_share": 0.0, "max_length": 512}
+    work = Workload.model_validate({"name": "w", "data": data})
+    (tmp_path / "run").mkdir()
+    told = prepare(work, tmp_path).notes
+    assert told == [
+        "documents: 2 kept, 3 skipped (1 binary, 1 exact duplicate, 1 secret)",
+        "left out for what looks like credentials: c.md:2",
+    ]
+    assert preview_workload(work, shared_base(), num_examples=0).documents == told
+
+
 def test_many_overlapping_texts_are_counted_and_five_are_shown() -> None:
     records = [Record(n, (Message("user", "a"), Message("assistant", prose(n))), True) for n in range(1, 31)]
     assert describe_overlap(find_overlap(records, records)) == [

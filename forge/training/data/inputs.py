@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from forge.training.data.conversation import Encoder
+from forge.training.data.corpus_report import reasons
 from forge.training.data.examples import Examples, encode_records, sample_examples, save_examples
 from forge.training.data.overlap import describe_overlap, find_overlap
 from forge.training.errors import ConfigurationError, DataError
@@ -20,7 +21,8 @@ from forge.training.workload import Workload
 class PreparedInputs:
     """Examples and their description for the run record. ``validation`` is ``None`` where there is none.
 
-    ``notes``: what is no error and should be known: records with nothing to train, texts on both sides.
+    ``notes``: what is no error and should be known: documents left out, records with nothing to train, texts on
+    both sides of the split.
     """
 
     train: Examples
@@ -43,20 +45,27 @@ def refuse_unusable_sources(workload: Workload) -> None:
         raise DataError(f"data.documents: no directory {data.documents}", remedy="name the folder of your documents")
 
 
-def corpus_paths(workload: Workload, run_dir: Path) -> tuple[Path, Path | None]:
-    """The corpus files; built from ``data.documents`` into the run directory where they are not given."""
+def corpus_paths(workload: Workload, run_dir: Path) -> tuple[Path, Path | None, list[str]]:
+    """The corpus files, and what became of the documents where they are built from ``data.documents``."""
     data = workload.data
     if data.train is not None:
-        return Path(data.train), Path(data.validation) if data.validation else None
+        return Path(data.train), Path(data.validation) if data.validation else None, []
     from forge.training.data.corpus import build_corpus, embedded_documents
 
     assert data.documents is not None
     root = embedded_documents() if data.documents == "embedded" else Path(data.documents)
     more: dict[str, Any] = {"rules": data.instructions} if data.instructions else {}
-    build_corpus(root, run_dir / "corpus.jsonl", validation_share=data.validation_share, force=True, **more)
+    report = build_corpus(root, run_dir / "corpus.jsonl", validation_share=data.validation_share, force=True, **more)
+    notes = [f"documents: {report.num_kept:,} kept, {len(report.skipped):,} skipped"]
+    if report.skipped:
+        notes[0] += f" ({reasons(report.skipped)})"
+    if report.secrets:
+        notes.append(
+            f"left out for what looks like credentials: {_first([f'{s.path}:{s.line}' for s in report.secrets])}"
+        )
     if data.validation_share:
-        return run_dir / "corpus.train.jsonl", run_dir / "corpus.validation.jsonl"
-    return run_dir / "corpus.jsonl", None
+        return run_dir / "corpus.train.jsonl", run_dir / "corpus.validation.jsonl", notes
+    return run_dir / "corpus.jsonl", None, notes
 
 
 def prepare_inputs(workload: Workload, base_dir: Path, run_dir: Path) -> PreparedInputs:
@@ -74,13 +83,14 @@ def prepare_inputs(workload: Workload, base_dir: Path, run_dir: Path) -> Prepare
             f"data.max_length={workload.data.max_length} exceeds the base model's {limit} positions",
             remedy=f"set data.max_length to at most {limit}",
         )
-    train_path, validation_path = corpus_paths(workload, run_dir)
+    train_path, validation_path, notes = corpus_paths(workload, run_dir)
     records, held_out = read_both(train_path, validation_path)
     encoder = Encoder(load_tokenizer(base_dir))
     corpus = encode_records(records, encoder, workload.data, train_path)
     train = corpus if workload.data.sample is None else sample_examples(corpus, workload.data.sample)
     save_examples(train, run_dir / "examples" / "train", force=True)
-    validation, notes = None, _notes(train_path, corpus)
+    validation = None
+    notes += _notes(train_path, corpus)
     if validation_path is not None and held_out is not None:
         validation = encode_records(held_out, encoder, workload.data, validation_path)
         notes += _notes(validation_path, validation) + describe_overlap(find_overlap(records, held_out))
@@ -112,5 +122,8 @@ def _notes(path: Path, examples: Examples) -> list[str]:
     dropped = examples.report.dropped
     if not dropped:
         return []
-    more = f" and {len(dropped) - 5:,} more" if len(dropped) > 5 else ""
-    return [f"{path.name}: nothing to train in {len(dropped):,} of its records: {', '.join(dropped[:5])}{more}"]
+    return [f"{path.name}: nothing to train in {len(dropped):,} of its records: {_first(dropped)}"]
+
+
+def _first(items: list[str]) -> str:
+    return ", ".join(items[:5]) + (f" and {len(items) - 5:,} more" if len(items) > 5 else "")

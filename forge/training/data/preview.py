@@ -36,6 +36,7 @@ class Preview:
     """Token counts are of the examples as they would be trained. Histogram bounds are in tokens."""
 
     workload: str
+    documents: list[str]  # what became of them where the workload names a folder
     num_train_documents: int
     num_train_examples: int
     num_validation_examples: int
@@ -60,7 +61,7 @@ def preview_workload(workload: Workload, base_dir: Path, *, num_examples: int = 
     tokenizer = load_tokenizer(base_dir)
     encoder = Encoder(tokenizer)
     with tempfile.TemporaryDirectory() as scratch:
-        train_path, validation_path = corpus_paths(workload, Path(scratch))
+        train_path, validation_path, documents = corpus_paths(workload, Path(scratch))
         records, held_out = read_both(train_path, validation_path)
     train = encode_records(records, encoder, workload.data, train_path)
     validation = encode_records(held_out, encoder, workload.data, str(validation_path)) if held_out else None
@@ -68,6 +69,7 @@ def preview_workload(workload: Workload, base_dir: Path, *, num_examples: int = 
     before = report.num_tokens + report.num_tokens_cut
     return Preview(
         workload=workload.name,
+        documents=documents,
         num_train_documents=report.num_records,
         num_train_examples=len(train),
         num_validation_examples=len(validation) if validation else 0,
@@ -110,6 +112,8 @@ def print_preview(preview: Preview, console: Console) -> None:
     table = Table(title=f"preview: {preview.workload}", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column()
+    for line in preview.documents:
+        table.add_row("", Text(line))
     table.add_row("documents", f"{preview.num_train_documents:,} -> {preview.num_train_examples:,} examples")
     table.add_row("validation", f"{preview.num_validation_examples:,} examples")
     table.add_row("tokens", f"{preview.num_tokens:,}, trained {preview.num_trained_tokens:,}")
