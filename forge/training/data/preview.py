@@ -113,7 +113,7 @@ def print_preview(preview: Preview, console: Console) -> None:
     table.add_column(style="bold")
     table.add_column()
     for line in preview.documents:
-        table.add_row("", Text(line))
+        table.add_row("corpus", Text(line))
     table.add_row("documents", f"{preview.num_train_documents:,} -> {preview.num_train_examples:,} examples")
     table.add_row("validation", f"{preview.num_validation_examples:,} examples")
     table.add_row("tokens", f"{preview.num_tokens:,}, trained {preview.num_trained_tokens:,}")
