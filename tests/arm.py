@@ -39,6 +39,8 @@ def train(arguments: list[str]) -> int:
     if told.backend == os.environ.get("ARM_OUT_OF_MEMORY"):
         print("error: out of GPU memory", file=sys.stderr)
         return 5
+    if told.backend == os.environ.get("ARM_HANGS"):
+        time.sleep(600)
     plan = load_plan(workload, told.backend, told.plan)
     steps = int(workload.training.max_steps or 0)
     seconds = {**SECONDS, **json.loads(os.environ.get("ARM_SECONDS", "{}"))}[told.backend]

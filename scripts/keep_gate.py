@@ -1,0 +1,110 @@
+#!/usr/bin/env python3
+"""Take up what scripts/gate_stretch.sh left: ``scripts/keep_gate.py OUT docs/results/NAME``.
+
+The store goes to ``NAME/store`` (what is there is only added to), benchmark.json beside it, and the report is made anew
+from both. Says so and ends with exit code 8 where git would not take all of it: records have been lost that way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MEASURED = ("runs", "probes")  # never change once they are there
+
+
+class KeepError(Exception):
+    """What is wrong, for people; ``exit_code`` as everywhere in Forge."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def unpack_store(archive: Path, folder: Path) -> Path:
+    """Unpack into ``folder``; returns the store. Raises :class:`KeepError` for what is no store's archive."""
+    try:
+        with tarfile.open(archive) as packed:
+            packed.extractall(folder, filter="data")
+    except (OSError, tarfile.TarError) as error:
+        raise KeepError(f"{archive} cannot be unpacked: {error}", 3) from error
+    if not (folder / "store" / "runs").is_dir():
+        raise KeepError(f"{archive} holds no store/runs", 3)
+    return folder / "store"
+
+
+def files_of(store: Path) -> dict[str, bytes]:
+    """Content by relative name of everything but the lock."""
+    found = (path for path in sorted(store.rglob("*")) if path.is_file() and path.name != ".lock")
+    return {path.relative_to(store).as_posix(): path.read_bytes() for path in found}
+
+
+def add_store(new: Path, kept: Path) -> int:
+    """Add a store's files to the one kept; returns how many are new.
+
+    Raises :class:`KeepError`, changing nothing, where the new store lacks or contradicts a measurement of the other.
+    """
+    ours, theirs = files_of(kept) if kept.is_dir() else {}, files_of(new)
+    measured = [name for name in ours if name.startswith(MEASURED)]
+    if lacking := [name for name in measured if name not in theirs]:
+        raise KeepError(f"{kept} holds {len(lacking)} that are not in the new store, as {lacking[0]}: an older one?", 3)
+    if other := [name for name in measured if ours[name] != theirs[name]]:
+        raise KeepError(f"{other[0]} is another in {kept}: the two stores do not belong together", 3)
+    for name, content in theirs.items():
+        (kept / name).parent.mkdir(parents=True, exist_ok=True)
+        (kept / name).write_bytes(content)
+    for name in ours.keys() - theirs.keys():  # a trial that was put away since, or taken up
+        (kept / name).unlink()
+    return len(theirs.keys() - ours.keys())
+
+
+def ignored(folder: Path) -> list[str]:
+    """Files of a folder that git would leave out of a commit."""
+    names = [str(path) for path in sorted(folder.rglob("*")) if path.is_file()]
+    asked = ["git", "-C", str(folder), "check-ignore", "--stdin"]
+    done = subprocess.run(asked, input="\n".join(names), capture_output=True, text=True, check=False)
+    if done.returncode not in (0, 1):
+        raise KeepError(f"git does not say what it ignores: {done.stderr.strip()}", 4)
+    return done.stdout.splitlines()
+
+
+def keep(out: Path, folder: Path) -> None:
+    """Everything; raises :class:`KeepError`."""
+    if not (out / "store.tar.gz").is_file():
+        raise KeepError(f"{out} holds no store.tar.gz", 3)
+    with tempfile.TemporaryDirectory() as temporary:
+        num_new = add_store(unpack_store(out / "store.tar.gz", Path(temporary)), folder / "store")
+    print(f"{folder / 'store'}: {num_new} new files")
+    if (out / "benchmark.json").is_file():
+        shutil.copyfile(out / "benchmark.json", folder / "benchmark.json")
+        report = [sys.executable, "-m", "harness.report", str((folder / "benchmark.json").absolute())]
+        if subprocess.run([*report, "-o", str(folder.absolute())], cwd=ROOT, check=False).returncode:
+            raise KeepError("no report could be made of it (see above)", 3)
+    else:
+        print("no benchmark.json: the next stretch records these runs as well")
+    if left_out := ignored(folder):
+        raise KeepError(f"git ignores {len(left_out)} of its files, as {left_out[0]}: correct .gitignore", 8)
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Take up what a stretch of the gate left.")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the folder that gate_stretch.sh wrote into")
+    parser.add_argument("folder", type=Path, metavar="docs/results/NAME", help="where results are kept")
+    arguments = parser.parse_args()
+    try:
+        keep(arguments.out, arguments.folder)
+    except KeepError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
