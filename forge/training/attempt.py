@@ -147,7 +147,7 @@ class Attempt:
             # where it is the disk that is full, that error is on its way already
             with contextlib.nullcontext() if record.status == "completed" else contextlib.suppress(DiskError):
                 record.write(job.run_dir)
-        shutil.rmtree(job.run_dir / "checkpoints", ignore_errors=True)  # the finished adapter supersedes them
+        checkpoint.delete_all(job.run_dir / "checkpoints")
         return record
 
     @property

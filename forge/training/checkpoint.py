@@ -184,6 +184,13 @@ def delete(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
+def delete_all(directory: Path) -> None:
+    """Delete a finished run's checkpoints: its adapter supersedes them."""
+    for path in _newest_first(directory):
+        delete(path)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
 def size_bytes(num_parameters: int, optimizer: str) -> int:
     """What a checkpoint takes: float32 weights twice (the best are there too), two moments, small files."""
     return num_parameters * (8 + (3 if "8bit" in optimizer else 8)) + (2 << 20)

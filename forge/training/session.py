@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -10,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from forge.training.attempt import Attempt, Listener
+from forge.training.checkpoint import delete_all
 from forge.training.data.inputs import PreparedInputs, prepare_inputs, refuse_unusable_sources
 from forge.training.environment import has_cuda_gpu
 from forge.training.errors import ForgeError
@@ -69,7 +69,7 @@ def train(
     with locked(run_dir), StopRequest().caught() as stop:
         before = previous_run(run_dir, workload, backend, resume=resume, force=force)
         if before is not None and before.status == "completed":
-            shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
+            delete_all(run_dir / "checkpoints")  # of a process killed between its last two writes
             listener.announce(f"{run_dir} is complete: nothing to do")
             return before
         clear_partials(run_dir, listener.announce)
