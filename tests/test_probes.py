@@ -29,10 +29,12 @@ class Card:
         return (num_tokens * 100, 0.0) if num_tokens <= self.most_tokens else None
 
 
-def bracketed(most_tokens: int, predicted: float, seconds: float = 60.0) -> tuple[dict[str, Any], Card]:
+def bracketed(
+    most_tokens: int, predicted: float, seconds: float = 60.0, pace: tuple[int, float] = (32_768, 0.0)
+) -> tuple[dict[str, Any], Card]:
     card = Card(most_tokens)
     result: dict[str, Any] = {"tokens_fits": None, "tokens_fails": None, "tries": []}
-    _bracket(card, predicted, seconds, result)  # type: ignore[arg-type]
+    _bracket(card, predicted, seconds, result, pace=pace)  # type: ignore[arg-type]
     return result, card
 
 
@@ -62,7 +64,16 @@ def test_no_step_is_begun_that_the_time_does_not_allow(monkeypatch: pytest.Monke
     monkeypatch.setattr("forge.training.probes.context.time.perf_counter", lambda: float(next(clock)))
     result, card = bracketed(50_000, 40_000, seconds=150)
     assert len(card.asked) == 1
-    assert result["why"].startswith("stopped: a step takes 40 s")
+    assert "may take 52 s and -10 s were left" in result["why"]
+
+
+def test_a_first_step_that_would_take_all_the_time_is_not_begun() -> None:
+    """80 GiB should hold some 400,000 tokens: at 6 s for 32,768, a quarter of an hour a step."""
+    result, card = bracketed(400_000, 400_000, seconds=240.0, pace=(32_768, 6.0))
+    assert card.asked == []
+    assert result["why"].startswith("stopped: a step of 393,984 tokens may take 867 s and 240 s were left")
+    result, card = bracketed(100_000, 100_000, seconds=240.0, pace=(32_768, 6.0))
+    assert (result["tokens_fits"], result["tokens_fails"]) == (98_304, 101_376)
 
 
 @pytest.mark.parametrize(

@@ -74,10 +74,12 @@ class Prober:
         torch.cuda.empty_cache()
 
 
-def longest_within(prober: Prober, points: list[tuple[int, int]], budget_bytes: int, seconds: float) -> dict[str, Any]:
+def longest_within(
+    prober: Prober, measured: list[tuple[int, int, float]], budget_bytes: int, seconds: float
+) -> dict[str, Any]:
     """The longest length that fits in ``budget_bytes``, and the shortest seen not to.
 
-    ``points``: (tokens, peak bytes) of at least two lengths, ascending. ``seconds``: what may be spent.
+    ``measured``: (tokens, peak bytes, seconds) of at least two lengths, ascending. ``seconds``: what may be spent.
     """
     import torch
 
@@ -89,10 +91,12 @@ def longest_within(prober: Prober, points: list[tuple[int, int]], budget_bytes: 
     result |= {"tokens_fails": None, "predicted_tokens": None, "tries": []}
     if cap <= floor:
         return result | {"why": f"weights and CUDA context alone take {(floor + overhead) / _GIB:.1f} GiB"}
-    predicted = predict(points, cap)
+    predicted = predict([(tokens, peak) for tokens, peak, _ in measured], cap)
     result["predicted_tokens"] = max(0, int(predicted))
     if predicted < GRAIN:
         return result | {"why": "nothing that deserves the name of a document fits"}
+    if budget_bytes > total:
+        return result | {"why": f"not confirmed: this GPU has {total / _GIB:.1f} GiB in all"}
     torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total))
     real = torch.cuda.mem_get_info
 
@@ -102,7 +106,7 @@ def longest_within(prober: Prober, points: list[tuple[int, int]], budget_bytes: 
 
     torch.cuda.mem_get_info = capped
     try:
-        _bracket(prober, predicted, seconds, result)
+        _bracket(prober, predicted, seconds, result, pace=(measured[-1][0], measured[-1][2]))
     finally:
         torch.cuda.mem_get_info = real
         torch.cuda.set_per_process_memory_fraction(1.0)
@@ -119,15 +123,22 @@ def predict(points: list[tuple[int, int]], cap: int) -> float:
     return t0 + (cap - b0) * (t1 - t0) / max(1, b1 - b0)
 
 
-def _bracket(prober: Prober, predicted: float, seconds: float, result: dict[str, Any]) -> None:
-    """Step around the prediction until one length fits and one a step longer does not."""
+def _bracket(
+    prober: Prober, predicted: float, seconds: float, result: dict[str, Any], *, pace: tuple[int, float]
+) -> None:
+    """Step around the prediction until one length fits and one a step longer does not.
+
+    ``pace``: the longest length measured and its seconds. A longer one takes at most the square of that, as attention
+    does, and is not begun where that is more than is left: the probe's limit would take all its answers with it.
+    """
     started = time.perf_counter()
     factor, longest = 1 - STEP / 2, 0.0
     for _ in range(MOST_TRIES):
         tokens = max(GRAIN, int(predicted * factor) // GRAIN * GRAIN)
         left = seconds - (time.perf_counter() - started)
-        if longest and longest * 1.3 > left:
-            result["why"] = f"stopped: a step takes {longest:.0f} s and {left:.0f} s were left"
+        needed = max(longest * 1.3, pace[1] * max(1.0, tokens / pace[0]) ** 2)
+        if needed > left:
+            result["why"] = f"stopped: a step of {tokens:,} tokens may take {needed:.0f} s and {left:.0f} s were left"
             return
         begun = time.perf_counter()
         got = prober.step(tokens)
@@ -185,11 +196,10 @@ def measure_context(
                     if got is None:
                         raise MachineError(f"{length} tokens do not fit on this GPU at all")
                     found["points"].append([length, got[0], got[1]])
-                points = [(length, peak) for length, peak, _ in found["points"]]
                 for gib in budgets_gib:
                     left = deadline - time.perf_counter()
                     prober._clear()
-                    found["budgets"].append(longest_within(prober, points, int(gib * _GIB), left))
+                    found["budgets"].append(longest_within(prober, found["points"], int(gib * _GIB), left))
                 raise _Done
 
         trainer.add_callback(Probe())
