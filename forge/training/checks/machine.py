@@ -115,13 +115,15 @@ def check_memory(workload: Workload, base: ModelWeights, gpu: dict[str, Any] | N
 
 def check_disk(workload: Workload, base: ModelWeights, directory: Path) -> Iterator[Finding]:
     """Room for the run and its export beside ``directory``, and for the base where it must be made yet."""
+    from forge.training.checkpoint import size_bytes
     from forge.training.export.space import peak_disk_bytes
+    from forge.training.saving import KEPT
 
     adapter = _adapter_bytes(workload, base)
     export = peak_disk_bytes(
         base, workload.export.quantizations, adapter_bytes=adapter, writes_merged=True, keeps_merged=False
     )
-    checkpoints = 3 * 3 * adapter  # two kept and one being written: weights and two moments
+    checkpoints = (KEPT + 1) * size_bytes(adapter // 4, workload.optimizer.name)  # one more is being written
     needed = {directory: adapter + checkpoints + export}
     if not is_made(base):
         needed[cache_dir()] = base.num_bytes
