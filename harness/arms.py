@@ -88,8 +88,10 @@ def interpreter(backend: Backend) -> str:
 def train_command(spec: RunSpec, run_dir: Path) -> list[str]:
     """The training run of ``spec`` that leaves its record in ``run_dir``; started in the repository's root."""
     workload = str(Path(spec.workload).absolute()) if Path(spec.workload).is_file() else spec.workload
-    module = "forge.training.probes.float32_adapter" if spec.float32_adapter else "forge.training"
-    command = [interpreter(spec.backend), "-m", module, "train", workload, "--backend", spec.backend]
+    module = ["forge.training"]
+    if spec.float32_adapter:
+        module = ["forge.training.probes.float32_adapter", *(f"--rounding={name}" for name in spec.rounding)]
+    command = [interpreter(spec.backend), "-m", *module, "train", workload, "--backend", spec.backend]
     for setting in spec.overrides:
         command += ["--set", _absolute(setting)]
     for setting in spec.plan_overrides:

@@ -37,7 +37,8 @@ class RunSpec(_Part):
     """What is run; nothing about where. ``workload``: a name in ``workloads/`` or a file.
 
     ``evaluate``: put base and adapter to the held-out documents before the run's files are deleted.
-    ``float32_adapter``: whatever precision the stack itself would keep the adapter in.
+    ``float32_adapter``: whatever precision the stack itself keeps the adapter in; with it ``rounding``, what else is
+    to be rounded otherwise (``forge.training.probes.float32_adapter``).
     """
 
     backend: Backend
@@ -46,19 +47,21 @@ class RunSpec(_Part):
     plan_overrides: tuple[str, ...] = ()  # --plan key=value
     evaluate: bool = False
     float32_adapter: bool = False
+    rounding: tuple[str, ...] = ()
 
     @model_serializer(mode="wrap")
     def _without_what_is_not_asked(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Runs that do without the last two fields keep the keys that they had before there were such fields."""
+        """Runs that do without the last three fields keep the keys that they had before there were such fields."""
         content: dict[str, Any] = serialise(self)
-        for name in ("evaluate", "float32_adapter"):
+        for name in ("evaluate", "float32_adapter", "rounding"):
             if not getattr(self, name):
                 content.pop(name, None)
         return content
 
     def label(self) -> str:
         """For people: ``unsloth genome_full (micro_batch=1)``."""
-        plan = f" ({', '.join(self.plan_overrides)})" if self.plan_overrides else ""
+        differs = [*self.plan_overrides, *(f"rounding={name}" for name in self.rounding)]
+        plan = f" ({', '.join(differs)})" if differs else ""
         return f"{self.backend} {Path(self.workload).stem}{plan}"
 
     def portable(self) -> RunSpec:
@@ -70,6 +73,7 @@ class RunSpec(_Part):
             plan_overrides=self.plan_overrides,
             evaluate=self.evaluate,
             float32_adapter=self.float32_adapter,
+            rounding=self.rounding,
         )
 
 

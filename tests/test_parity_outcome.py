@@ -19,6 +19,9 @@ import pytest
 
 from forge.training.environment import ROOT
 from forge.training.errors import DataError
+from forge.training.plan import load_plan
+from forge.training.probes.float32_adapter import ROUNDINGS
+from forge.training.workload import load_workload
 from harness.arms import train_command
 from harness.identity import identify
 from harness.parity.agenda import PILOT_SEEDS
@@ -37,6 +40,7 @@ from harness.parity.simulation import (
     outcome_rates,
     seen,
 )
+from harness.parity.trajectory import noise_specs
 from harness.parity.verdicts import Rung
 from harness.stats import tost_power
 from harness.store import Outcome, RunSpec, Store
@@ -352,6 +356,26 @@ def test_noise_that_hides_a_planted_fault_proves_nothing(tmp_path: Path, corpus:
     ladder = make_ladder(tmp_path, corpus, Runs(Recorded(loud, recorded.faulty)))
     assert ladder.verdict(5).status == "INCONCLUSIVE", ladder.verdict(5).reason
     assert "hides" in ladder.verdict(5).reason
+
+
+def test_every_run_of_the_noise_is_another_that_the_old_stack_can_do_and_half_of_them_share_no_kernel(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORGE_LEGACY_PYTHON", sys.executable)
+    (tmp_path / "base").mkdir()
+    ladder = Ladder(store=Store(tmp_path / "store"), train=corpus, base=str(tmp_path / "base"))
+    specs = noise_specs(ladder)
+    assert len({identify(spec).key for spec in specs}) == len(specs) >= LEAST_RUNS
+    for spec in specs:
+        plan = load_plan(load_workload(spec.workload, spec.overrides), spec.backend, spec.plan_overrides)
+        assert (plan.padding, plan.gradient_checkpointing) == ("longest", "full")
+        assert set(spec.rounding) <= set(ROUNDINGS)
+        assert [part for part in train_command(spec, tmp_path)[3:] if part.startswith("--rounding")] == [
+            f"--rounding={name}" for name in spec.rounding
+        ]
+    assert specs[0].rounding == specs[0].plan_overrides == (), "the first is its owner's"
+    for name in ROUNDINGS:
+        assert 2 <= sum(name in spec.rounding for spec in specs) <= 4
 
 
 def test_equal_runs_are_no_noise(tmp_path: Path, corpus: Path, recorded: Recorded) -> None:

@@ -10,21 +10,20 @@ CANDIDATE: Backend = "unsloth"
 
 # Rungs 2 and 3: documents a micro-batch x micro-batches, and padding; the candidate's own plan's first.
 STEP_LAYOUTS = ("4x2:none", "8x1:none", "1x8:none", "8x1:longest")
-NUM_POSITIONS = (
-    16  # tokens of each document: errors of equal size over 128 miss the bar of 1.5 three times in a million
-)
+NUM_POSITIONS = 16  # tokens of each document: errors of equal size over 128 miss the bar of 1.5 in 3 of a million cases
 
-# Rung 4: the baseline's layouts that differ in rounding alone, the first being its own. Micro-batches of other sizes
-# and make-up sum other partial results, and the attention kernel follows from length, padding and what is allowed.
+# Rung 4: runs of the baseline that differ in rounding alone, the first its owner's. Micro-batches of other sizes and
+# make-up sum other partial results; which attention kernel is taken follows from length, padding and what is allowed.
+# ``rounding=``: probes/float32_adapter.py. Half of them must not share what the others' kernels have in common.
 LAYOUTS: tuple[tuple[str, ...], ...] = (
     (),
-    ("micro_batch=2",),
-    ("micro_batch=4",),
-    ("micro_batch=8",),
-    ("micro_batch=1", "attention=flash"),
+    ("micro_batch=2", "rounding=float32_head"),
+    ("micro_batch=4", "rounding=eager"),
+    ("micro_batch=8", "attention=flash"),
     ("micro_batch=2", "grouping=length", "attention=flash"),
-    ("micro_batch=4", "grouping=tokens"),
-    ("micro_batch=8", "grouping=length", "attention=flash"),
+    ("micro_batch=4", "grouping=tokens", "rounding=float32_head"),
+    ("micro_batch=4", "grouping=length", "rounding=eager", "rounding=float32_head"),
+    ("micro_batch=8", "grouping=length"),
 )
 TRAJECTORY_SEED = 1000
 NO_DROPOUT = "lora.dropout=0.0"  # masks differ between layouts

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Quantity = Literal["loss", "grad_norm"]
 QUANTITIES: tuple[Quantity, ...] = ("loss", "grad_norm")
 LEAST_STEPS = 100
+_ROUNDING = "rounding="
 FALSE_ALARM = 0.02  # of a sound candidate, shared by the four limits: peak and drift of two quantities
 
 
@@ -79,10 +80,17 @@ def hold(noise: Noise, outcome: Outcome) -> dict[Quantity, Deviation]:
 
 def noise_specs(ladder: Ladder) -> list[RunSpec]:
     """The baseline's runs that differ in rounding alone."""
-    return [
-        ladder.spec(ladder.baseline, TRAJECTORY_SEED, plan=plan, changes=(NO_DROPOUT,), float32_adapter=True)
-        for plan in ladder.layouts
-    ]
+    return [_noise_spec(ladder, layout) for layout in ladder.layouts]
+
+
+def _noise_spec(ladder: Ladder, layout: tuple[str, ...], *changes: str) -> RunSpec:
+    """``layout``: plan overrides, and ``rounding=NAME`` among them."""
+    plan = tuple(setting for setting in layout if not setting.startswith(_ROUNDING))
+    rounding = tuple(setting.removeprefix(_ROUNDING) for setting in layout if setting.startswith(_ROUNDING))
+    spec = ladder.spec(
+        ladder.baseline, TRAJECTORY_SEED, plan=plan, changes=(NO_DROPOUT, *changes), float32_adapter=True
+    )
+    return spec.model_copy(update={"rounding": rounding})
 
 
 def judge_noise(ladder: Ladder) -> Rung:
@@ -113,9 +121,9 @@ def judge_noise(ladder: Ladder) -> Rung:
         "num_distinct_runs": distinct,
         "false_alarm": FALSE_ALARM,
         "layouts": [
-            {"plan": list(spec.plan_overrides), "run_id": outcome.run_id}
+            {"plan": list(layout), "run_id": outcome.run_id}
             | {f"{name}_rms": _rms(noise.values[name][row] - noise.bands[name].centre) for name in QUANTITIES}
-            for row, (spec, outcome) in enumerate(zip(specs, outcomes, strict=True))
+            for row, (layout, outcome) in enumerate(zip(ladder.layouts, outcomes, strict=True))
         ],
         "bands": {name: _described(band) for name, band in noise.bands.items()},
     }
@@ -146,13 +154,7 @@ def trajectory_specs(ladder: Ladder) -> tuple[list[RunSpec], str]:
     candidate_spec = ladder.spec(ladder.candidate, TRAJECTORY_SEED, changes=(NO_DROPOUT,), float32_adapter=True)
     rate = load_workload(candidate_spec.workload, candidate_spec.overrides).optimizer.learning_rate
     faulty = f"optimizer.{FAULT[0]}={rate * FAULT[1]:.6g}"
-    control_spec = ladder.spec(
-        ladder.baseline,
-        TRAJECTORY_SEED,
-        plan=ladder.layouts[0],
-        changes=(NO_DROPOUT, faulty),
-        float32_adapter=True,
-    )
+    control_spec = _noise_spec(ladder, ladder.layouts[0], faulty)
     return [candidate_spec, control_spec], faulty
 
 
