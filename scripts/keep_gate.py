@@ -34,7 +34,7 @@ def unpack_store(archive: Path, folder: Path) -> Path:
             packed.extractall(folder, filter="data")
     except (OSError, tarfile.TarError) as error:
         raise KeepError(f"{archive} cannot be unpacked: {error}", 3) from error
-    if not (folder / "store" / "runs").is_dir():
+    if not any((folder / "store" / name).is_dir() for name in MEASURED):
         raise KeepError(f"{archive} holds no store/runs", 3)
     return folder / "store"
 

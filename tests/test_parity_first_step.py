@@ -277,4 +277,4 @@ def test_the_ladders_first_three_rungs_pass_through_its_own_processes(folder: Pa
         checks.unlink()
     assert judge_first_step(ladder).status == "PASS"
     assert lost.is_file()
-    assert len(list((tmp_path / "store" / "probes").iterdir())) == stored
+    assert len(list((tmp_path / "store" / "probes").iterdir())) > stored, "a store only ever grows"

@@ -15,6 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from forge.training.errors import ForgeError
 from forge.training.files import read_json_object, sha256_file, sha256_json, write_json
 from harness.parity.measured_step import read_step
 from harness.parity.step_checks import Check, differing_inputs, direction_check, first_step_checks, layout_checks
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from harness.parity.ladder import Ladder
 
 OTHER_ARM = "trl"  # no claim is about it, but what is reported beside the claims must be the same work
+_MOST_ATTEMPTS = 20  # one is lost wherever a machine is taken away before its steps are judged
 _JUDGES = ("measured_step.py", "step_checks.py")  # whose code the checks of given files follow from
 
 Checks = dict[str, list[Check]]  # by quantisation
@@ -126,15 +128,18 @@ def find_checks(
         key = sha256_json([checks_of.__name__, measured.digests, code])
         return ladder.store.directory / "parity" / f"checks-{key[:16]}.json"
 
-    path = stored_as(measure_steps(ladder, base, asked, layouts))
-    if path.is_file():
-        stored = read_json_object(path)["checks"]
-        return {name: [Check.from_dict(check) for check in checks] for name, checks in stored.items()}
-    measured = measure_steps(ladder, base, asked, layouts, with_files=True)
-    found = {quantization: checks_of(ladder, measured, quantization, layouts) for quantization in asked}
-    content = {name: [check.to_dict() for check in checks] for name, checks in found.items()}
-    write_json(stored_as(measured), {"schema_version": 1, "of": checks_of.__name__, "checks": content})
-    return found
+    for attempt in range(_MOST_ATTEMPTS):
+        measured = measure_steps(ladder, base, asked, layouts, attempt)
+        path = stored_as(measured)
+        if path.is_file():
+            stored = read_json_object(path)["checks"]
+            return {name: [Check.from_dict(check) for check in checks] for name, checks in stored.items()}
+        if measured.is_there:
+            found = {quantization: checks_of(ladder, measured, quantization, layouts) for quantization in asked}
+            content = {name: [check.to_dict() for check in checks] for name, checks in found.items()}
+            write_json(path, {"schema_version": 1, "of": checks_of.__name__, "checks": content})
+            return found
+    raise ForgeError("the first-step probe's files are gone as soon as it ends", remedy=f"look at {measured.folder}")
 
 
 def summed_up(found: Checks) -> tuple[Any, str]:

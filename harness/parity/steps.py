@@ -55,6 +55,12 @@ class Measured:
         """Of all files, in order."""
         return [facts["file_sha256"] for facts in self.facts.values()]
 
+    @property
+    def is_there(self) -> bool:
+        """Whether all files are, as the probe left them."""
+        paths = [(self.folder / str(facts["file"]), facts["file_sha256"]) for facts in self.facts.values()]
+        return all(path.is_file() and sha256_file(path) == digest for path, digest in paths)
+
     def step(self, backend: str, step: str) -> MeasuredStep:
         """Read one of them."""
         return read_step(self.folder / str(self.facts[backend, step]["file"]))
@@ -77,35 +83,22 @@ def measure_steps(
     base: Path | None = None,
     asked: tuple[str, ...] | None = None,
     layouts: tuple[str, ...] | None = None,
-    *,
-    with_files: bool = False,
+    attempt: int = 0,
 ) -> Measured:
     """The reference's, the baseline's and the candidate's first steps, from the store or measured now.
 
-    ``asked``: quantisations. ``with_files``: measure again where the tensors are gone or others. Raises
-    :class:`NotMeasured`, :class:`CandidateFailed`, :class:`ForgeError`.
+    ``asked``: quantisations. ``attempt``: from 0; a store only ever grows, so what is measured again, because its
+    tensors are gone, is another measurement. Raises :class:`NotMeasured`, :class:`CandidateFailed`,
+    :class:`ForgeError`.
     """
     processes = _processes(ladder, asked or quantizations(ladder), layouts or ladder.step_layouts)
-    folder = _folder(ladder)
-    answers = _ask(ladder, processes, base)
-    if with_files:
-        lost = [
-            (process, answer)
-            for process, answer in zip(processes, answers, strict=True)
-            if not all(_is_there(folder, facts) for facts in answer["steps"])
-        ]
-        for process, answer in lost:
-            name = f"first_step-{process.arm}-{answer['key'][:12]}.json"
-            (ladder.store.directory / "probes" / name).unlink(missing_ok=True)
-        answers = _ask(ladder, processes, base) if lost else answers
+    answers = _ask(ladder, processes, base, attempt)
     facts = {
         (process.backend, step): found
         for process, answer in zip(processes, answers, strict=True)
         for step, found in zip(process.steps, answer["steps"], strict=True)
     }
-    if with_files and (gone := [found["file"] for found in facts.values() if not _is_there(folder, found)]):
-        raise ForgeError(f"the first-step probe left no file {gone[0]}", remedy="look at the probe's output")
-    return Measured(folder, facts)
+    return Measured(_folder(ladder), facts)
 
 
 def _processes(ladder: Ladder, asked: Sequence[str], layouts: Sequence[str]) -> list[Process]:
@@ -125,11 +118,6 @@ def _folder(ladder: Ladder) -> Path:
     return ladder.store.directory.parent / "parity" / "steps"
 
 
-def _is_there(folder: Path, facts: dict[str, Any]) -> bool:
-    path = folder / str(facts["file"])
-    return path.is_file() and sha256_file(path) == facts["file_sha256"]
-
-
 def prefetch_steps(ladder: Ladder, bases: Sequence[tuple[Path | None, tuple[str, ...], tuple[str, ...], bool]]) -> None:
     """Measure what rungs 2 and 3 will ask for of several bases at once: (base, quantisations, layouts, inputs too)."""
     if ladder.num_side_by_side == 1 or not ladder.measures:
@@ -143,7 +131,7 @@ def prefetch_steps(ladder: Ladder, bases: Sequence[tuple[Path | None, tuple[str,
     ladder.probes("first_step", asked)  # what fails fails again, and is judged, when it is asked for
 
 
-def _call(ladder: Ladder, process: Process, base: Path | None) -> tuple[Any, tuple[str, ...]]:
+def _call(ladder: Ladder, process: Process, base: Path | None, attempt: int = 0) -> tuple[Any, tuple[str, ...]]:
     """Backend and arguments of the probe."""
     base = base or ladder.base_dir
     overrides = (f"model.path={base}", f"data.train={ladder.documents[0]}", "data.validation=null", *ladder.overrides)
@@ -155,12 +143,13 @@ def _call(ladder: Ladder, process: Process, base: Path | None) -> tuple[Any, tup
         *(f"--positions={ladder.num_positions}", f"--out={_folder(ladder)}", f"--tag={sha256_json(content)[:12]}"),
         *(part for step in process.steps for part in ("--step", step)),
         *(("--inputs",) if process.inputs else ()),
+        *((f"--attempt={attempt}",) if attempt else ()),
     )
 
 
-def _ask(ladder: Ladder, processes: Sequence[Process], base: Path | None) -> list[dict[str, Any]]:
+def _ask(ladder: Ladder, processes: Sequence[Process], base: Path | None, attempt: int = 0) -> list[dict[str, Any]]:
     """What the probe answers in each process."""
-    answers = ladder.probes("first_step", [_call(ladder, process, base) for process in processes])
+    answers = ladder.probes("first_step", [_call(ladder, process, base, attempt) for process in processes])
     for process, answer in zip(processes, answers, strict=True):
         if not isinstance(answer, ForgeError):
             continue

@@ -121,7 +121,7 @@ def read_evidence(benchmark_json: Path, store: Path) -> Evidence:
 
 
 def _read_runs(store: Path) -> dict[str, Run]:
-    if not (store / "runs").is_dir():
+    if not any((store / name).is_dir() for name in ("runs", "probes")):
         raise DataError(f"{store} is not a store: it has no directory named runs", remedy=_REMEDY)
     return {outcome.run_id: read_run(outcome) for outcome in Store(store).outcomes()}
 

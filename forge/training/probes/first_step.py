@@ -179,6 +179,7 @@ def main() -> int:
     parser.add_argument("--backend", choices=("reference", *BACKEND_NAMES), required=True)
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the tensors go, a file a step")
     parser.add_argument("--tag", default="step", help="what the files' names begin with")
+    parser.add_argument("--attempt", type=int, default=0, help="of measuring the same: nothing hangs on it")
     parser.add_argument("--step", action="append", default=[], dest="steps", metavar="QUANTIZATION:LAYOUT:PADDING")
     parser.add_argument("--inputs", action="store_true", help="also what the workload's own run would begin with")
     parser.add_argument("--replace", choices=("first", "last", "none"), default="first")
