@@ -43,10 +43,11 @@ soak: setup ## kill training at every write, and training and export 50 times at
 gate: ## the acceptance gate on this GPU: make gate TRAIN=corpus.train.jsonl [OUT=runs/gate] [SECONDS=N to go on later]
 	@test -n "$(TRAIN)" || { echo "error: name the documents: make gate TRAIN=corpus.train.jsonl" >&2; exit 2; }
 	@test -x .venv-gpu/bin/python || { echo "error: no .venv-gpu here; first: make gpu-env legacy-env" >&2; exit 4; }
-	@mkdir -p $(OUT) && rm -f $(OUT)/benchmark.json
+	@mkdir -p $(OUT) && rm -f $(OUT)/benchmark.json $(OUT)/benchmark.json.partial
 	@.venv-gpu/bin/python -m pytest -m gpu --gate-train "$(TRAIN)" --gate-store $(OUT)/store \
 		$(if $(SECONDS),--gate-seconds $(SECONDS)) --benchmark-json $(OUT)/benchmark.json; \
-	verdict=$$?; .venv-gpu/bin/python -m harness.report $(OUT)/benchmark.json -o $(OUT) --store $(OUT)/store; exit $$verdict
+	verdict=$$?; json=$(OUT)/benchmark.json; test -f $$json || json=$$json.partial; \
+	.venv-gpu/bin/python -m harness.report $$json -o $(OUT) --store $(OUT)/store; exit $$verdict
 
 compare: setup ## two results of the gate side by side: make compare A=old.json B=new.json
 	@test -n "$(A)" -a -n "$(B)" || { echo "error: name two results: make compare A=old.json B=new.json" >&2; exit 2; }

@@ -1,0 +1,117 @@
+"""What of the gate's first half is still to be measured and how long it takes: ``python -m harness.outlook [STORE]``.
+
+Nothing is measured and no GPU needed. Seconds are those of the store's own runs of that arm, else of harness/agenda.py
+(one H200). A stretch is what one call of scripts/gate_stretch.sh measures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from forge.training.errors import ForgeError
+from forge.training.workload import load_workload
+from harness.agenda import EXPECTED_SECONDS, FP16, LADDER, LEGACY, ORDER, SINGLES, TRIALS, TRL, UNSLOTH, Arm
+from harness.store import Outcome, Store
+
+PROBE_SECONDS = {"ceiling": 10.0, "context": 300.0}  # what they take, not what they may
+
+
+@dataclass(frozen=True)
+class Item:
+    """``units``: seconds of each thing that is begun as a whole: a pair, a run, a probe."""
+
+    name: str
+    num_done: int
+    units: tuple[float, ...]
+
+
+def outlook(store: Store) -> list[Item]:
+    """Every item of :data:`ORDER`, in that order. Raises :class:`DataError` for a damaged store."""
+    outcomes = [outcome for outcome in store.outcomes() if outcome.status == "completed"]
+    probes = [path.stem for path in (store.directory / "probes").glob("*.json")]
+    seen: set[tuple[str, Arm]] = set()
+    items = []
+    for name in ORDER:
+        if name in TRIALS:
+            planned = TRIALS[name]
+            pair = [(planned.workload, planned.baseline), (planned.workload, planned.candidate)]
+            state = store.read_trial(name)
+            done, total = len(state.pairs) if state else 0, planned.num_pairs or _num_pairs(planned.workload)
+            units = [sum(_seconds(outcomes, *one) for one in pair)] * (total - done)
+            seen |= {(workload, _alike(arm)) for workload, arm in pair}
+        elif name in ("singles", "ladder"):
+            runs = [(workload, arm) for workload, arm in ((*SINGLES, FP16) if name == "singles" else LADDER)]
+            new = [run for run in runs if (run[0], _alike(run[1])) not in seen]
+            seen |= {(workload, _alike(arm)) for workload, arm in new}
+            missing = [run for run in new if not _runs_of(outcomes, *run)]
+            done, units = len(runs) - len(missing), [_seconds(outcomes, *run) for run in missing]
+        else:
+            arms = (UNSLOTH,) if name == "ceiling" else (LEGACY, TRL, UNSLOTH)
+            done = sum(any(stem.startswith(f"{name}-{arm.backend}-") for stem in probes) for arm in arms)
+            units = [PROBE_SECONDS[name]] * (len(arms) - done)
+        items.append(Item(name, done, tuple(units)))
+    return items
+
+
+def num_stretches(units: Iterable[float], seconds: float) -> int:
+    """Stretches of so many seconds that the units take in their order; none is begun that its stretch cannot end."""
+    count, left = 0, 0.0
+    for unit in units:
+        if unit > left:
+            count, left = count + 1, seconds
+        left -= unit
+    return count
+
+
+def _num_pairs(workload: str) -> int:
+    return load_workload(workload).gate.num_pairs
+
+
+def _alike(arm: Arm) -> Arm:
+    return Arm("", arm.backend, arm.plan, arm.overrides)  # two names for one layout are one run
+
+
+def _runs_of(outcomes: list[Outcome], workload: str, arm: Arm) -> list[Outcome]:
+    return [
+        outcome
+        for outcome in outcomes
+        if (outcome.spec.workload, outcome.spec.backend) == (workload, arm.backend)
+        and outcome.spec.plan_overrides == arm.plan
+        and set(arm.overrides) <= set(outcome.spec.overrides)
+    ]
+
+
+def _seconds(outcomes: list[Outcome], workload: str, arm: Arm) -> float:
+    found = [outcome.wall_seconds for outcome in _runs_of(outcomes, workload, arm)]
+    return statistics.median(found) if found else EXPECTED_SECONDS[workload]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m harness.outlook", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("store", nargs="?", type=Path, default=Path("runs/gate/store"), metavar="STORE")
+    parser.add_argument("--seconds", type=float, default=470.0, help="measured in one stretch (default 470)")
+    told = parser.parse_args(arguments)
+    try:
+        items = outlook(Store(told.store))
+    except ForgeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    so_far: list[float] = []
+    print(f"{'':28}{'done':>5}{'left':>5}{'minutes':>9}   stretches of {told.seconds:g} s up to here")
+    for item in items:
+        so_far += item.units
+        minutes = sum(item.units) / 60
+        up_to = num_stretches(so_far, told.seconds)
+        print(f"{item.name:28}{item.num_done:5}{len(item.units):5}{minutes:9.1f}   {up_to}")
+    print(f"{'together':28}{'':10}{sum(so_far) / 60:9.1f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
