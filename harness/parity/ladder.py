@@ -15,23 +15,24 @@ from typing import Any
 
 from forge.training.errors import CheckError, ForgeError, MachineError
 from forge.training.files import read_json_object, write_json
-from forge.training.plan import Backend, load_plan
+from forge.training.plan import Backend
 from forge.training.workload import GateSection, load_workload
 from harness.parity.agenda import (
     BASELINE,
     CANDIDATE,
     CORES_LEFT,
     DOCUMENTS_SIDE_BY_SIDE,
-    EXPECTED_SECONDS,
     LAYOUTS,
     MOST_SIDE_BY_SIDE,
     NUM_POSITIONS,
+    PROBE_EXPECTED_SECONDS,
     PROBE_SECONDS,
     STEP_LAYOUTS,
     WORKLOAD,
 )
 from harness.parity.bases import make_base
 from harness.parity.corpus import write_documents
+from harness.parity.durations import Durations, micro_batch
 from harness.parity.side_by_side import Job, run_side_by_side
 from harness.parity.verdicts import Rung, blocked_by
 from harness.probes import run_probe
@@ -118,7 +119,7 @@ class Ladder:
                     time_limit_seconds=PROBE_SECONDS,
                     deadline=self.deadline if self.measures else 0.0,
                     announce=self.announce,
-                    expected_seconds=EXPECTED_SECONDS,
+                    expected_seconds=PROBE_EXPECTED_SECONDS,
                     is_alone=self.num_side_by_side == 1,
                 )
             )
@@ -162,21 +163,19 @@ class Ladder:
     def outcome(self, spec: RunSpec, *, beside_others: bool = False) -> Outcome | None:
         """The run of ``spec``, from the store or made now; ``None``: neither.
 
-        A run is expected to take as long as the longest of its arm and kind so far, here or in the store.
+        Whether there is time: durations.py.
         """
-        kind = (spec.backend, spec.evaluate)
         outcome = run_single(
             spec,
             self.store,
             deadline=self.deadline if self.measures else 0.0,
             run=partial(self.run, is_alone=False) if beside_others else self.run,
             time_limit_seconds=self.time_limit_seconds,
-            unseen_seconds=self._longest.get(kind, EXPECTED_SECONDS),
+            unseen_seconds=self._durations.expected_seconds(spec),
             announce=self.announce,
         )
         if outcome is not None:
-            with self.store.numbering:
-                self._longest[kind] = max(self._longest.get(kind, 0.0), outcome.wall_seconds)
+            self._durations.note(outcome)
         return outcome
 
     def prefetch(self, specs: Sequence[RunSpec]) -> None:
@@ -187,13 +186,9 @@ class Ladder:
         if self.num_side_by_side == 1 or not self.measures:
             return
 
-        def weight(spec: RunSpec) -> int:
-            return load_plan(
-                load_workload(spec.workload, spec.overrides), spec.backend, spec.plan_overrides
-            ).micro_batch
-
+        longest_first = sorted(specs, key=self._durations.expected_seconds, reverse=True)
         with self.store.lock():
-            jobs = [Job(partial(self.outcome, spec, beside_others=True), weight(spec)) for spec in specs]
+            jobs = [Job(partial(self.outcome, spec, beside_others=True), micro_batch(spec)) for spec in longest_first]
             found = run_side_by_side(jobs, most=self.num_side_by_side, room=DOCUMENTS_SIDE_BY_SIDE)
         for error in found:
             if isinstance(error, ForgeError):
@@ -213,14 +208,8 @@ class Ladder:
         return found
 
     @cached_property
-    def _longest(self) -> dict[tuple[Backend, bool], float]:
-        """Seconds of the longest run of each arm, evaluated or not, in the store and since."""
-        longest: dict[tuple[Backend, bool], float] = {}
-        for outcome in self.store.outcomes():
-            if Path(outcome.spec.workload).stem == WORKLOAD:
-                kind = (outcome.spec.backend, outcome.spec.evaluate)
-                longest[kind] = max(longest.get(kind, 0.0), outcome.wall_seconds)
-        return longest
+    def _durations(self) -> Durations:
+        return Durations(self.store)
 
     # ----------------------------------------------------------------------------------------------------------------
     # What all runs share
