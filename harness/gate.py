@@ -50,6 +50,7 @@ class Gate:
     model: str = MODEL
     deadline: float | None = None
     run_seconds: float = TIME_LIMIT_SECONDS  # at which a run is stopped, which is an outcome
+    may_halve: bool = False  # pairs, where the next session follows at once on this machine
     only: tuple[str, ...] = ORDER
     announce: Callable[[str], None] = lambda line: None
     errors: dict[str, ForgeError] = field(default_factory=dict)
@@ -110,7 +111,7 @@ class Gate:
     def _measure(self, name: str) -> None:
         if name in TRIALS:
             planned = TRIALS[name]
-            self._trials[name] = run_trial(
+            trial = run_trial(
                 name,
                 self.spec(planned.workload, planned.baseline),
                 self.spec(planned.workload, planned.candidate),
@@ -119,8 +120,12 @@ class Gate:
                 deadline=self.deadline,
                 time_limit_seconds=self.run_seconds,
                 unseen_seconds=EXPECTED_SECONDS[planned.workload],
+                may_halve=self.may_halve,
                 announce=self.announce,
             )
+            if trial.is_halved:
+                self.deadline = _PAST  # anything measured in between would part the halves
+            self._trials[name] = trial
         elif name in ("singles", "ladder"):
             for workload, arm in (*SINGLES, FP16) if name == "singles" else LADDER:
                 self._single(workload, arm, self.deadline)

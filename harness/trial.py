@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 from forge.training.errors import ConfigurationError, DataError, ForgeError
 from harness.identity import identify
@@ -20,7 +20,7 @@ from harness.store import ROLES, OpenPair, Order, Outcome, Pair, Role, RunSpec, 
 from harness.work import Metric, WorkMismatch, check_same_work, measure
 from harness.worker import TIME_LIMIT_SECONDS, run_once
 
-__all__ = ["Control", "Metric", "Trial", "WorkMismatch"]
+__all__ = ["Metric", "Trial", "WorkMismatch"]
 __all__ += ["check_same_work", "measure", "read_trial", "run_single", "run_trial"]
 
 _MOST_SET_ASIDE = 2  # of one pair
@@ -33,14 +33,6 @@ class Run(Protocol):
     """What :func:`harness.worker.run_once` is to a trial."""
 
     def __call__(self, spec: RunSpec, *, store: Store, time_limit_seconds: float, is_alone: bool = True) -> Outcome: ...
-
-
-class Control(NamedTuple):
-    """Two runs of one arm that followed one another: they differ by noise alone."""
-
-    role: Role
-    earlier: Outcome
-    later: Outcome
 
 
 @dataclass(frozen=True)
@@ -59,6 +51,7 @@ class Trial:
     failure: Outcome | None = None
     failed_role: Role | None = None
     stopped: str | None = None
+    is_halved: bool = False  # the first run of the next pair is there and waits for its second
 
     @property
     def is_complete(self) -> bool:
@@ -79,15 +72,6 @@ class Trial:
         failed = [self.failure.status] if self.failure is not None and self.failed_role == role else []
         return ["completed"] * len(self.pairs) + failed
 
-    @property
-    def controls(self) -> list[Control]:
-        """The noise that the order shows at no cost: (B1, B2), (A2, A3), (B3, B4), ..."""
-        controls = []
-        for number in range(1, len(self.pairs)):
-            side, role = (1, "candidate") if number % 2 else (0, "baseline")
-            controls.append(Control(role, self.pairs[number - 1][side], self.pairs[number][side]))  # type: ignore[arg-type]
-        return controls
-
 
 def run_trial(
     name: str,
@@ -100,13 +84,16 @@ def run_trial(
     run: Run = run_once,
     time_limit_seconds: float = TIME_LIMIT_SECONDS,
     unseen_seconds: float = 0.0,
+    may_halve: bool = False,
     announce: Announce = lambda line: None,
 ) -> Trial:
     """Measure what is missing of a trial and return it, complete or with the reason in ``stopped``.
 
     ``deadline``: on :func:`time.monotonic`'s clock; a pair that, by earlier runs, cannot end before it is not
-    started (``unseen_seconds``: what a run is taken to need where the store has none of either arm). A run that
-    fails (memory, NaN, time, crash) ends the trial: further pairs cannot change the verdict.
+    started (``unseen_seconds``: what a run is taken to need where the store has none of either arm). With
+    ``may_halve`` its first run is made all the same where that ends in time: for a session that the next one follows
+    at once on this machine, and that measures nothing else. A run that fails (memory, NaN, time, crash) ends the
+    trial: further pairs cannot change the verdict.
 
     Raises :class:`ConfigurationError` for another ``num_pairs`` or other specs than the trial began with,
     :class:`WorkMismatch` where runs differ in their work, and the reason of a run that was refused.
@@ -134,13 +121,21 @@ def run_trial(
             order: Order = "AB" if index % 2 else "BA"
             found = found_of_open_pair(state, identities, store)
             keys = [identities[role].key for role in ROLES[order][len(found) :]]
-            needed = expected_seconds(keys, identities, store, unseen_seconds)
-            if keys and deadline is not None and time.monotonic() + needed * _SPARE >= deadline:
+            needed, first = (expected_seconds(some, identities, store, unseen_seconds) for some in (keys, keys[:1]))
+            left = float("inf") if deadline is None else deadline - time.monotonic()
+            is_half = may_halve and not found and needed * _SPARE >= left > first * _SPARE
+            if keys and needed * _SPARE >= left and not is_half:
                 return _trial(state, store, f"no time left for pair {index}, which takes about {needed:.0f} seconds")
             if not found:
                 newest = store.run_ids()[-1:]
                 opened = OpenPair(index=index, order=order, after=newest[0] if newest else None)
                 state = _noted(state, store, open_pair=opened)
+            if is_half:
+                announce(f"{name}: first half of pair {index} of {num_pairs}, for which the time lasts")
+                run_role(ROLES[order][0])
+                return replace(
+                    _trial(state, store, f"the second half of pair {index} comes first next"), is_halved=True
+                )
             state = _measure_pair(state, found, run_role, store, announce)
         return _trial(state, store)
 

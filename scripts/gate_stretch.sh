@@ -86,7 +86,7 @@ touch -d @0 "$work/packed"
 watch=$!
 judge() { # SECONDS that are left for measuring, SECONDS until it is interrupted
     python3 -m pytest -m gpu "${rooms[@]}" --tb=line --gate-train "$train" --gate-store "$work/store" \
-        --gate-seconds "$1" --gate-run-seconds 400 ${GATE_MODEL:+--gate-model "$GATE_MODEL"} \
+        --gate-seconds "$1" --gate-run-seconds 400 --gate-halves ${GATE_MODEL:+--gate-model "$GATE_MODEL"} \
         --benchmark-json "$work/benchmark.json" "${options[@]}" 3>&- &
     gate=$!
     (sleep "$2" && kill -INT -- "-$gate") 3>&- & # it ends by itself, unless a run hangs

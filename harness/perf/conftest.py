@@ -26,6 +26,7 @@ def gate(pytestconfig: pytest.Config) -> Gate:
         model=option("--gate-model") or MODEL,
         deadline=gate_deadline(pytestconfig),
         run_seconds=option("--gate-run-seconds") or TIME_LIMIT_SECONDS,
+        may_halve=option("--gate-halves"),
         only=_only(option("--gate-only")),
         announce=announcer(pytestconfig),
     )
