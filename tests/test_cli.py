@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ("dataset", "base", "preview", "check", "train", "evaluate", "export", "chat", "run", "schema")
+COMMANDS = ("dataset", "base", "preview", "check", "train", "evaluate", "export", "chat", "run", "schema", "status")
 
 
 def forge(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -74,6 +74,7 @@ BAD = [
     (("train", "smoke", "--set", "model.path={base}", "--set", "model.quantization=nf4"), 4, "CUDA"),
     (("evaluate", "nowhere"), 3, "not a run"),
     (("export", "nowhere"), 3, "not a run"),
+    (("status", "nowhere"), 3, "not a run"),
     (("chat", "absent.gguf", "hello"), 3, "absent.gguf"),
     (("dataset", "absent"), 3, "absent"),
     (("preview", "smoke", "--set", "data.documents=absent"), 3, "absent"),

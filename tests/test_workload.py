@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import yaml
 
 from forge.training import plan
 from forge.training.errors import ConfigurationError
@@ -86,6 +87,15 @@ def test_scientific_notation_is_a_number(tmp_path: Path) -> None:
 )
 def test_a_plain_scalar_means_what_yaml_1_2_says(text: str, value: object) -> None:
     assert repr(parse_scalar(text)) == repr(value)
+
+
+@pytest.mark.parametrize(
+    "text", ["1e-4", "no", "1:30", "0777", "1_000", "2026-01-02", "~", "", ".5", "= x", "a: b", "é"]
+)
+def test_a_workload_written_out_reads_back_whatever_its_texts_look_like(tmp_path: Path, text: str) -> None:
+    workload = load_workload(write(tmp_path, MINIMAL)).model_copy(update={"description": text})
+    assert load_workload(write(tmp_path, workload.to_yaml())) == workload
+    assert yaml.safe_load(workload.to_yaml())["description"] == text
 
 
 BAD_SETTINGS = {

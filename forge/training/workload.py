@@ -13,13 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from forge.training.errors import ConfigurationError
 from forge.training.files import sha256_json
 from forge.training.settings import apply_overrides, listed, shown, unusable_text, validation_errors
-from forge.training.yaml_strict import load_yaml
+from forge.training.yaml_strict import dump_yaml, load_yaml
 
 WORKLOADS = Path(__file__).resolve().parents[2] / "workloads"
 
@@ -204,7 +203,7 @@ class Workload(_Section):
 
     def to_yaml(self) -> str:
         """The resolved workload, every field written out."""
-        return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+        return dump_yaml(self.model_dump(mode="json"))
 
 
 def changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

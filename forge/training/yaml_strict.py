@@ -75,6 +75,21 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping
 _Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that is something else to a reader of YAML 1.1 (``no``, ``1:30``) or of 1.2 (``1e-4``)."""
+
+
+_Dumper.yaml_implicit_resolvers = {
+    first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, ()), *_Loader.yaml_implicit_resolvers.get(first, ())]
+    for first in yaml.SafeDumper.yaml_implicit_resolvers.keys() | _Loader.yaml_implicit_resolvers.keys()
+}
+
+
+def dump_yaml(content: dict[str, Any]) -> str:
+    """Plain values as YAML that :func:`load_yaml` reads back as they were, in their order."""
+    return str(yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+
+
 def load_yaml(path: Path) -> dict[str, Any]:
     """Read one mapping from a YAML file of at most 64 KiB. Raises :class:`ConfigurationError`."""
     try:
