@@ -23,6 +23,9 @@ from harness.parity.measured_step import (
 
 MOST_ERROR = 1.5  # times the baseline's
 LEAST_COSINE = 0.99
+# Where measuring the same twice gives two numbers, exchanging a document adds as much again: the largest of some dozen
+# such differences is not three times that of others. A leak is a hundred times it; where nothing varies the bar is 0.
+MOST_UNSTEADINESS = 3.0
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ def direction_check(reference: MeasuredStep, step: MeasuredStep) -> Check:
 
 
 def leak_checks(step: MeasuredStep) -> list[Check]:
-    """Exchanging a document changes no other's loss, by more than measuring the same twice does; and changes its own.
+    """Exchanging a document changes no other's loss, but for what measuring the same twice does; and changes its own.
 
     Nothing where the first micro-batch holds one document: there is nobody to leak to.
     """
@@ -138,7 +141,7 @@ def leak_checks(step: MeasuredStep) -> list[Check]:
     own = np.zeros_like(looked)
     own[step.facts["replaced_document"]] = True
     others = looked & ~own
-    unsteady = float(np.abs(twice - once)[looked].max())
+    unsteady = MOST_UNSTEADINESS * float(np.abs(twice - once)[looked].max())
     leaked = float(np.abs(after - twice)[others].max())
     changed = float(np.abs(after - twice)[looked & own].max())
     return [
