@@ -44,7 +44,7 @@ def prepare(work: Workload, folder: Path) -> PreparedInputs:
 def test_one_record_alone_is_a_data_set(tmp_path: Path) -> None:
     work = workload(write(tmp_path / "one.jsonl", "It counts ships."))
     inputs = prepare(work, tmp_path)
-    assert (len(inputs.train), inputs.validation, inputs.notes) == (1, None, [])
+    assert (len(inputs.train), inputs.validation, inputs.described.notes) == (1, None, [])
     steps = step_order(work, len(inputs.train))
     assert sum(map(len, steps)) == 3  # epochs, in steps of at most eight examples
     assert {int(i) for step in steps for i in step} == {0}
@@ -69,7 +69,7 @@ def test_records_cut_to_nothing_are_named_by_file_and_line(tmp_path: Path) -> No
     rows = [{"instruction": "q " * n, "output": "a"} for n in (1, 400, 1, 500)]
     train.write_text("\n\n".join(map(json.dumps, rows)), encoding="utf-8")
     inputs = prepare(workload(str(train), max_length=256), tmp_path)
-    assert inputs.notes == ["t.jsonl: nothing to train in 2 of its records: line 3, line 7"]
+    assert inputs.described.notes == ["t.jsonl: nothing to train in 2 of its records: line 3, line 7"]
     assert len(inputs.train) == 2
 
 
@@ -79,7 +79,7 @@ def test_texts_on_both_sides_and_near_copies_are_told_with_their_lines(tmp_path:
     train = write(tmp_path / "t.jsonl", *texts[:7])
     validation = write(tmp_path / "v.jsonl", texts[7], f" {texts[2]}\n", near, texts[8])
     work = workload(train, validation)
-    told = prepare(work, tmp_path).notes
+    told = prepare(work, tmp_path).described.notes
     assert told == [
         "1 of 4 held-out texts are trained too: lines 2",
         f"1 of 4 held-out texts are nearly trained ones: line 3 is {jaccard(texts[4], near):.0%} line 5",
@@ -102,7 +102,7 @@ def test_what_became_of_the_documents_is_told(tmp_path: Path) -> None:
     data = {"documents": str(root), "validation_share": 0.0, "max_length": 512}
     work = Workload.model_validate({"name": "w", "data": data})
     (tmp_path / "run").mkdir()
-    told = prepare(work, tmp_path).notes
+    told = prepare(work, tmp_path).described.notes
     assert told == [
         "documents: 2 kept, 3 skipped (1 binary, 1 exact duplicate, 1 secret)",
         "left out for what looks like credentials: c.md:2",

@@ -42,6 +42,8 @@ class Inputs(_Part):
     num_corpus_examples: int | None = None
     num_corpus_tokens: int | None = None
     corpus_tokens_squared: int | None = None  # sum over examples of tokens^2: attention's share
+    # documents left out and why, records with nothing to train, texts on both sides of the split
+    notes: list[str] = Field(default_factory=list)
 
 
 class Trainable(_Part):

@@ -107,7 +107,7 @@ def _train(
     module.prepare(plan)
     listener.announce(f"base model {base_dir.name}, backend {backend}")
     inputs = _inputs(workload, base_dir, run_dir, before)
-    for note in inputs.notes:
+    for note in inputs.described.notes:
         listener.announce(note)
     write_text(run_dir / "workload.yaml", workload.to_yaml())
     job = TrainingJob(workload, plan, backend, base_dir, run_dir, inputs.train, inputs.validation)

@@ -19,16 +19,11 @@ from forge.training.workload import Workload
 
 @dataclass(frozen=True)
 class PreparedInputs:
-    """Examples and their description for the run record. ``validation`` is ``None`` where there is none.
-
-    ``notes``: what is no error and should be known: documents left out, records with nothing to train, texts on
-    both sides of the split.
-    """
+    """Examples and their description for the run record. ``validation`` is ``None`` where there is none."""
 
     train: Examples
     validation: Examples | None
     described: Inputs
-    notes: list[str]
 
 
 def refuse_unusable_sources(workload: Workload) -> None:
@@ -114,8 +109,9 @@ def prepare_inputs(workload: Workload, base_dir: Path, run_dir: Path) -> Prepare
         num_corpus_examples=len(corpus),
         num_corpus_tokens=corpus.report.num_tokens,
         corpus_tokens_squared=sum(n * n for n in corpus.report.lengths),
+        notes=notes,
     )
-    return PreparedInputs(train, validation, described, notes)
+    return PreparedInputs(train, validation, described)
 
 
 def _notes(path: Path, examples: Examples) -> list[str]:
