@@ -76,7 +76,7 @@ if [ -n "${STORE:-}" ] && [ ! -d "$work/store" ]; then
     if [ -d "$STORE" ]; then cp -r "$STORE" "$work/store"; else tar xzf "$STORE" -C "$work"; fi || exit 3
     note "going on from $(find "$work/store/runs" -name '*.json' | wc -l) runs"
 fi
-if [ -z "${GATE_MODEL:-}" ]; then
+if [ -z "${GATE_MODEL:-}" ] && [ "${rooms[*]}" != harness/parity ]; then # the ladder has a base of its own
     timeout 200 python3 -m forge.training base qwen2-7b || exit 4
     note "base is there"
 fi
