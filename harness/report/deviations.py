@@ -26,7 +26,7 @@ def within_band(
 
     baseline, candidate = names
     steps = range(1, len(middle) + 1)
-    with canvas.paper(256, left=48, right=8, top=50, bottom=40) as axes:
+    with canvas.paper(256, left=56, right=8, top=50, bottom=40) as axes:
         low, high = ([m + sign * h for m, h in zip(middle, half_width, strict=True)] for sign in (-1, 1))
         band = axes.fill_between(steps, low, high, color=colour(baseline), alpha=0.3, linewidth=0)
         mark(band, baseline, f"band of {baseline}'s own rounding")
