@@ -55,6 +55,12 @@ def judged(
     )
 
 
+@pytest.fixture
+def statuses_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rates of verdicts without the pairs that INCONCLUSIVE asks for: no status depends on them, and they take long."""
+    monkeypatch.setattr("harness.claims.pairs_needed", lambda *_: None)
+
+
 def at_most_often(count: int, trials: int, rate: float) -> bool:
     """Whether ``count`` is no more than ``rate`` and four binomial standard errors allow."""
     return count <= rate * trials + 4 * math.sqrt(rate * (1 - rate) * trials)
@@ -112,6 +118,7 @@ def test_a_candidate_twice_as_slow_is_not_twice_as_fast() -> None:
     assert judged(SPEED, [10 * n for n in NOISE], [20 * n for n in NOISE]).status == "FAIL"
 
 
+@pytest.mark.usefixtures("statuses_alone")
 @pytest.mark.parametrize("log_sd", [0.005, 0.02, 0.05])
 def test_a_planted_1_9_passes_almost_never_whatever_the_noise(log_sd: float) -> None:
     rates = verdict_rates(np.random.default_rng(3), 2000, 5, SPEED, 1.9, log_sd)
@@ -120,6 +127,7 @@ def test_a_planted_1_9_passes_almost_never_whatever_the_noise(log_sd: float) -> 
         assert rates["PASS"] == 0
 
 
+@pytest.mark.usefixtures("statuses_alone")
 @pytest.mark.parametrize("num_pairs", [3, 5, 10])
 def test_a_ratio_on_the_bar_passes_and_fails_in_one_trial_of_forty(num_pairs: int) -> None:
     trials = 4000
@@ -128,12 +136,14 @@ def test_a_ratio_on_the_bar_passes_and_fails_in_one_trial_of_forty(num_pairs: in
         assert abs(rates[status] - 0.025) < 4 * math.sqrt(0.025 * 0.975 / trials), rates
 
 
+@pytest.mark.usefixtures("statuses_alone")
 @pytest.mark.parametrize("noise", ["drift of 5 sd over the trial", "the second run of every pair slower by 2 sd"])
 def test_drift_and_order_do_not_make_a_false_pass(noise: str) -> None:
     rates = verdict_rates(np.random.default_rng(5), 2000, 5, SPEED, 2.0, 0.05, NOISES[noise])
     assert at_most_often(round(2000 * rates["PASS"]), 2000, 0.025)
 
 
+@pytest.mark.usefixtures("statuses_alone")
 @pytest.mark.parametrize(("ratio", "least"), [(2.2, 0.8), (3.0, 0.999), (5.0, 0.999)])
 def test_what_is_faster_than_the_bar_passes(ratio: float, least: float) -> None:
     assert verdict_rates(np.random.default_rng(6), 1000, 5, SPEED, ratio, 0.05)["PASS"] >= least
@@ -165,6 +175,7 @@ def test_memory_that_never_varies_is_judged_to_the_byte() -> None:
     assert judged(MEMORY, [5.0 * limit] * 5, [float(limit + 1)] * 5).status == "FAIL"
 
 
+@pytest.mark.usefixtures("statuses_alone")
 def test_more_memory_than_the_bar_passes_almost_never() -> None:
     for log_sd in (0.002, 0.01, 0.05):
         rates = verdict_rates(np.random.default_rng(7), 1500, 5, MEMORY, 0.21, log_sd)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import csv
+import io
 import json
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from harness.compare import main
 from tests.tiny_gate import make_project, run_compare, run_pytest, run_pytest_benchmark
 
 GATE = """
@@ -74,12 +77,13 @@ def be_of_an_a100(gate: Json) -> None:
 
 def refusal(a: Path, b: Path, *arguments: str | Path, exit_code: int = 8) -> str:
     """What harness.compare says when it refuses; it then prints no table."""
-    done = run_compare(a, b, *arguments)
-    assert done.returncode == exit_code, done.stdout
-    assert "Median" not in done.stdout
-    assert "Traceback" not in done.stdout
-    assert done.stdout.startswith("error: ")
-    return done.stdout
+    said = io.StringIO()
+    with redirect_stdout(said), redirect_stderr(said):
+        returned = main([*map(str, (a, b, *arguments))])
+    assert returned == exit_code, said.getvalue()
+    assert "Median" not in said.getvalue()
+    assert said.getvalue().startswith("error: ")
+    return said.getvalue()
 
 
 # What is shown
@@ -97,15 +101,13 @@ def test_ten_percent_more_memory_is_shown_in_mebibytes_whatever_the_files_are_ca
     assert "test_claim" not in done.stdout
 
 
-def test_files_of_the_same_name_in_two_folders_can_be_compared(write: Write) -> None:
-    done = run_compare(write("old/gate.json"), write("new/gate.json", use_more_memory))
+def test_files_of_the_same_name_are_compared_and_the_csv_has_both_medians_of_every_entry(
+    write: Write, tmp_path: Path
+) -> None:
+    a, b, out = write("old/gate.json"), write("new/gate.json", use_more_memory), tmp_path / "csv" / "out.csv"
+    done = run_compare(a, b, "--out", out)
     assert done.returncode == 0, done.stdout
     assert "+10.0%" in done.stdout
-
-
-def test_the_csv_has_both_medians_of_every_entry(write: Write, tmp_path: Path) -> None:
-    a, b, out = write("a.json"), write("b.json", use_more_memory), tmp_path / "new" / "out.csv"
-    assert run_compare(a, b, "--out", out).returncode == 0
     peak, step = csv.DictReader(out.read_text(encoding="utf-8").splitlines())
     assert peak["entry"].endswith("::test_peak")
     assert (peak["unit"], float(peak["a_median"])) == ("bytes", 10 * 2**30)
@@ -120,8 +122,12 @@ def test_an_existing_csv_is_kept(write: Write, tmp_path: Path) -> None:
     assert out.read_text(encoding="utf-8") == "mine"
 
 
-def test_another_driver_is_noted_and_compared(write: Write) -> None:
-    b = write("b.json", lambda gate: gate["machine_info"]["gpu"].update(driver="590.2"))
+def test_another_driver_is_noted_and_it_and_another_plan_are_compared(write: Write) -> None:
+    def change(gate: Json) -> None:
+        gate["machine_info"]["gpu"]["driver"] = "590.2"
+        entry(gate, "test_peak")["extra_info"]["plan"] = {"micro_batch": 4}
+
+    b = write("b.json", change)
     done = run_compare(write("a.json"), b)
     assert done.returncode == 0, done.stdout
     assert "note: driver is 580.1 in A, 590.2 in B" in done.stdout
@@ -131,8 +137,10 @@ def test_another_driver_is_noted_and_compared(write: Write) -> None:
 
 
 def test_different_gpus_are_refused_with_both_names(write: Write) -> None:
-    said = refusal(write("a.json"), write("b.json", be_of_an_a100))
-    assert "different GPUs: A is of NVIDIA H200, B of NVIDIA A100" in said
+    a, b = write("a.json"), write("b.json", be_of_an_a100)
+    assert "different GPUs: A is of NVIDIA H200, B of NVIDIA A100" in refusal(a, b)
+    done = run_compare(a, b)
+    assert (done.returncode, done.stdout) == (8, refusal(a, b)), "the command says what its function does"
 
 
 def test_pytest_benchmarks_own_command_refuses_different_gpus_too(write: Write, tmp_path: Path) -> None:
@@ -156,11 +164,6 @@ def test_one_name_for_two_things_is_refused_with_both(write: Write, gate: Json, 
     b = write("b.json", lambda gate: entry(gate, "test_peak")["extra_info"].update({key: value}))
     before = entry(gate, "test_peak")["extra_info"][key]
     assert f"test_gate.py::test_peak: {key} is {before} in A, {value} in B" in refusal(write("a.json"), b)
-
-
-def test_another_plan_is_compared(write: Write) -> None:
-    b = write("b.json", lambda gate: entry(gate, "test_peak")["extra_info"].update(plan={"micro_batch": 4}))
-    assert run_compare(write("a.json"), b).returncode == 0
 
 
 def test_a_renamed_entry_is_refused_under_both_names(write: Write) -> None:
