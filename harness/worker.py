@@ -60,8 +60,8 @@ def run_once(
 
     Where the spec asks for it, the adapter is evaluated first, in a second process that nobody monitors; a run
     whose evaluation fails is not completed. ``is_alone`` is False where others are made side by side with it (the
-    store's lock is then held around all of them): the GPU is not monitored, and what may be their doing (no memory
-    left, no time left) is a refusal.
+    store's lock is then held around all of them): the GPU is not monitored, and a failure, which may be
+    their doing, is a refusal.
 
     ``command`` makes the command line from the spec and the directory that must receive ``run.json`` and
     ``steps.jsonl``; it is started in the repository's root. Whatever becomes of the child is an outcome.
@@ -93,7 +93,7 @@ def run_once(
         status, message = _judge(ended, record, why_not, log, seen, changed, time_limit_seconds)
         if evaluated is not None and status == "completed":
             status, message = evaluated.status, evaluated.message
-        if not is_alone and status in ("out_of_memory", "timeout"):
+        if not is_alone and status not in ("completed", "refused"):
             status, message = "refused", f"beside others: {status}" + (f": {message}" if message else "")
         with store.numbering:
             outcome = Outcome(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from forge.training.errors import DataError
+from forge.training.errors import DataError, ForgeError
 from harness.parity.ladder import Ladder
 from harness.parity.side_by_side import Job, run_side_by_side
 from harness.store import Outcome, RunSpec, Store
@@ -98,3 +98,26 @@ def test_what_finds_no_memory_beside_others_is_run_again_alone_and_only_then_bel
     assert outcome.status == "out_of_memory"
     assert [o.status for o in ladder.store.outcomes()] == ["refused", "refused", "out_of_memory"]
     assert "beside others: out_of_memory" in str(ladder.store.outcomes()[0].message)
+
+
+def test_a_probe_that_fails_beside_others_is_asked_once_more_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ladder = make_ladder(tmp_path, fake())
+    seen: list[tuple[str, bool]] = []
+
+    def run_probe(name: str, backend: str, arguments: tuple[str, ...], *_: Any, is_alone: bool, **__: Any) -> Any:
+        seen.append((arguments[0], is_alone))
+        if arguments[0] == "broken" or (arguments[0] == "large" and not is_alone):
+            raise ForgeError("no room")
+        return {"of": arguments[0]}
+
+    monkeypatch.setattr("harness.parity.ladder.run_probe", run_probe)
+    asked: list[Any] = [("trl", (name,)) for name in ("small", "large", "broken", "small")]
+    assert ladder.probes("first_step", asked, is_prefetch=True)[0] == {"of": "small"}
+    assert {is_alone for _, is_alone in seen} == {False}
+    found = ladder.probes("first_step", asked)
+    assert found[:2] + found[3:] == [{"of": "small"}, {"of": "large"}, {"of": "small"}]
+    assert isinstance(found[2], ForgeError)
+    assert [one for one in seen if one[1]] == [("large", True), ("broken", True)]
+    assert seen.count(("broken", False)) == 1, "what failed beside others is not tried there again"

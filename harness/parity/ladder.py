@@ -67,6 +67,7 @@ class Ladder:
     announce: Callable[[str], None] = lambda line: None
     _verdicts: dict[int, Rung] = field(default_factory=dict)
     _missed: dict[int, Rung] = field(default_factory=dict)
+    _failed: set[Any] = field(default_factory=set)  # probes that failed beside others
 
     # ----------------------------------------------------------------------------------------------------------------
     # Verdicts
@@ -103,33 +104,42 @@ class Ladder:
     # ----------------------------------------------------------------------------------------------------------------
     # Measuring
 
-    def probes(self, name: str, asked: Sequence[tuple[Backend, tuple[str, ...]]]) -> list[Any]:
+    def probes(
+        self, name: str, asked: Sequence[tuple[Backend, tuple[str, ...]]], *, is_prefetch: bool = False
+    ) -> list[Any]:
         """What ``forge.training.probes.NAME`` answers in a process for each backend and arguments; ``None``: no time.
 
-        A probe that failed is the :class:`ForgeError` that says so. Several run side by side.
+        A probe that failed is the :class:`ForgeError` that says so. Several run side by side, and one that fails there
+        once more alone: then, not in a prefetch, it is believed.
         """
 
-        def job(backend: Backend, arguments: tuple[str, ...]) -> Job[dict[str, Any] | None]:
+        def job(one: tuple[Backend, tuple[str, ...]], is_alone: bool) -> Job[dict[str, Any] | None]:
             return Job(
                 lambda: run_probe(
                     name,
-                    backend,
-                    arguments,
+                    *one,
                     self.store,
                     time_limit_seconds=PROBE_SECONDS,
                     deadline=self.deadline if self.measures else 0.0,
                     announce=self.announce,
                     expected_seconds=PROBE_EXPECTED_SECONDS,
-                    is_alone=self.num_side_by_side == 1,
+                    is_alone=is_alone,
                 )
             )
 
-        once = list(dict.fromkeys(asked))
+        most = self.num_side_by_side
+        beside = [one for one in dict.fromkeys(asked) if one not in self._failed]
         with self.store.lock():
-            found = run_side_by_side(
-                [job(*one) for one in once], most=self.num_side_by_side, room=DOCUMENTS_SIDE_BY_SIDE
-            )
-        return [found[once.index(one)] for one in asked]
+            results = run_side_by_side([job(one, most == 1) for one in beside], most=most, room=most)
+            found = dict(zip(beside, results, strict=True))
+            if most > 1:
+                self._failed |= {one for one, result in found.items() if isinstance(result, ForgeError)}
+                if not is_prefetch:
+                    alone = [one for one in dict.fromkeys(asked) if one in self._failed]
+                    found |= zip(
+                        alone, run_side_by_side([job(one, True) for one in alone], most=1, room=1), strict=True
+                    )
+        return [found.get(one) for one in asked]
 
     def spec(
         self,

@@ -128,7 +128,7 @@ def prefetch_steps(ladder: Ladder, bases: Sequence[tuple[Path | None, tuple[str,
         if with_inputs:
             processes += [Process(backend, inputs=True) for backend in (ladder.baseline, ladder.candidate)]
         asked += [_call(ladder, process, base) for process in processes]
-    ladder.probes("first_step", asked)  # what fails fails again, and is judged, when it is asked for
+    ladder.probes("first_step", asked, is_prefetch=True)
 
 
 def _call(ladder: Ladder, process: Process, base: Path | None, attempt: int = 0) -> tuple[Any, tuple[str, ...]]:
