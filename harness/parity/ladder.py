@@ -136,9 +136,8 @@ class Ladder:
                 self._failed |= {one for one, result in found.items() if isinstance(result, ForgeError)}
                 if not is_prefetch:
                     alone = [one for one in dict.fromkeys(asked) if one in self._failed]
-                    found |= zip(
-                        alone, run_side_by_side([job(one, True) for one in alone], most=1, room=1), strict=True
-                    )
+                    again = run_side_by_side([job(one, True) for one in alone], most=1, room=1)
+                    found.update(zip(alone, again, strict=True))
         return [found.get(one) for one in asked]
 
     def spec(
