@@ -16,6 +16,7 @@ from forge.training.workload import load_workload
 from harness.agenda import LADDER, LEGACY, SINGLES, TRIALS
 from harness.claims import CLAIMS
 from harness.gate import Gate
+from harness.outlook import num_stretches, outlook
 from harness.store import Store
 from harness.utilisation import model_flops
 from tests.tiny_gate import make_project, run_pytest
@@ -84,9 +85,9 @@ def test_a_planted_speed_of_one_point_nine_is_caught(tmp_path: Path, documents: 
 
 
 def test_a_planted_tenth_more_memory_is_caught(tmp_path: Path, documents: Path) -> None:
-    most = int(0.19 * (70 << 30))
-    assert gate(tmp_path / "a", documents, *CLAIMED, ARM_BYTES=json.dumps({"unsloth": most})).returncode == 0
-    done = gate(tmp_path / "b", documents, *CLAIMED, ARM_BYTES=json.dumps({"unsloth": int(most * 1.1)}))
+    most, only = int(0.19 * (70 << 30)), ("--gate-only", "genome_full", "-k", "test_claims and whole_documents")
+    assert gate(tmp_path / "a", documents, *only, ARM_BYTES=json.dumps({"unsloth": most})).returncode == 0
+    done = gate(tmp_path / "b", documents, *only, ARM_BYTES=json.dumps({"unsloth": int(most * 1.1)}))
     assert done.returncode == 1
     assert verdicts(tmp_path / "b")["genome_full_peak_allocated"] == "FAIL"
     assert verdicts(tmp_path / "b")["genome_full_speed"] == "PASS"
@@ -112,6 +113,32 @@ def test_a_session_without_time_is_incomplete_and_red(tmp_path: Path, documents:
     assert done.returncode == 1
     assert set(verdicts(tmp_path).values()) <= {"INCOMPLETE"}
     assert "INCOMPLETE" in done.stdout
+
+
+def test_the_outlook_counts_what_a_store_lacks(tmp_path: Path, documents: Path) -> None:
+    whole = {item.name: item for item in outlook(Store(tmp_path / "store"))}
+    assert [item.num_done + len(item.units) for item in whole.values()][:3] == [5, 5, 3]
+    assert (whole["ladder"].num_done, len(whole["ladder"].units)) == (2, len(LADDER) - 2), (
+        "two rungs are the claims' arms"
+    )
+    assert gate(tmp_path, documents, "--gate-only", "control_aa,ceiling", "-k", "control or arithmetic").returncode == 1
+    after = {item.name: item for item in outlook(Store(tmp_path / "store"))}
+    assert (after["control_aa"].units, after["ceiling"].units) == ((), ())
+    assert after["genome_full"] == whole["genome_full"]
+    assert after["legacy_256"].units[0] < whole["legacy_256"].units[0], "the store knows better what an arm takes"
+    assert num_stretches([200, 200, 200, 90, 10], 470) == 2
+
+
+def test_a_session_tells_what_the_store_has_of_what_it_leaves_out(tmp_path: Path, documents: Path) -> None:
+    def arithmetic(*only: str) -> list[str]:
+        gate(tmp_path, documents, "--gate-only", *only, "-k", "arithmetic and genome_full")
+        entries = json.loads((tmp_path / "results" / "benchmark.json").read_text())["benchmarks"]
+        return [entry["extra_info"]["record_kind"] for entry in entries]
+
+    no_time = ("control_aa", "--gate-seconds", "0.001")
+    assert arithmetic(*no_time) == ["not_run"]
+    assert arithmetic("ceiling") == ["ceiling"]
+    assert arithmetic(*no_time) == ["ceiling"]
 
 
 def test_without_a_gpu_the_gate_exits_with_4_and_says_so(tmp_path: Path, documents: Path) -> None:
