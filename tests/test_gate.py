@@ -115,6 +115,17 @@ def test_a_session_without_time_is_incomplete_and_red(tmp_path: Path, documents:
     assert "INCOMPLETE" in done.stdout
 
 
+def test_a_session_that_parts_a_pair_measures_nothing_after_its_first_half(tmp_path: Path, documents: Path) -> None:
+    """200 seconds are enough for half a pair of whole documents, and for a pair of short ones that would part it."""
+    some = ("--gate-only", "genome_full,legacy_256", "-k", "test_claims", "--gate-halves")
+    gate(tmp_path, documents, *some, "--gate-seconds", "200")
+    assert len(Store(tmp_path / "store").run_ids()) == 1
+    gate(tmp_path, documents, *some, "--gate-seconds", "120")
+    trial = Store(tmp_path / "store").read_trial("genome_full")
+    assert trial is not None
+    assert (len(trial.pairs), trial.pairs[0].baseline[-4:], trial.pairs[0].candidate[-4:]) == (5, "0001", "0002")
+
+
 def test_the_outlook_counts_what_a_store_lacks(tmp_path: Path, documents: Path) -> None:
     whole = {item.name: item for item in outlook(Store(tmp_path / "store"))}
     assert [item.num_done + len(item.units) for item in whole.values()][:3] == [5, 5, 3]
