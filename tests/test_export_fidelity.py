@@ -259,16 +259,6 @@ def number(value: int) -> bytes:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_wrong_pre_tokenizer_is_red(run_dir: Path, tmp_path: Path) -> None:
-    key = "tokenizer.ggml.pre"
-    text = (5).to_bytes(8, "little")
-    change = (entry(key, 8, text + b"qwen2"), entry(key, 8, text + b"gpt-2"))
-    path = patched(file_of(run_dir, "f16"), tmp_path / "x.gguf", change)
-    is_red(judge_tokens(tokens(run_dir, path)), r"control tokens named: \d+ of \d+ strings differ")
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
 def test_a_q4_k_m_that_fell_back_to_another_type_is_red_however_good_its_predictions(
     run_dir: Path, tmp_path: Path
 ) -> None:
@@ -379,7 +369,7 @@ def test_a_probe_says_what_is_wrong_in_one_line(run_dir: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_the_real_qwen2_vocabulary_is_read_alike_but_for_its_end_of_sequence_that_is_ordinary_text(
+def test_the_real_qwen2_vocabulary_is_read_alike_but_for_one_ordinary_text_and_a_wrong_pre_tokenizer_is_red(
     tmp_path: Path,
 ) -> None:
     from forge.training.export.gguf import convert_to_gguf
@@ -398,6 +388,8 @@ def test_the_real_qwen2_vocabulary_is_read_alike_but_for_its_end_of_sequence_tha
     convert_to_gguf(base, tmp_path / "x.gguf")
     (tmp_path / "run" / "adapter").mkdir(parents=True)
     (tmp_path / "run" / "adapter" / "adapter_model.safetensors").touch()
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "use_rslora": False}
+    (tmp_path / "run" / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
     write_run(tmp_path / "run", base)
     found = compare_tokens(tmp_path / "run", tmp_path / "x.gguf")
     for judge in (judge_tokens, judge_template, judge_specials):
@@ -409,6 +401,11 @@ def test_the_real_qwen2_vocabulary_is_read_alike_but_for_its_end_of_sequence_tha
     }
     assert 0 < counts["control tokens named"] < 10
     assert counts["plain text"] == 0
+    # and with the pre-tokenizer of another model, on the vocabulary that the gate's own bases have
+    key, length = "tokenizer.ggml.pre", (5).to_bytes(8, "little")
+    change = (entry(key, 8, length + b"qwen2"), entry(key, 8, length + b"gpt-2"))
+    wrong = compare_tokens(tmp_path / "run", patched(tmp_path / "x.gguf", tmp_path / "wrong.gguf", change))
+    is_red(judge_tokens(wrong), r"control tokens named: \d+ of \d+ strings differ")
 
 
 # Judging
