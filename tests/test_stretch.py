@@ -110,7 +110,7 @@ class Machine:
         }
         environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
         environment |= {"FORGE_WORK": str(self.folder / f"work{self.num_stretches}")}
-        environment |= {"ARM_USED": str(self.folder / "used")}
+        environment |= {"ARM_USED": str(self.folder / f"used{self.num_stretches}")}  # a killed arm leaves its figure
         command = ["bash", "scripts/gate_stretch.sh", str(self.out), str(self.train), "perf", "--"]
         command += ["-p", "tests.seen_gpu", "-p", "no:cacheprovider", "--gate-only", "genome_full", *options]
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
