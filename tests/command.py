@@ -86,7 +86,12 @@ def start(
     log.mkdir(parents=True, exist_ok=True)
     settings = {"PYTHONPATH": str(ROOT), **(environment or {})}
     process = _context.Process(target=_main, args=(arguments, str(log), fault, settings))
-    process.start()
+    before = list(sys.path)
+    sys.path.insert(0, str(ROOT))  # a test before may have put llama.cpp's tree there, which has a tests/ of its own
+    try:
+        process.start()
+    finally:
+        sys.path[:] = before
     return Running(process, log)
 
 

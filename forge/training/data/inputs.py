@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from forge.training.data.conversation import Encoder
-from forge.training.data.corpus_report import reasons
 from forge.training.data.examples import Examples, encode_records, sample_examples, save_examples
 from forge.training.data.overlap import describe_overlap, find_overlap
 from forge.training.errors import ConfigurationError, DataError
@@ -45,7 +44,7 @@ def corpus_paths(workload: Workload, run_dir: Path) -> tuple[Path, Path | None, 
     data = workload.data
     if data.train is not None:
         return Path(data.train), Path(data.validation) if data.validation else None, []
-    from forge.training.data.corpus import build_corpus, embedded_documents
+    from forge.training.data.corpus import build_corpus, embedded_documents, reasons
 
     assert data.documents is not None
     root = embedded_documents() if data.documents == "embedded" else Path(data.documents)
