@@ -22,7 +22,10 @@ from forge.training.errors import ConfigurationError, DataError, DiskError
 from forge.training.files import atomic_file, refuse_existing, sha256_file
 from forge.training.workload import InstructionRule
 
-__all__ = ["DEFAULT_RULES", "CorpusReport", "build_corpus", "embedded_documents", "print_report", "render_document"]
+__all__ = [
+    *("DEFAULT_RULES", "CorpusReport", "build_corpus", "embedded_documents", "print_report"),
+    *("reasons", "render_document"),
+]
 
 MAX_FILE_BYTES = 4 << 20
 DEFAULT_RULES = (InstructionRule(prefix="", text="Set out the ideas, facts and principles of the document `{path}`"),)
