@@ -23,8 +23,13 @@ from forge.training.files import atomic_file, refuse_existing, sha256_file
 from forge.training.workload import InstructionRule
 
 __all__ = [
-    *("DEFAULT_RULES", "CorpusReport", "build_corpus", "embedded_documents", "print_report"),
-    *("reasons", "render_document"),
+    "DEFAULT_RULES",
+    "CorpusReport",
+    "build_corpus",
+    "embedded_documents",
+    "print_report",
+    "reasons",
+    "render_document",
 ]
 
 MAX_FILE_BYTES = 4 << 20
