@@ -19,6 +19,7 @@ from forge.training.workload import load_workload
 from harness.claims import CLAIMS, Claim, judge
 from harness.report.run import Run, read_run
 from harness.store import Monitor, Outcome, Pair, RunSpec, Store, TrialState
+from tests.recorded_verdicts import verdicts
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results" / "2026-11-24-h200"
 GPU = "NVIDIA H200 (synthetic data)"
@@ -243,4 +244,6 @@ def whole_gate(directory: Path) -> Gate:
     gate.entry(
         "not_run/fp16", "not_run", what="fp16 in the legacy arm", reason="its gradient scaler refuses bfloat16 adapters"
     )
+    for kind, name, info in verdicts():
+        gate.entry(f"{kind}/{name}", kind, metric=name, **info)
     return gate

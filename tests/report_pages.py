@@ -16,8 +16,8 @@ from tests.tiny_model import scratch
 
 CLAIM = {claim.name: claim for claim in CLAIMS}
 SECTIONS = (
-    *("verdicts", "training", "pareto", "phases", "context", "losses", "projection", "ladder", "ceiling"),
-    *("environment", "gaps", "runs"),
+    *("verdicts", "parity", "training", "pareto", "phases", "context", "losses", "projection", "ladder", "ceiling"),
+    *("export", "reliability", "environment", "gaps", "runs"),
 )
 
 

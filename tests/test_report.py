@@ -16,6 +16,7 @@ import pytest
 from forge.training.environment import ROOT
 from harness.claims import CLAIMS
 from harness.report.__main__ import main
+from harness.report.expected import EXPECTED
 from harness.report.plots import Dot, trade_off
 from harness.stats import corpus_seconds
 from tests.recorded_gate import ARMS, Gate
@@ -164,7 +165,7 @@ def test_what_was_not_run_is_said(tmp_path: Path) -> None:
 def test_a_whole_gate_that_passed_is_green() -> None:
     _, page, _ = whole()
     assert status_of(page) == "pass"
-    assert page.count('class="badge pass"') == len(CLAIMS)
+    assert page.count('class="badge pass"') == len(CLAIMS) + sum(map(len, EXPECTED.values()))
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,9 @@ from harness.report.stated import Stated, read_stated, verdict_table
 _QUANTITIES = {"loss": "training loss", "grad_norm": "logarithm of the gradient norm"}
 
 
-def build(evidence: Evidence) -> Section | None:
-    """None where the gate left no verdict of the ladder. Raises :class:`DataError` for one that cannot be read."""
+def build(evidence: Evidence) -> Section:
+    """Raises :class:`DataError` for a verdict that cannot be read."""
     found = read_stated(evidence, "parity")
-    if not found:
-        return None
     rungs = {one.number: one for one in found if one.number is not None}
     parts: list[Chart | Table] = [verdict_table(found, "The ladder", "Rung")]
     for place, build_part in ((4, _noise), (5, _trajectory), (6, _outcome)):

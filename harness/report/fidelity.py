@@ -11,19 +11,14 @@ from harness.report.source import Entry, Evidence
 from harness.report.stated import Stated, read_stated, verdict_table
 
 
-def build(evidence: Evidence) -> Section | None:
-    """None where the gate left no verdict on an export. Raises :class:`DataError` for one that cannot be read."""
+def build(evidence: Evidence) -> Section:
+    """Raises :class:`DataError` for a verdict that cannot be read."""
     found = read_stated(evidence, "export")
-    timed = [entry for entry in evidence.of_kind("export") if entry.info.get("metric") == "export_seconds"]
-    if not found and not timed:
-        return None
-    parts: list[Chart | Table] = []
-    if found:
-        parts.append(verdict_table(found, "What an export must keep", "Claim"))
-    chain = next((one for one in found if one.figures.get("chain")), None)
-    if chain is not None:
-        parts += _chain(chain, {one.name: one for one in found})
-    for entry in timed:
+    by_name = {one.name: one for one in found}
+    parts: list[Chart | Table] = [verdict_table(found, "What an export must keep", "Claim")]
+    if by_name["chain"].figures.get("chain"):
+        parts += _chain(by_name["chain"], by_name)
+    for entry in timed_exports(evidence):
         parts += _timed(entry)
     return Section(
         "export",
@@ -34,6 +29,11 @@ def build(evidence: Evidence) -> Section | None:
         ),
         parts=tuple(parts),
     )
+
+
+def timed_exports(evidence: Evidence) -> list[Entry]:
+    """The entries of exports that were only timed."""
+    return [entry for entry in evidence.of_kind("export") if entry.info.get("metric") == "export_seconds"]
 
 
 def _chain(stated: Stated, found: dict[str, Stated]) -> list[Chart | Table]:

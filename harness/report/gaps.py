@@ -8,16 +8,20 @@ from harness.agenda import CONTEXT_BUDGETS_GIB, LADDER, SINGLES, TRIALS
 from harness.report.arms import BACKENDS, Arm
 from harness.report.content import Row, Section, Table
 from harness.report.context import contexts
+from harness.report.fidelity import timed_exports
 from harness.report.quantities import NONE, duration
 from harness.report.source import KINDS, Evidence
+from harness.report.stated import ROOMS, read_stated
 from harness.report.verdicts import Judged
 
 _CONTROL = "control_aa"  # its runs are no arm of their own
+_EXPORT = "export at 7B"
 
 
 def build(evidence: Evidence, judged: list[Judged], arms: dict[str, list[Arm]], rungs: list[Arm]) -> Section:
     """Nothing here is a number: it says where the report is silent, and why."""
-    rows = [*_said(evidence).values(), *_unjudged(judged), *_absent(evidence, arms, rungs), *_unread(evidence)]
+    rows = [*_said(evidence).values(), *_unjudged(judged), *_unstated(evidence)]
+    rows += [*_absent(evidence, arms, rungs), *_unread(evidence)]
     if evidence.is_partial:
         rows.insert(0, Row(("the rest of the gate", "it ended early: this is what was kept while it ran")))
     failed = tuple(
@@ -104,11 +108,21 @@ def _unjudged(judged: list[Judged]) -> Iterable[Row]:
             yield Row((f"claim {one.claim.name}", one.verdict.reason), one.run_ids)
 
 
+def _unstated(evidence: Evidence) -> Iterable[Row]:
+    """The verdicts beside the claims that are INCOMPLETE, with why, or missing."""
+    for kind, room in ROOMS.items():
+        for one in read_stated(evidence, kind):
+            if one.status == "INCOMPLETE":
+                rung = f"rung {one.number}, " if one.number else ""
+                yield Row((f"{room}: {rung}{one.name.replace('_', ' ')}", one.reason), one.run_ids)
+
+
 def _absent(evidence: Evidence, arms: dict[str, list[Arm]], rungs: list[Arm]) -> Iterable[Row]:
     """What the gate is to measure and this JSON holds no word of."""
     known = {f"{arm.name} on {workload}" for workload, found in arms.items() for arm in found}
     known |= {f"ladder: {rung.name}" for rung in rungs}
     known |= {_context(one.backend, one.budget_gib) for one, _ in contexts(evidence)}
+    known |= {_EXPORT} if timed_exports(evidence) else set()
     known |= {"matrix-product ceiling"} if evidence.of_kind("ceiling") else set()
     silent = [what for what in _planned() if what not in known | _said(evidence).keys()]
     return (Row((what, "no entry in the benchmark JSON")) for what in silent)
@@ -124,6 +138,7 @@ def _planned() -> Iterable[str]:
     yield from (f"ladder: {rung.name}" for _, rung in LADDER)
     yield from (_context(backend, budget) for backend in BACKENDS for budget in CONTEXT_BUDGETS_GIB)
     yield "matrix-product ceiling"
+    yield _EXPORT
 
 
 def _context(backend: str, budget_gib: float) -> str:

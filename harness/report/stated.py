@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from forge.training.errors import DataError
 from harness.claims import Status
 from harness.report.content import Row, Section, Table
+from harness.report.expected import EXPECTED, Expected
 from harness.report.quantities import NONE
 from harness.report.source import Entry, Evidence
 
@@ -27,34 +28,56 @@ class _Verdict(BaseModel):
 
 
 class Stated(BaseModel):
-    """One verdict. ``number``: of a rung. ``names``: baseline and candidate."""
+    """One verdict. ``number``: of a rung. ``names``: baseline and candidate. ``entry``: the name of what states it."""
 
     name: str
     statement: str | None
     number: int | None
     status: Status
     reason: str
-    figures: dict[str, Any]
-    run_ids: tuple[str, ...]
-    names: tuple[str, str]
-    anchor: str
+    entry: str
+    figures: dict[str, Any] = {}
+    run_ids: tuple[str, ...] = ()
+    names: tuple[str, str] = ("baseline", "candidate")
+    anchor: str = ""
 
 
 def read_stated(evidence: Evidence, kind: str) -> list[Stated]:
-    """The verdicts recorded as ``kind``, in order. Raises :class:`DataError`."""
-    entries = [entry for entry in evidence.of_kind(kind) if entry.info.get("verdict") is not None]
-    return [_read(entry, f"{kind}-{place}") for place, entry in enumerate(entries, 1)]
+    """The verdicts recorded as ``kind``, and an INCOMPLETE one for each that a whole gate leaves and this one did not.
+
+    A verdict must be there once: two of one name decide nothing. In the order of :data:`EXPECTED`, what is not there
+    last. Raises :class:`DataError`.
+    """
+    entries = evidence.of_kind(kind)
+    found = [_read(entry) for entry in entries if entry.info.get("verdict") is not None]
+    silent = [entry for entry in entries if entry.info.get("verdict") is None]
+    for expected in EXPECTED[kind]:
+        named = [one for one in found if (one.number, one.name) == (expected.number, expected.name)]
+        without = [entry for entry in silent if entry.info.get("metric") == expected.metric]
+        if len(named) != 1 or without:
+            told = [f"entry {entry.name} holds no verdict" for entry in without]
+            told += [f"{len(named)} entries state it: {', '.join(one.entry for one in named)}"] if named[1:] else []
+            found.append(_incomplete(expected, "; ".join(told) or "no verdict in the benchmark JSON"))
+    order = {(one.number, one.name): place for place, one in enumerate(EXPECTED[kind])}
+    found.sort(key=lambda one: order.get((one.number, one.name), len(order)))
+    return [one.model_copy(update={"anchor": f"{kind}-{place}"}) for place, one in enumerate(found, 1)]
 
 
-def _read(entry: Entry, anchor: str) -> Stated:
+def _incomplete(expected: Expected, reason: str) -> Stated:
+    words = {"name": expected.name, "number": expected.number, "statement": expected.statement}
+    return Stated(**words, entry=expected.metric, status="INCOMPLETE", reason=reason)
+
+
+def _read(entry: Entry) -> Stated:
     try:
         verdict = _Verdict.model_validate(entry.info["verdict"])
     except ValueError as error:
         first = " ".join(str(error).split())[:300]
         raise DataError(f"entry {entry.name}: extra_info.verdict is not a verdict: {first}") from error
     told = {"name": verdict.name or str(entry.info.get("metric") or entry.name), "run_ids": entry.run_ids}
+    told["entry"] = entry.name
     names = (str(entry.info.get("baseline") or "baseline"), str(entry.info.get("arm") or "candidate"))
-    return Stated(**{**verdict.model_dump(), **told}, names=names, anchor=anchor)
+    return Stated(**{**verdict.model_dump(), **told}, names=names)
 
 
 def verdict_table(found: list[Stated], caption: str, what: str) -> Table:
@@ -72,15 +95,12 @@ def verdict_table(found: list[Stated], caption: str, what: str) -> Table:
     return Table(caption, (what, "What must hold"), rows, texts=2)
 
 
-def build_reliability(evidence: Evidence) -> Section | None:
-    """None where the gate left no verdict on it."""
+def build_reliability(evidence: Evidence) -> Section:
+    """What was found when runs were killed, stopped or short of memory."""
     found = read_stated(evidence, "reliability")
-    if not found:
-        return None
     return Section("reliability", "Reliability", parts=(verdict_table(found, "What a run must survive", "Claim"),))
 
 
 def statuses(evidence: Evidence) -> dict[str, list[Status]]:
-    """By room, the statuses of all its verdicts; a room that left none is not there."""
-    found = {room: [one.status for one in read_stated(evidence, kind)] for kind, room in ROOMS.items()}
-    return {room: statuses for room, statuses in found.items() if statuses}
+    """By room, the statuses of all the verdicts of a whole gate."""
+    return {room: [one.status for one in read_stated(evidence, kind)] for kind, room in ROOMS.items()}

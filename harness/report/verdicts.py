@@ -55,7 +55,7 @@ def judged_claims(evidence: Evidence) -> list[Judged]:
 def overall(judged: list[Judged], others: dict[str, list[Status]] | None = None, *, is_partial: bool = False) -> str:
     """The worst status: green only if every claim and every other room passed and the gate came to its end.
 
-    ``others``: statuses of the verdicts on accuracy and export, where this gate has any.
+    ``others``: statuses of the verdicts on accuracy, export and reliability.
     """
     statuses: list[str] = [one.verdict.status for one in judged]
     statuses += [status for found in (others or {}).values() for status in found]

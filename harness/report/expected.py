@@ -1,0 +1,34 @@
+"""The verdicts that a whole gate leaves beside those on speed and memory, by the modules that give them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from harness.export import claims as export
+from harness.parity.architectures import ARCHITECTURES
+from harness.parity.verdicts import NAMES, STATEMENTS
+from harness.reliability import survival
+
+
+@dataclass(frozen=True)
+class Expected:
+    """``metric``: the entry's. ``name`` and ``number`` (of a rung): the verdict's."""
+
+    metric: str
+    name: str
+    number: int | None = None
+    statement: str | None = None
+
+
+EXPECTED: dict[str, tuple[Expected, ...]] = {  # by record_kind, in the order shown
+    "parity": (
+        *(Expected(f"rung {number}", name, number, STATEMENTS[number]) for number, name in NAMES.items()),
+        *(Expected(metric, metric) for metric in (f"rungs 1 to 3 as {of}" for of in ARCHITECTURES)),
+    ),
+    "export": tuple(Expected(claim.name, claim.name) for claim in export.CLAIMS),
+    "reliability": tuple(
+        Expected(f"{name}_{backend}", f"{name}_{backend}", statement=f"{backend}: {statement}")
+        for name, (_, _, statement) in survival.CLAIMS.items()
+        for backend in survival.BACKENDS
+    ),
+}
