@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from forge.training.files import write_json
 from harness.export.predictions import BARS, judge_chain, judge_file, judge_merged_against_adapter
 from harness.parity.recorded import read_recorded
 from harness.parity.step_checks import Check
@@ -115,3 +116,47 @@ def test_a_red_rung_or_export_is_a_red_report_whatever_the_speed(gate: Any) -> N
         page, markdown = report_of(gate, entries)
         assert status_of(page) == "fail"
         assert re.search(r"(Accuracy|Export): \d of \d+ passed, 1 FAIL, ", markdown)
+
+
+def _figures(entries: list[dict[str, Any]], metric: str) -> Any:
+    info: dict[str, Any] = next(e["extra_info"] for e in entries if e["extra_info"]["metric"] == metric)
+    return info["verdict"]["figures"] if "verdict" in info else info
+
+
+@pytest.mark.parametrize(
+    ("metric", "path"),
+    [
+        ("rung 2", ("checks", "nf4", 0, "bar")),
+        ("rung 4", ("layouts", 0, "run_id")),
+        ("rung 5", ("candidate", "loss", "drift")),
+        ("rung 6", ("plan", "margin_nats")),
+        ("divergence_q8_0", ("pair", "mean_kl_nats")),
+        ("chain", ("held_out",)),
+        ("export_seconds", ("steps", 0, "seconds")),
+    ],
+)
+def test_a_figure_that_is_missing_is_one_message_that_names_the_entry(
+    gate: Any, capsys: pytest.CaptureFixture[str], metric: str, path: tuple[Any, ...]
+) -> None:
+    entries = json.loads(json.dumps(gate[1]))
+    kind = next(e["extra_info"]["record_kind"] for e in entries if e["extra_info"]["metric"] == metric)
+    holder = _figures(entries, metric)
+    for key in path[:-1]:
+        holder = holder[key]
+    del holder[path[-1]]
+    write_json(gate[0] / "broken.json", {"benchmarks": entries})
+    arguments = [str(gate[0] / "broken.json"), "-o", str(gate[0] / "none"), "--store", str(gate[0] / "store")]
+    assert main(arguments) == 3
+    shown = capsys.readouterr().err
+    assert f"entry {kind}/{metric}: its figures cannot be shown: '{path[-1]}' is missing" in shown
+    assert not (gate[0] / "none").exists()
+
+
+def test_a_peak_that_is_not_known_is_a_dash_and_not_the_drift(gate: Any) -> None:
+    entries = json.loads(json.dumps(gate[1]))
+    told = _figures(entries, "rung 5")["candidate"]["loss"]
+    told["peak_spreads"] = None
+    ladder = section(report_of(gate, entries)[1], "Accuracy: the parity ladder")
+    row = next(line for line in ladder.splitlines() if line.startswith("| unsloth | training loss |"))
+    drift = f"{told['drift']:+.2g} ({told['drift_limit']:.2g})"
+    assert row.startswith(f"| unsloth | training loss | – | {drift} |")

@@ -9,7 +9,7 @@ from harness.report.content import Chart, Row, Section, Table
 from harness.report.deviations import Difference, differences, within_band
 from harness.report.quantities import NONE, count, digits, number, percent
 from harness.report.source import Evidence
-from harness.report.stated import Stated, read_stated, verdict_table
+from harness.report.stated import Stated, figures_of, read_stated, verdict_table
 
 _QUANTITIES = {"loss": "training loss", "grad_norm": "logarithm of the gradient norm"}
 
@@ -20,9 +20,13 @@ def build(evidence: Evidence) -> Section:
     rungs = {one.number: one for one in found if one.number is not None}
     parts: list[Chart | Table] = [verdict_table(found, "The ladder", "Rung")]
     for place, build_part in ((4, _noise), (5, _trajectory), (6, _outcome)):
-        if place in rungs and rungs[place].figures:
-            parts += build_part(rungs[place], rungs[place].names)
-    parts += [_checks(rungs[place]) for place in (2, 3) if place in rungs and rungs[place].figures.get("checks")]
+        if rungs[place].figures:
+            with figures_of(rungs[place].entry):
+                parts += build_part(rungs[place], rungs[place].names)
+    for place in (2, 3):
+        if rungs[place].figures.get("checks"):
+            with figures_of(rungs[place].entry):
+                parts.append(_checks(rungs[place]))
     return Section(
         "parity",
         "Accuracy: the parity ladder",
@@ -75,10 +79,11 @@ def _trajectory(rung: Stated, names: tuple[str, str]) -> list[Chart | Table]:
         baseline, half, candidate = (curve[key] for key in ("baseline", "half_width", "candidate"))
         told = rung.figures["candidate"][quantity]
         inside = "inside" if told["is_inside"] else "outside"
-        words = f"{names[1]} is {inside}: {told['peak_spreads']:.2g} spreads at step {told['peak_step']}, "
-        words += (
-            f"{told['peak_limit_spreads']:.2g} allowed; drift {told['drift']:+.2g}, {told['drift_limit']:.2g} allowed"
-        )
+        peak = "the peak is not known"
+        if told["peak_spreads"] is not None and told["peak_limit_spreads"] is not None:
+            peak = f"{told['peak_spreads']:.2g} spreads at step {told['peak_step']}"
+            peak += f", {told['peak_limit_spreads']:.2g} allowed"
+        words = f"{names[1]} is {inside}: {peak}; drift {told['drift']:+.2g}, {told['drift_limit']:.2g} allowed"
         unit = "nats per trained token" if quantity == "loss" else "natural logarithm"
         title = f"Rung 5: {_QUANTITIES[quantity]}"
         if quantity == "loss":
@@ -99,10 +104,10 @@ def _trajectory(rung: Stated, names: tuple[str, str]) -> list[Chart | Table]:
 
 
 def _of(told: dict[str, Any], what: str) -> str:
-    value, limit = (told["peak_spreads"], told["peak_limit_spreads"]) if what == "peak" else (None, None)
-    if value is not None and limit is not None:
-        return f"{value:.2f} ({limit:.2f})"
-    return f"{told['drift']:+.2g} ({told['drift_limit']:.2g})"
+    if what == "drift":
+        return f"{told['drift']:+.2g} ({told['drift_limit']:.2g})"
+    value, limit = told["peak_spreads"], told["peak_limit_spreads"]
+    return NONE if value is None or limit is None else f"{value:.2f} ({limit:.2f})"
 
 
 def _outcome(rung: Stated, names: tuple[str, str]) -> list[Chart | Table]:

@@ -8,7 +8,7 @@ from harness.report.bars import Bar, bars
 from harness.report.content import Chart, Row, Section, Table
 from harness.report.quantities import NONE, duration, gib, number, percent
 from harness.report.source import Entry, Evidence
-from harness.report.stated import Stated, read_stated, verdict_table
+from harness.report.stated import Stated, figures_of, read_stated, verdict_table
 
 
 def build(evidence: Evidence) -> Section:
@@ -17,9 +17,11 @@ def build(evidence: Evidence) -> Section:
     by_name = {one.name: one for one in found}
     parts: list[Chart | Table] = [verdict_table(found, "What an export must keep", "Claim")]
     if by_name["chain"].figures.get("chain"):
-        parts += _chain(by_name["chain"], by_name)
+        with figures_of(by_name["chain"].entry):
+            parts += _chain(by_name["chain"], by_name)
     for entry in timed_exports(evidence):
-        parts += _timed(entry)
+        with figures_of(entry.name):
+            parts += _timed(entry)
     return Section(
         "export",
         "Export: from the adapter to the files",
@@ -39,16 +41,10 @@ def timed_exports(evidence: Evidence) -> list[Entry]:
 def _chain(stated: Stated, found: dict[str, Stated]) -> list[Chart | Table]:
     steps, held_out = stated.figures["chain"], stated.figures["held_out"]
     items = [Bar(s["subject"], "unsloth", s["nats_per_token"], f"{s['nats_per_token']:.4f}") for s in steps]
-    pairs = {
-        step["subject"]: found[f"divergence_{step['subject']}"].figures.get("pair", {})
-        for step in steps
-        if f"divergence_{step['subject']}" in found
-    }
-    if "merged_against_adapter" in found:
-        pairs["merged"] = found["merged_against_adapter"].figures.get("pair", {})
+    judged = {s["subject"]: found.get(f"divergence_{s['subject']}") for s in steps}
+    judged["merged"] = found["merged_against_adapter"]
     rows = tuple(
-        Row((s["subject"], f"{s['nats_per_token']:.4f}", _change(s), *_divergence(pairs.get(s["subject"], {}))))
-        for s in steps
+        Row((s["subject"], f"{s['nats_per_token']:.4f}", _change(s), *_divergence(judged[s["subject"]]))) for s in steps
     )
     size = f"{held_out['num_tokens']:,} tokens of {held_out['num_documents']} documents"
     columns = ("Model", "Nats a token", "Change (standard error)", "Mean KL (standard error)", "Same top token")
@@ -75,12 +71,15 @@ def _change(step: dict[str, Any]) -> str:
     return f"{step['change_nats_per_token']:+.2e} ({number(step['standard_error_nats_per_token'], 2)})"
 
 
-def _divergence(pair: dict[str, Any]) -> tuple[str, str]:
-    if not pair:
+def _divergence(judged: Stated | None) -> tuple[str, str]:
+    """KL and share of equal top tokens; dashes where no verdict is about it."""
+    if judged is None or not judged.figures.get("pair"):
         return NONE, NONE
-    error = pair["standard_error_nats"]
-    shown = NONE if error is None else f"{error:.1e}"
-    return f"{pair['mean_kl_nats']:.2e} ({shown})", percent(pair["same_top_share"], 4)
+    with figures_of(judged.entry):
+        pair = judged.figures["pair"]
+        error = pair["standard_error_nats"]
+        shown = NONE if error is None else f"{error:.1e}"
+        return f"{pair['mean_kl_nats']:.2e} ({shown})", percent(pair["same_top_share"], 4)
 
 
 def _timed(entry: Entry) -> list[Chart | Table]:

@@ -24,7 +24,7 @@ from harness.store import Store, TrialState
 
 KINDS = ("metric", "claim", "ladder", "context", "ceiling", "not_run", "parity", "export", "reliability")
 _ROUNDING = 1e-6  # entries and runs are the same numbers, through JSON
-_REMEDY = "name the JSON that `pytest -m gpu --benchmark-json=FILE` wrote, and with --store the store it measured into"
+REMEDY = "name the JSON that `pytest -m gpu --benchmark-json=FILE` wrote, and with --store the store it measured into"
 _Info = TypeVar("_Info", bound=BaseModel)
 
 
@@ -45,7 +45,7 @@ class Entry:
         """A field of extra_info that must hold words. Raises :class:`DataError`."""
         value = self.info.get(key)
         if not isinstance(value, str) or not value:
-            raise DataError(f"entry {self.name}: extra_info.{key} is {value!r}, not a text", remedy=_REMEDY)
+            raise DataError(f"entry {self.name}: extra_info.{key} is {value!r}, not a text", remedy=REMEDY)
         return value
 
     @property
@@ -53,7 +53,7 @@ class Entry:
         """The workload's name, which also becomes part of anchors. Raises :class:`DataError`."""
         name = self.text("workload")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-            raise DataError(f"entry {self.name}: extra_info.workload is {name!r}, no workload's name", remedy=_REMEDY)
+            raise DataError(f"entry {self.name}: extra_info.workload is {name!r}, no workload's name", remedy=REMEDY)
         return name
 
     def parse(self, model: type[_Info]) -> _Info:
@@ -63,7 +63,7 @@ class Entry:
         except ValidationError as invalid:
             first = invalid.errors()[0]
             where = ".".join(str(part) for part in ("extra_info", *first["loc"]))
-            raise DataError(f"entry {self.name}: {where}: {first['msg']}", remedy=_REMEDY) from invalid
+            raise DataError(f"entry {self.name}: {where}: {first['msg']}", remedy=REMEDY) from invalid
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def read_evidence(benchmark_json: Path, store: Path) -> Evidence:
     content = read_json_object(benchmark_json)
     entries = tuple(_entries(benchmark_json, content))
     if not any(entry.kind in KINDS for entry in entries):
-        raise DataError(f"{benchmark_json} holds no entry of the gate", remedy=_REMEDY)
+        raise DataError(f"{benchmark_json} holds no entry of the gate", remedy=REMEDY)
     evidence = Evidence(
         machine=_object(content.get("machine_info")),
         commit=_object(content.get("commit_info")),
@@ -116,13 +116,13 @@ def read_evidence(benchmark_json: Path, store: Path) -> Evidence:
     for entry in entries:
         _check(entry, evidence.runs, store)
         if entry.info.get("probe") is not None and evidence.probe_of(entry) is None:
-            raise DataError(f"entry {entry.name} names a probe that {store} lacks", remedy=_REMEDY)
+            raise DataError(f"entry {entry.name} names a probe that {store} lacks", remedy=REMEDY)
     return evidence
 
 
 def _read_runs(store: Path) -> dict[str, Run]:
     if not any((store / name).is_dir() for name in ("runs", "probes")):
-        raise DataError(f"{store} is not a store: it has no directory named runs", remedy=_REMEDY)
+        raise DataError(f"{store} is not a store: it has no directory named runs", remedy=REMEDY)
     return {outcome.run_id: read_run(outcome) for outcome in Store(store).outcomes()}
 
 
@@ -135,24 +135,24 @@ def _read_trials(store: Path) -> tuple[TrialState, ...]:
 def _entries(path: Path, content: dict[str, Any]) -> Iterable[Entry]:
     benchmarks = content.get("benchmarks")
     if not isinstance(benchmarks, list):
-        raise DataError(f"{path} is not pytest-benchmark's JSON: it has no list named benchmarks", remedy=_REMEDY)
+        raise DataError(f"{path} is not pytest-benchmark's JSON: it has no list named benchmarks", remedy=REMEDY)
     for position, benchmark in enumerate(benchmarks):
         benchmark = _object(benchmark)
         info = _printable(_object(benchmark.get("extra_info")))
         name = printable(str(benchmark.get("name") or f"number {position + 1}"))
         run_ids = info.get("run_ids") or []
         if not (isinstance(run_ids, list) and all(isinstance(run_id, str) for run_id in run_ids)):
-            raise DataError(f"{path}: entry {name}: extra_info.run_ids is not a list of run ids", remedy=_REMEDY)
+            raise DataError(f"{path}: entry {name}: extra_info.run_ids is not a list of run ids", remedy=REMEDY)
         samples = _object(benchmark.get("stats")).get("data") or []
         if not (isinstance(samples, list) and all(_is_number(sample) for sample in samples)):
-            raise DataError(f"{path}: entry {name}: stats.data holds something that is no number", remedy=_REMEDY)
+            raise DataError(f"{path}: entry {name}: stats.data holds something that is no number", remedy=REMEDY)
         yield Entry(name, str(info.get("record_kind") or "unknown"), info, tuple(float(sample) for sample in samples))
 
 
 def _check(entry: Entry, runs: dict[str, Run], store: Path) -> None:
     if missing := [run_id for run_id in entry.run_ids if run_id not in runs]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise DataError(f"entry {entry.name} names run {missing[0]}{more}, which {store} lacks", remedy=_REMEDY)
+        raise DataError(f"entry {entry.name} names run {missing[0]}{more}, which {store} lacks", remedy=REMEDY)
     if entry.kind not in ("metric", "ladder") or len(entry.samples) != len(entry.run_ids):
         return
     for sample, run_id in zip(entry.samples, entry.run_ids, strict=True):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -11,7 +13,7 @@ from harness.claims import Status
 from harness.report.content import Row, Section, Table
 from harness.report.expected import EXPECTED, Expected
 from harness.report.quantities import NONE
-from harness.report.source import Entry, Evidence
+from harness.report.source import REMEDY, Entry, Evidence
 
 ROOMS = {"parity": "accuracy", "export": "export", "reliability": "reliability"}  # record_kind -> for people
 
@@ -64,8 +66,14 @@ def read_stated(evidence: Evidence, kind: str) -> list[Stated]:
 
 
 def _incomplete(expected: Expected, reason: str) -> Stated:
-    words = {"name": expected.name, "number": expected.number, "statement": expected.statement}
-    return Stated(**words, entry=expected.metric, status="INCOMPLETE", reason=reason)
+    return Stated(
+        name=expected.name,
+        statement=expected.statement,
+        number=expected.number,
+        status="INCOMPLETE",
+        reason=reason,
+        entry=expected.metric,
+    )
 
 
 def _read(entry: Entry) -> Stated:
@@ -78,6 +86,16 @@ def _read(entry: Entry) -> Stated:
     told["entry"] = entry.name
     names = (str(entry.info.get("baseline") or "baseline"), str(entry.info.get("arm") or "candidate"))
     return Stated(**{**verdict.model_dump(), **told}, names=names)
+
+
+@contextmanager
+def figures_of(entry: str) -> Iterator[None]:
+    """Where an entry's figures are shown: one that is missing or no figure is a :class:`DataError` that names it."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise DataError(f"entry {entry}: its figures cannot be shown: {what}", remedy=REMEDY) from error
 
 
 def verdict_table(found: list[Stated], caption: str, what: str) -> Table:
