@@ -245,5 +245,7 @@ def whole_gate(directory: Path) -> Gate:
         "not_run/fp16", "not_run", what="fp16 in the legacy arm", reason="its gradient scaler refuses bfloat16 adapters"
     )
     for kind, name, info in verdicts():
+        if kind == "reliability":
+            info["probe"] = gate.probe("survival", info["backend"])
         gate.entry(f"{kind}/{name}", kind, metric=name, **info)
     return gate

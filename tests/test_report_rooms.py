@@ -6,10 +6,14 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from harness.recorder import CLOCK
+from harness.reliability.survival import Survival
+from harness.reliability.test_survival import hold
 from harness.report import gaps
 from harness.report.arms import Arm, arms_by_workload, ladder
 from harness.report.content import Table
@@ -17,6 +21,8 @@ from harness.report.expected import EXPECTED, Expected
 from harness.report.source import Entry, Evidence, read_evidence
 from harness.report.stated import ROOMS, statuses
 from harness.report.verdicts import Judged, judged_claims, overall
+from harness.store import Store
+from tests.recorded_verdicts import ANSWERS
 from tests.report_pages import whole
 
 ALL = [(kind, expected) for kind, found in EXPECTED.items() for expected in found]
@@ -111,3 +117,29 @@ def test_a_verdict_that_could_not_be_reached_stands_among_what_was_not_run(kind:
     status, missed = read_gaps(entries)
     assert status == "INCOMPLETE"
     assert missed[name_in_gaps(kind, expected)] == "no time was left"
+
+
+def test_what_was_found_of_killed_and_stopped_runs_stands_there_with_its_probe() -> None:
+    _, page, markdown = whole()
+    section = markdown.split("## Reliability")[1].split("\n## ")[0].replace("\\", "")
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    for found in (
+        "| killed, resumed from step 10: relative difference from a whole run | 0.00024 | two whole runs: 0.00011 |",
+        "| seconds from SIGTERM to the end | 5.2 | at most 30 |",
+        "| micro-batch that it went on with | 2 | within 8 GiB |",
+        "pre_optimizer_step, optimizer_step, step_end, log, evaluate, save | 8 |",
+    ):
+        line = next((row for row in rows if found in row.replace("\u00a0", " ")), None)
+        assert line is not None, found
+        assert "(#run-survival-" in line
+    assert 'id="run-survival-unsloth-' in page
+
+
+@pytest.mark.benchmark(timer=CLOCK)
+def test_an_entry_on_reliability_names_the_probe_in_the_store(
+    tmp_path: Path, benchmark: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = {**ANSWERS["stop"], "key": "0123456789ab" * 5}
+    monkeypatch.setattr("harness.reliability.survival.run_probe", lambda *_, **__: stored)
+    hold(Survival(Store(tmp_path), tmp_path / "train.jsonl", "tiny"), benchmark, "stop", "trl")
+    assert benchmark.extra_info["probe"] == stored["key"]

@@ -17,7 +17,8 @@ def hold(survival: Survival, benchmark: Any, name: str, backend: Backend) -> Non
     """Record the finding on a claim, then assert it."""
     finding = survival.finding(name, backend)
     verdict = finding.to_dict()
-    record_facts(benchmark, metric=finding.name, record_kind="reliability", backend=backend, verdict=verdict)
+    probe = {"probe": finding.figures["key"]} if finding.figures else {}  # what it traces to in the store
+    record_facts(benchmark, metric=finding.name, record_kind="reliability", backend=backend, verdict=verdict, **probe)
     assert finding.status == "PASS", f"{finding.status}: {finding.statement} {finding.reason}"
 
 

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from harness.report import accuracy, context, fidelity, gaps, ladder, losses, projection, setting, training, verdicts
+from harness.report import (
+    accuracy,
+    context,
+    fidelity,
+    gaps,
+    ladder,
+    losses,
+    projection,
+    reliability,
+    setting,
+    training,
+    verdicts,
+)
 from harness.report.arms import arms_by_workload
 from harness.report.arms import ladder as rungs_of
 from harness.report.content import Report
 from harness.report.source import Evidence
-from harness.report.stated import build_reliability, statuses
+from harness.report.stated import statuses
 
 
 def gather(evidence: Evidence) -> Report:
@@ -27,7 +39,7 @@ def gather(evidence: Evidence) -> Report:
         ladder.build(rungs),
         ladder.build_ceiling(evidence),
         fidelity.build(evidence),
-        build_reliability(evidence),
+        reliability.build(evidence),
         setting.build(evidence, used),
         gaps.build(evidence, judged, arms, rungs),
         gaps.build_appendix(evidence),

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from forge.training.errors import DataError
 from harness.claims import Status
-from harness.report.content import Row, Section, Table
+from harness.report.content import Row, Table
 from harness.report.expected import EXPECTED, Expected
 from harness.report.quantities import NONE
 from harness.report.source import REMEDY, Entry, Evidence
@@ -30,7 +30,10 @@ class _Verdict(BaseModel):
 
 
 class Stated(BaseModel):
-    """One verdict. ``number``: of a rung. ``names``: baseline and candidate. ``entry``: the name of what states it."""
+    """One verdict. ``number``: of a rung. ``names``: baseline and candidate. ``entry``: the name of what states it.
+
+    ``run_ids``: the runs, and the probe, that it rests on.
+    """
 
     name: str
     statement: str | None
@@ -47,11 +50,11 @@ class Stated(BaseModel):
 def read_stated(evidence: Evidence, kind: str) -> list[Stated]:
     """The verdicts recorded as ``kind``, and an INCOMPLETE one for each that a whole gate leaves and this one did not.
 
-    A verdict must be there once: two of one name decide nothing. In the order of :data:`EXPECTED`, what is not there
-    last. Raises :class:`DataError`.
+    A verdict must be there once: two of one name decide nothing. In the order of :data:`EXPECTED`; of other names last.
+    Raises :class:`DataError`.
     """
     entries = evidence.of_kind(kind)
-    found = [_read(entry) for entry in entries if entry.info.get("verdict") is not None]
+    found = [_read(evidence, entry) for entry in entries if entry.info.get("verdict") is not None]
     silent = [entry for entry in entries if entry.info.get("verdict") is None]
     for expected in EXPECTED[kind]:
         named = [one for one in found if (one.number, one.name) == (expected.number, expected.name)]
@@ -76,13 +79,13 @@ def _incomplete(expected: Expected, reason: str) -> Stated:
     )
 
 
-def _read(entry: Entry) -> Stated:
+def _read(evidence: Evidence, entry: Entry) -> Stated:
     try:
         verdict = _Verdict.model_validate(entry.info["verdict"])
     except ValueError as error:
         first = " ".join(str(error).split())[:300]
         raise DataError(f"entry {entry.name}: extra_info.verdict is not a verdict: {first}") from error
-    told = {"name": verdict.name or str(entry.info.get("metric") or entry.name), "run_ids": entry.run_ids}
+    told = {"name": verdict.name or str(entry.info.get("metric") or entry.name), "run_ids": evidence.sources_of(entry)}
     told["entry"] = entry.name
     names = (str(entry.info.get("baseline") or "baseline"), str(entry.info.get("arm") or "candidate"))
     return Stated(**{**verdict.model_dump(), **told}, names=names)
@@ -111,12 +114,6 @@ def verdict_table(found: list[Stated], caption: str, what: str) -> Table:
         for one in found
     )
     return Table(caption, (what, "What must hold"), rows, texts=2)
-
-
-def build_reliability(evidence: Evidence) -> Section:
-    """What was found when runs were killed, stopped or short of memory."""
-    found = read_stated(evidence, "reliability")
-    return Section("reliability", "Reliability", parts=(verdict_table(found, "What a run must survive", "Claim"),))
 
 
 def statuses(evidence: Evidence) -> dict[str, list[Status]]:
