@@ -101,7 +101,8 @@ def test_the_export_is_one_chain_from_base_to_the_smallest_file(gate: Any) -> No
     export = section(markdown, "Export: from the adapter to the files")
     rows = [line for line in export.splitlines() if re.match(r"\| (base|adapter|merged|f16|q8_0|q4_k_m) \|", line)]
     assert [row.split(" | ")[0] for row in rows] == ["| base", "| adapter", "| merged", "| f16", "| q8_0", "| q4_k_m"]
-    assert "4.00e-07 (1.0e-08) | 98.70%" in rows[-1]
+    assert "4.00e-07 (1.0e-08) | 0.05 | 98.70%" in rows[-1]
+    assert [row.split(" | ")[4] for row in rows] == ["–", "–", "0.001", "1e-06", "0.001", "0.05"]
     assert 'id="export-chain-title"' in page
     assert "+0.0125" in export
     assert "| merge | 36 s | 15.0 GiB | 9.00 GiB |" in export

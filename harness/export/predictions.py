@@ -28,6 +28,7 @@ def judge_merged_against_adapter(found: Mapping[str, Any]) -> Finding:
     pair, step = _pair(found, "adapter", "merged"), _step(found, "merged")
     effect = _pair(found, "adapter", "base")["mean_kl_nats"]
     figures = {"pair": pair, "step": step, "adapter_effect_kl_nats": effect, "four_bit": found["four_bit"]}
+    figures["bar"] = MERGE_BAR
     statement = "The merged weights predict what the adapter on the original 16-bit base predicts."
     status, reason = _below(pair, MERGE_BAR, found)
     change, error = step["change_nats_per_token"], step["standard_error_nats_per_token"]

@@ -47,7 +47,14 @@ def _chain(stated: Stated, found: dict[str, Stated]) -> list[Chart | Table]:
         Row((s["subject"], f"{s['nats_per_token']:.4f}", _change(s), *_divergence(judged[s["subject"]]))) for s in steps
     )
     size = f"{held_out['num_tokens']:,} tokens of {held_out['num_documents']} documents"
-    columns = ("Model", "Nats a token", "Change (standard error)", "Mean KL (standard error)", "Same top token")
+    columns = (
+        "Model",
+        "Nats a token",
+        "Change (standard error)",
+        "Mean KL (standard error)",
+        "KL below",
+        "Same top token",
+    )
     parts: list[Chart | Table] = [
         bars("export-chain", f"Held-out loss along the export, nats a token ({size})", items),
         Table(
@@ -71,15 +78,16 @@ def _change(step: dict[str, Any]) -> str:
     return f"{step['change_nats_per_token']:+.2e} ({number(step['standard_error_nats_per_token'], 2)})"
 
 
-def _divergence(judged: Stated | None) -> tuple[str, str]:
-    """KL and share of equal top tokens; dashes where no verdict is about it."""
+def _divergence(judged: Stated | None) -> tuple[str, str, str]:
+    """KL, its bar and the share of equal top tokens; dashes where no verdict is about it."""
     if judged is None or not judged.figures.get("pair"):
-        return NONE, NONE
+        return NONE, NONE, NONE
     with figures_of(judged.entry):
         pair = judged.figures["pair"]
         error = pair["standard_error_nats"]
         shown = NONE if error is None else f"{error:.1e}"
-        return f"{pair['mean_kl_nats']:.2e} ({shown})", percent(pair["same_top_share"], 4)
+        bar = f"{judged.figures['bar']:g}" if "bar" in judged.figures else NONE
+        return f"{pair['mean_kl_nats']:.2e} ({shown})", bar, percent(pair["same_top_share"], 4)
 
 
 def _timed(entry: Entry) -> list[Chart | Table]:
