@@ -7,7 +7,7 @@ from typing import Any
 
 from harness.reliability.survival import BACKENDS, STOP_LIMIT_SECONDS
 from harness.report.content import Row, Section, Table
-from harness.report.quantities import tied
+from harness.report.quantities import NONE, tied
 from harness.report.source import Evidence
 from harness.report.stated import Stated, figures_of, read_stated, verdict_table
 
@@ -52,7 +52,7 @@ def _memory(figures: dict[str, Any]) -> Iterator[_Found]:
 
 def _callbacks(figures: dict[str, Any]) -> Iterator[_Found]:
     for number, events in enumerate(figures["events"], 1):
-        yield f"events of step kind {number}: {', '.join(events.split())}", str(len(events.split())), ""
+        yield f"events of step kind {number}: {', '.join(events.split())}", str(len(events.split())), NONE
 
 
 def _stop(figures: dict[str, Any]) -> Iterator[_Found]:
