@@ -86,3 +86,26 @@ def test_every_error_has_an_exit_code_of_the_documented_ones() -> None:
     codes = [kind.exit_code for kind in kinds]
     assert sorted(codes) == list(range(2, 10))
     assert all(f"| {code} |" in readme for code in (0, 1, *codes))
+
+
+@pytest.mark.parametrize(("number", "code"), [(2, 130), (15, 143)])
+@pytest.mark.parametrize("met", ["raise", "raise ImportError('half of a module')", "raise SystemExit(1)"])
+def test_a_signal_ends_a_command_with_its_code_wherever_it_is_met(met: str, number: int, code: int) -> None:
+    """Outside the command line's own net, and turned into something else by a library."""
+    program = (
+        "import os, sys\n"
+        "from forge.training.command import carry_out\n"
+        "def app(**_):\n"
+        "    try:\n"
+        f"        os.kill(os.getpid(), {number})\n"
+        "    except KeyboardInterrupt:\n"
+        f"        {met}\n"
+        "sys.exit(carry_out(app, ['go']))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, env=environment, timeout=60, check=False
+    )
+    assert done.returncode == code
+    assert b"Traceback" not in done.stderr
+    assert done.stderr.startswith(b"error: stopped by SIG")

@@ -56,15 +56,17 @@ def carry_out(app: Callable[..., Any], arguments: list[str]) -> int:
         follow_parent()
         with stop.caught():
             code = app(args=arguments, standalone_mode=False) or 0
-        if stop.number is not None and code:  # the command line's own word for it is 130, whatever the signal
-            interruption = stop.interrupted("; nothing is left half done")
-            code, message = interruption.exit_code, interruption.message
     except ForgeError as error:
         code, message, remedy = error.exit_code, error.message, error.remedy
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else int(bool(stop.code))
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(bool(ended.code))
+    except KeyboardInterrupt:  # where the command line does not look for one
+        code = 130
     except Exception as error:
-        code, message, remedy = _described(error)
+        code, message, remedy = (130, None, None) if stop.number is not None else _described(error)
+    if code and message is None and stop.number is not None:  # the command line's own code is 130 for either signal
+        interruption = stop.interrupted("; nothing is left half done")
+        code, message = interruption.exit_code, interruption.message
     if code == 130 and message is None:  # typer makes it of a Ctrl-C that no command caught
         message = "interrupted"
     if message is not None:
