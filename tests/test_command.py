@@ -89,15 +89,16 @@ def test_every_error_has_an_exit_code_of_the_documented_ones() -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(2, 130), (15, 143)])
+@pytest.mark.parametrize("where", ["os.kill(os.getpid(), {})", "exec('os.kill(os.getpid(), {})')"])
 @pytest.mark.parametrize("met", ["raise", "raise ImportError('half of a module')", "raise SystemExit(1)"])
-def test_a_signal_ends_a_command_with_its_code_wherever_it_is_met(met: str, number: int, code: int) -> None:
+def test_a_signal_ends_a_command_with_its_code_wherever_it_is_met(met: str, where: str, number: int, code: int) -> None:
     """Outside the command line's own net, and turned into something else by a library."""
     program = (
         "import os, sys\n"
         "from forge.training.command import carry_out\n"
         "def app(**_):\n"
         "    try:\n"
-        f"        os.kill(os.getpid(), {number})\n"
+        f"        {where.format(number)}\n"
         "    except KeyboardInterrupt:\n"
         f"        {met}\n"
         "sys.exit(carry_out(app, ['go']))\n"
