@@ -269,6 +269,7 @@ def test_small_without_a_gpu_says_what_to_do(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # two bases, each a minute and more
 def test_tiny_is_the_same_on_every_run_and_has_learnt_the_text_it_is_made_from(tmp_path: Path) -> None:
     code = "from forge.training.models.standin import resolve_base; print(resolve_base('tiny'))"
     made = []
