@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -39,7 +39,6 @@ class Running:
 
     process: ForkServerProcess
     log: Path
-    stopped_at: float = field(default=0.0)
 
     @property
     def pid(self) -> int:

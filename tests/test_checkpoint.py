@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from forge.training import checkpoint
-from forge.training.checkpoint import SEAL, Checkpoint, choose, newest_sealed, problem, rotate
+from forge.training.checkpoint import SEAL, Checkpoint, choose, problem, rotate
 from forge.training.errors import DataError, DiskError
 
 IDENTITY = {"workload": "a" * 64, "base": "b" * 64}
@@ -74,7 +74,7 @@ def test_with_no_valid_checkpoint_left_the_run_does_not_begin_anew(tmp_path: Pat
         choose(tmp_path / "checkpoints", IDENTITY)
     assert all(f"checkpoint-{step}: optimizer.pt is damaged" in str(caught.value) for step in (4, 8, 12))
     assert caught.value.exit_code == 6
-    assert newest_sealed(tmp_path / "checkpoints") == "checkpoint-12"
+    assert (tmp_path / "checkpoints" / "checkpoint-12" / SEAL).is_file()  # refused, and left where it is
 
 
 def test_a_first_save_that_never_finished_is_no_checkpoint(tmp_path: Path) -> None:

@@ -105,11 +105,6 @@ def _newest_first(directory: Path) -> list[Path]:
     return [path for _, path in sorted(numbered, reverse=True)]
 
 
-def newest_sealed(directory: Path) -> str | None:
-    """The name of the sealed checkpoint of the most steps, its files not looked at."""
-    return next((path.name for path in _newest_first(directory) if (path / SEAL).is_file()), None)
-
-
 def choose(
     directory: Path, identity: dict[str, str], *, needs_scaler: bool = False
 ) -> tuple[Checkpoint | None, list[str]]:
