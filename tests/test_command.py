@@ -91,8 +91,13 @@ def test_every_error_has_an_exit_code_of_the_documented_ones() -> None:
 @pytest.mark.parametrize(("number", "code"), [(2, 130), (15, 143)])
 @pytest.mark.parametrize("where", ["os.kill(os.getpid(), {})", "exec('os.kill(os.getpid(), {})')"])
 @pytest.mark.parametrize("met", ["raise", "raise ImportError('half of a module')", "raise SystemExit(1)"])
-def test_a_signal_ends_a_command_with_its_code_wherever_it_is_met(met: str, where: str, number: int, code: int) -> None:
-    """Outside the command line's own net, and turned into something else by a library."""
+def test_a_signal_ends_a_command_with_its_code_wherever_it_is_met(
+    met: str, where: str, number: int, code: int, tmp_path: Path
+) -> None:
+    """Outside the command line's own net, turned into something else by a library, and out of executed text.
+
+    Run by ``-m`` as Forge is: only there does the interpreter end itself by SIGINT after all.
+    """
     program = (
         "import os, sys\n"
         "from forge.training.command import carry_out\n"
@@ -103,10 +108,36 @@ def test_a_signal_ends_a_command_with_its_code_wherever_it_is_met(met: str, wher
         f"        {met}\n"
         "sys.exit(carry_out(app, ['go']))\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    (tmp_path / "stopped_program.py").write_text(program)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, env=environment, timeout=60, check=False
+        [sys.executable, "-m", "stopped_program"], capture_output=True, env=environment, timeout=60, check=False
     )
     assert done.returncode == code
     assert b"Traceback" not in done.stderr
     assert done.stderr.startswith(b"error: stopped by SIG")
+
+
+def test_a_signal_waits_for_an_extension_module_that_is_being_loaded(tmp_path: Path) -> None:
+    """An exception in its initialisation aborts the process (C++), or comes out as an ImportError."""
+    program = (
+        "import os, sys, time\n"
+        "from importlib.machinery import ExtensionFileLoader\n"
+        "from forge.training.command import carry_out\n"
+        "class Loader(ExtensionFileLoader):\n"
+        "    def exec_module(self, module):\n"
+        "        os.kill(os.getpid(), 15)\n"
+        "        time.sleep(0.2)\n"
+        "        print('loaded', flush=True)\n"
+        "def app(**_):\n"
+        "    Loader('none', 'none.so').exec_module(None)\n"
+        "    time.sleep(30)\n"
+        "    print('went on')\n"
+        "sys.exit(carry_out(app, ['go']))\n"
+    )
+    (tmp_path / "loading_program.py").write_text(program)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
+    done = subprocess.run(
+        [sys.executable, "-m", "loading_program"], capture_output=True, env=environment, timeout=25, check=False
+    )
+    assert (done.returncode, done.stdout) == (143, b"loaded\n"), done.stderr

@@ -63,7 +63,7 @@ def carry_out(app: Callable[..., Any], arguments: list[str]) -> int:
     except KeyboardInterrupt:  # where the command line does not look for one
         code = 130
     except Exception as error:
-        code, message, remedy = (130, None, None) if stop.number is not None else _described(error)
+        code, message, remedy = (130, None, None) if stop.caused(error) else _described(error)
     if code and message is None and stop.number is not None:  # the command line's own code is 130 for either signal
         interruption = stop.interrupted("; nothing is left half done")
         code, message = interruption.exit_code, interruption.message

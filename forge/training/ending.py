@@ -40,7 +40,7 @@ def translated(error: BaseException, job: TrainingJob, stop: StopRequest) -> Bas
         remedies += ["--set data.max_length=... (shorter documents)", "--set lora.rank=... (a smaller adapter)"]
         first = text.partition("\n")[0]  # of an error that says nothing it is empty
         return GpuMemoryError(f"out of GPU memory: {first:.300}", remedy="in order of cost: " + "; ".join(remedies))
-    if isinstance(error, KeyboardInterrupt):
+    if stop.caused(error):
         return stop.interrupted(" before it trained")
     return as_disk_error(error, job.run_dir) or error
 

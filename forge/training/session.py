@@ -80,7 +80,7 @@ def train(
         try:
             record = _train(workload, backend, plan, run_dir, before, listener, status, stop)
         except BaseException as error:
-            failure = stop.interrupted(" before it trained") if isinstance(error, KeyboardInterrupt) else error
+            failure = stop.interrupted(" before it trained") if stop.caused(error) else error
             _note_failure(status, failure)
             if failure is error:
                 raise

@@ -9,26 +9,41 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.machinery import ExtensionFileLoader
 from types import FrameType
 
-from forge.training.errors import Interrupted
+from forge.training.errors import ForgeError, Interrupted
 
 _PARENT = "FORGE_PARENT"  # in a step's environment: the process to follow
 _PR_SET_PDEATHSIG = 1
+_RETRY_SECONDS = 0.02
+
+
+class Stopped(KeyboardInterrupt):
+    """What the first signal raises.
+
+    A class of its own: where a plain ``KeyboardInterrupt`` leaves code that was executed from text (a named
+    tuple's, a dataclass's, in any library's import), CPython remembers it and ends the process by SIGINT in
+    place of its exit code, caught or not (``unhandled_keyboard_interrupt`` in pythonrun.c).
+    """
 
 
 class StopRequest:
     """Whether somebody asked this process to stop: ``number`` is the signal's, ``None`` while nobody has.
 
-    While work can simply be dropped, the first signal raises ``KeyboardInterrupt`` (no library catches
-    it by ``except Exception``). Inside :meth:`deferred` it only sets ``number``, and whoever trains
-    finishes the step and seals a checkpoint. A second signal ends the process with 128 + number there
-    and then: every file it may be writing is complete or absent by construction.
+    While work can simply be dropped, the first signal raises :class:`Stopped` (no library catches it by
+    ``except Exception``), though not before an extension module that is being loaded is there. Inside
+    :meth:`deferred` it only sets ``number``, and whoever trains finishes the step and seals a checkpoint.
+    A second signal ends the process with 128 + number there and then: every file it may be writing is
+    complete or absent by construction.
     """
 
     def __init__(self) -> None:
         self.number: int | None = None
         self._deferred = False
+        self._raised = False
+        self._timer: threading.Timer | None = None
+        self._is_again = False
 
     @contextmanager
     def caught(self) -> Iterator[StopRequest]:
@@ -40,6 +55,8 @@ class StopRequest:
         try:
             yield self
         finally:
+            if self._timer is not None:
+                self._timer.cancel()
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -54,9 +71,14 @@ class StopRequest:
             self._deferred = False
 
     def raise_if_asked(self) -> None:
-        """Raise ``KeyboardInterrupt`` if a stop was asked for: a library may have swallowed the first."""
+        """Raise :class:`Stopped` if a stop was asked for: a library may have swallowed the first."""
         if self.number is not None:
-            raise KeyboardInterrupt
+            self._raised = True
+            raise Stopped
+
+    def caused(self, error: BaseException) -> bool:
+        """Whether ``error`` is the stop: as it was raised, or what a library made of it (an ``ImportError``, say)."""
+        return isinstance(error, KeyboardInterrupt) or (self._raised and not isinstance(error, ForgeError))
 
     def interrupted(self, message: str) -> Interrupted:
         """The error of a run that was stopped: exit code 130 after SIGINT, 143 after SIGTERM."""
@@ -67,12 +89,36 @@ class StopRequest:
             remedy="the same command goes on from there",
         )
 
-    def _handle(self, number: int, _: FrameType | None) -> None:
-        if self.number is not None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.number is not None and not self._is_again:
             os._exit(128 + number)
-        self.number = number
-        if not self._deferred:
-            raise KeyboardInterrupt
+        self.number, self._is_again = number, False
+        if self._deferred:
+            return
+        if _loads_native_code(frame):
+            self._timer = threading.Timer(_RETRY_SECONDS, self._again)
+            self._timer.daemon = True
+            self._timer.start()
+            return
+        self._raised = True
+        raise Stopped
+
+    def _again(self) -> None:
+        """The same signal once more, from the timer's thread."""
+        self._is_again = True
+        signal.pthread_kill(threading.main_thread().ident or 0, self.number or signal.SIGTERM)
+
+
+def _loads_native_code(frame: FrameType | None) -> bool:
+    """Whether ``frame`` was called, at whatever depth, by an extension module that is being loaded.
+
+    C++ that meets an exception there (torch's and scipy's bindings do) aborts the process, or loses what it was.
+    """
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), ExtensionFileLoader):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def run_following(command: list[str]) -> int:
