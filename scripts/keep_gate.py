@@ -2,18 +2,21 @@
 """Take up what scripts/gate_stretch.sh left: ``scripts/keep_gate.py OUT docs/results/NAME``.
 
 The store goes to ``NAME/store`` (what is there is only added to), benchmark.json beside it, and the report is made anew
-from both. Says so and ends with exit code 8 where git would not take all of it: records have been lost that way.
+from both. A gate may be carried out a room at a time: the rooms of the new benchmark.json take the place of the same
+rooms in the kept one, the others stay. Says so and ends with exit code 8 where git would not take all of it: records
+have been lost that way.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
+import json
 import subprocess
 import sys
 import tarfile
 import tempfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 MEASURED = ("runs", "probes")  # never change once they are there
@@ -64,6 +67,33 @@ def add_store(new: Path, kept: Path) -> int:
     return len(theirs.keys() - ours.keys())
 
 
+def join_benchmarks(new: Path, kept: Path) -> list[str]:
+    """Put a benchmark JSON's rooms (folders of tests) into the kept one; returns the rooms that stay as they were.
+
+    Raises :class:`KeepError`, changing nothing, where the two were made on different GPUs or with other torch.
+    """
+    content, before = json.loads(new.read_bytes()), json.loads(kept.read_bytes()) if kept.is_file() else None
+    staying = []
+    if before is not None:
+        here, there = (_made_with(each["machine_info"]) for each in (content, before))
+        if here != there:
+            raise KeepError(f"{new} was made with {here}, {kept} with {there}", 3)
+        judged = {_room(entry) for entry in content["benchmarks"]}
+        staying = [entry for entry in before["benchmarks"] if _room(entry) not in judged]
+        content["benchmarks"] += staying
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(content, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")
+    return sorted({_room(entry) for entry in staying})
+
+
+def _room(entry: dict[str, Any]) -> str:
+    return str(entry["fullname"]).partition("::")[0].rpartition("/")[0]
+
+
+def _made_with(machine: dict[str, Any]) -> str:
+    return f"{(machine.get('gpu') or {}).get('name')}, torch {machine.get('torch')}"
+
+
 def ignored(folder: Path) -> list[str]:
     """Files of a folder that git would leave out of a commit."""
     names = [str(path) for path in sorted(folder.rglob("*")) if path.is_file()]
@@ -82,7 +112,8 @@ def keep(out: Path, folder: Path) -> None:
         num_new = add_store(unpack_store(out / "store.tar.gz", Path(temporary)), folder / "store")
     print(f"{folder / 'store'}: {num_new} new files")
     if (out / "benchmark.json").is_file():
-        shutil.copyfile(out / "benchmark.json", folder / "benchmark.json")
+        if staying := join_benchmarks(out / "benchmark.json", folder / "benchmark.json"):
+            print(f"as they were judged before: {', '.join(staying)}")
         report = [sys.executable, "-m", "harness.report", str((folder / "benchmark.json").absolute())]
         if subprocess.run([*report, "-o", str(folder.absolute())], cwd=ROOT, check=False).returncode:
             raise KeepError("no report could be made of it (see above)", 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -137,6 +138,24 @@ class Machine:
 
 
 @pytest.mark.slow
+def write_benchmark(path: Path, verdicts: dict[str, str], gpu: str = "NVIDIA H200") -> Path:
+    entries = [{"fullname": f"harness/{name}", "verdict": verdict} for name, verdict in verdicts.items()]
+    path.write_text(json.dumps({"machine_info": {"gpu": {"name": gpu}, "torch": "2.11.0"}, "benchmarks": entries}))
+    return path
+
+
+def test_a_gate_carried_out_a_room_at_a_time_keeps_every_rooms_latest_verdicts(tmp_path: Path) -> None:
+    first = {"perf/test_claims.py::test_fast": "PASS", "parity/test_ladder.py::test_rung": "INCOMPLETE"}
+    kept = write_benchmark(tmp_path / "kept.json", first)
+    new = write_benchmark(tmp_path / "new.json", {"parity/test_ladder.py::test_rung": "PASS"})
+    assert keep_gate.join_benchmarks(new, kept) == ["harness/perf"]
+    verdicts = {entry["fullname"]: entry["verdict"] for entry in json.loads(kept.read_bytes())["benchmarks"]}
+    assert verdicts == {f"harness/{name}": "PASS" for name in first}
+    other = write_benchmark(tmp_path / "other.json", {"perf/test_claims.py::test_fast": "FAIL"}, gpu="NVIDIA H100")
+    with pytest.raises(keep_gate.KeepError, match="made with NVIDIA H100, torch"):
+        keep_gate.join_benchmarks(other, kept)
+
+
 def test_stretches_that_are_stopped_and_killed_lose_nothing_that_was_measured(tmp_path: Path) -> None:
     machine = Machine(tmp_path)
     stopped = machine.stretch()
