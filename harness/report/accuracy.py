@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -45,7 +46,7 @@ def _checks(rung: Stated) -> Table:
                 quantization,
                 str(check["name"]),
                 number(check["value"]),
-                f"{'at least' if check['least'] else 'at most'} {number(check['bar'])}",
+                _wanted(check),
             ),
             status="PASS" if check["holds"] else "FAIL",
         )
@@ -54,6 +55,12 @@ def _checks(rung: Stated) -> Table:
     )
     columns = ("Base", "What", "Found", "Wanted")
     return Table(f"Rung {rung.number}, check by check", columns, rows, texts=2, is_folded=True, is_wide=True)
+
+
+def _wanted(check: dict[str, Any]) -> str:
+    if check["least"] and 0 < check["bar"] < sys.float_info.min:  # the number next to 0
+        return "more than 0"
+    return f"{'at least' if check['least'] else 'at most'} {number(check['bar'])}"
 
 
 def _noise(rung: Stated, names: tuple[str, str]) -> list[Chart | Table]:
