@@ -11,7 +11,8 @@ from typing import Any
 
 from harness.export.claims import CLAIMS as EXPORT_CLAIMS
 from harness.export.findings import Finding, by_faults
-from harness.export.predictions import BARS, judge_chain, judge_file, judge_merged_against_adapter
+from harness.export.predictions import judge_chain, judge_file, judge_merged_against_adapter
+from harness.export.statements import BARS
 from harness.parity.agenda import BASELINE, CANDIDATE
 from harness.parity.architectures import ARCHITECTURES, Found
 from harness.parity.verdicts import NAMES, Rung

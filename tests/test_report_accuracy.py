@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from forge.training.files import write_json
-from harness.export.predictions import BARS, judge_chain, judge_file, judge_merged_against_adapter
+from harness.export.predictions import judge_chain, judge_file, judge_merged_against_adapter
+from harness.export.statements import BARS
 from harness.parity.recorded import read_recorded
 from harness.parity.step_checks import Check
 from harness.parity.verdicts import Rung

@@ -9,6 +9,7 @@ from typing import Any
 
 from harness.export import contents, predictions
 from harness.export.findings import Finding
+from harness.export.statements import BARS
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,7 @@ class Claim:
 CLAIMS: tuple[Claim, ...] = (
     Claim("merge", "merge", contents.judge_merge),
     Claim("merged_against_adapter", "divergence", predictions.judge_merged_against_adapter),
-    *(
-        Claim(f"divergence_{kind}", "divergence", partial(predictions.judge_file, kind=kind))
-        for kind in predictions.BARS
-    ),
+    *(Claim(f"divergence_{kind}", "divergence", partial(predictions.judge_file, kind=kind)) for kind in BARS),
     Claim("chain", "divergence", predictions.judge_chain),
     Claim("greedy", "divergence", predictions.judge_greedy),
     Claim("lora_route", "divergence", predictions.judge_lora_route),

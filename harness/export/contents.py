@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from harness.export.findings import Finding, by_faults
+from harness.export.findings import Finding, by_faults, stated
+from harness.export.statements import STATEMENTS
 
 SCALE_TOLERANCE = 1e-3  # of the fitted scale, relative: a merge by 1% of it too much is ten times that
 
@@ -35,8 +36,7 @@ def judge_merge(found: Mapping[str, Any]) -> Finding:
         faults.append(f"{worst['tensor']} is off by {worst['error_in_tolerances']:.3g} times what rounding allows")
     counts = f"{found['num_changed_tensors']} tensors merged, {found['num_same_tensors']} untouched"
     good = f"{counts}; fitted scale {fitted or 0:.6g} for {scale:g}"
-    statement = "Merged weights are base + scale B A, rounded once; every other tensor is the same bytes."
-    return by_faults("merge", statement, faults, good, dict(found))
+    return by_faults("merge", STATEMENTS["merge"], faults, good, dict(found))
 
 
 def judge_tokens(found: Mapping[str, Any]) -> Finding:
@@ -60,8 +60,7 @@ def judge_tokens(found: Mapping[str, Any]) -> Finding:
         f"{first['num_strings']} strings, {first['num_equal']} equal, {first['num_not_nfc']} not in NFC,"
         f" {first['num_end_of_turn']} with ordinary text that ends a turn (known exceptions)"
     )
-    statement = "llama.cpp reads text as the tokenizer does, composed text (NFC) provided."
-    return by_faults("tokens", statement, faults, good, {"modes": figures, "file": found["file"]})
+    return by_faults("tokens", STATEMENTS["tokens"], faults, good, {"modes": figures, "file": found["file"]})
 
 
 def judge_template(found: Mapping[str, Any]) -> Finding:
@@ -70,8 +69,7 @@ def judge_template(found: Mapping[str, Any]) -> Finding:
     faults = [] if found["template_is_equal"] else ["the file's template is not the tokenizer's"]
     faults += [f"{row['name']}: another text" for row in rows if not row["text_is_equal"]]
     faults += [f"{row['name']}: other ids" for row in rows if row["text_is_equal"] and not row["ids_are_equal"]]
-    statement = "The chat template in the file gives the tokenizer's text and ids."
-    return by_faults("template", statement, faults, f"{len(rows)} conversations", {"conversations": rows})
+    return by_faults("template", STATEMENTS["template"], faults, f"{len(rows)} conversations", {"conversations": rows})
 
 
 def judge_specials(found: Mapping[str, Any]) -> Finding:
@@ -92,24 +90,26 @@ def judge_specials(found: Mapping[str, Any]) -> Finding:
         faults.append("the file names no BOS, and llama.cpp's own stands for an ordinary word")
     if not specials["eos_ends_a_turn"]:
         faults.append("llama.cpp does not stop at the tokenizer's EOS")
-    statement = "BOS, EOS and padding are the tokenizer's."
     return by_faults(
-        "specials", statement, faults, f"ends of turn: {', '.join(specials['ends_of_turn'])}", dict(specials)
+        "specials",
+        STATEMENTS["specials"],
+        faults,
+        f"ends of turn: {', '.join(specials['ends_of_turn'])}",
+        dict(specials),
     )
 
 
 def judge_modelfile(found: Mapping[str, Any]) -> Finding:
     """The Modelfile beside the files."""
-    statement = "The Modelfile is valid and its template renders the tokenizer's text."
     modelfile = found["modelfile"]
     if modelfile is None:
-        return Finding(name="modelfile", statement=statement, status="INCOMPLETE", reason="there is none")
+        return stated("modelfile", "INCOMPLETE", "there is none")
     rows = modelfile["conversations"]
     faults = [] if modelfile["model_exists"] else [f"it is made FROM {modelfile['model']}, which is not there"]
     faults += [] if modelfile["stops_at_eos"] else ["it does not stop at the tokenizer's EOS"]
     faults += [] if rows else ["it has no template"]
     faults += [f"{row['name']}: another text" for row in rows if not row["text_is_equal"]]
-    return by_faults("modelfile", statement, faults, f"{len(rows)} conversations", dict(modelfile))
+    return by_faults("modelfile", STATEMENTS["modelfile"], faults, f"{len(rows)} conversations", dict(modelfile))
 
 
 def judge_lineage(found: Mapping[str, Any]) -> Finding:
@@ -124,8 +124,7 @@ def judge_lineage(found: Mapping[str, Any]) -> Finding:
     needed = ("corpus, train", "examples, train, made again from the corpus", "base", "adapter")
     faults += [f"no record of {name}" for name in (*needed, "merged weights") if name not in artefacts]
     faults += [] if any(name.endswith(".gguf") for name in artefacts) else ["no GGUF file is named"]
-    statement = "Each artefact, from corpus to GGUF, is by its SHA-256 what the records say."
-    return by_faults("lineage", statement, faults, f"{len(links)} links hold", {"links": links})
+    return by_faults("lineage", STATEMENTS["lineage"], faults, f"{len(links)} links hold", {"links": links})
 
 
 def _short(digest: str | None) -> str:

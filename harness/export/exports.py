@@ -22,7 +22,7 @@ from forge.training.workload import load_workload
 from harness.arms import EVALUATOR, environment, interpreter, train_command
 from harness.claims import Status
 from harness.export.claims import CLAIMS
-from harness.export.findings import Finding
+from harness.export.findings import Finding, stated
 from harness.identity import TRAINING, identify
 from harness.monitor import machine_id, wait_until_free
 from harness.portable import log_tail
@@ -66,10 +66,10 @@ class Exports:
             answer = self.answer(claim.probe)
         except ForgeError as error:  # a probe that refuses or dies has found something, but not of a machine or a disk
             status: Status = "INCOMPLETE" if error.exit_code in _ELSEWHERE else "FAIL"
-            return Finding(name=name, statement=f"The probe `{claim.probe}` answers.", status=status, reason=str(error))
+            return stated(name, status, f"the probe `{claim.probe}`: {error}")
         if answer is None:
             why = "no time was left for it in this session" if self.measures else "left out of this session"
-            return Finding(name=name, statement=f"The probe `{claim.probe}` answers.", status="INCOMPLETE", reason=why)
+            return stated(name, "INCOMPLETE", why)
         return claim.judge(answer)
 
     def answer(self, probe: str) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from harness.claims import Status
+from harness.export.statements import STATEMENTS
 
 
 class Finding(BaseModel):
@@ -23,6 +24,11 @@ class Finding(BaseModel):
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe, for an entry's ``verdict``."""
         return self.model_dump(mode="json")
+
+
+def stated(name: str, status: Status, reason: str, figures: dict[str, Any] | None = None) -> Finding:
+    """A finding on the claim ``name`` of an export."""
+    return Finding(name=name, statement=STATEMENTS[name], status=status, reason=reason, figures=figures or {})
 
 
 def by_faults(name: str, statement: str, faults: list[str], good: str, figures: dict[str, Any]) -> Finding:

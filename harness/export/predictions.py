@@ -9,13 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from harness.claims import CONFIDENCE, Status
-from harness.export.findings import Finding, by_faults
+from harness.export.findings import Finding, by_faults, stated
+from harness.export.statements import BARS, STATEMENTS
 
-# Mean KL(merged weights in float32 || file) in nats a predicted token, on held-out text of a trained base.
-# For scale: 8B models have 2.4e-4 at q8_0 and 0.03 at q4_k_m (llama.cpp's tables), the tiny base 2e-4 and 0.015.
-# f16 is llama.cpp's rounding of activations, not the file: 1.5e-7 on the tiny base, where an f32 file has 7e-12.
-# It grows with depth and width, so that on a large model the bar may say more of llama.cpp than of the export.
-BARS = {"f16": 1e-6, "q8_0": 1e-3, "q4_k_m": 0.05}
 # Merging rounds every changed weight to 16 bits: no more may be lost by it than by the finest quantisation.
 MERGE_BAR = BARS["q8_0"]
 # What is the same numbers by another route, in float32 but for llama.cpp's float16 products.
@@ -29,29 +25,27 @@ def judge_merged_against_adapter(found: Mapping[str, Any]) -> Finding:
     effect = _pair(found, "adapter", "base")["mean_kl_nats"]
     figures = {"pair": pair, "step": step, "adapter_effect_kl_nats": effect, "four_bit": found["four_bit"]}
     figures["bar"] = MERGE_BAR
-    statement = "The merged weights predict what the adapter on the original 16-bit base predicts."
     status, reason = _below(pair, MERGE_BAR, found)
     change, error = step["change_nats_per_token"], step["standard_error_nats_per_token"]
     if status == "PASS" and (error is None or abs(change) + _quantile(found) * error >= EQUIVALENCE_MARGIN_NATS):
         status, reason = "FAIL", f"the loss moves by {change:+.2e} nats a token"
     if status == "PASS" and pair["mean_kl_nats"] * 100 > effect:
         status, reason = "INCONCLUSIVE", f"the adapter itself moves the base by only {effect:.2e} nats: nothing to lose"
-    return Finding(name="merged_against_adapter", statement=statement, status=status, reason=reason, figures=figures)
+    return stated("merged_against_adapter", status, reason, figures)
 
 
 def judge_file(found: Mapping[str, Any], kind: str) -> Finding:
     """A GGUF file of type ``kind``: KL to the merged weights below its bar, and really of that type."""
-    statement = f"The {kind} file predicts what the merged weights predict: mean KL below {BARS[kind]:g} nats."
     name = f"divergence_{kind}"
     if kind not in found["files"]:
-        return Finding(name=name, statement=statement, status="INCOMPLETE", reason=f"there is no {kind} file")
+        return stated(name, "INCOMPLETE", f"there is no {kind} file")
     report, pair = found["files"][kind], _pair(found, "merged", kind)
     figures = {"pair": pair, "step": _step(found, kind), "file": report, "bar": BARS[kind]}
     if report["fallbacks"]:
         others = f"{len(report['fallbacks'])} tensors are of another type, {report['fallbacks'][0]} for one"
-        return Finding(name=name, statement=statement, status="FAIL", reason=others, figures=figures)
+        return stated(name, "FAIL", others, figures)
     status, reason = _below(pair, BARS[kind], found)
-    return Finding(name=name, statement=statement, status=status, reason=reason, figures=figures)
+    return stated(name, status, reason, figures)
 
 
 def judge_chain(found: Mapping[str, Any]) -> Finding:
@@ -60,14 +54,13 @@ def judge_chain(found: Mapping[str, Any]) -> Finding:
     step = _step(found, "adapter")
     error = step["standard_error_nats_per_token"]
     figures = {"chain": chain, "held_out": found["held_out"], "base": found["base"], "four_bit": found["four_bit"]}
-    statement = "From base to the smallest file the held-out loss is known, and the adapter improved it."
     reason = " -> ".join(f"{row['subject']} {row['nats_per_token']:.4f}" for row in chain)
     status: Status = "FAIL"
     if error is None:
         status, reason = "INCONCLUSIVE", "one document has no spread"
     elif step["change_nats_per_token"] + _quantile(found) * error < 0:
         status = "PASS"
-    return Finding(name="chain", statement=statement, status=status, reason=reason, figures=figures)
+    return stated("chain", status, reason, figures)
 
 
 def judge_greedy(found: Mapping[str, Any]) -> Finding:
@@ -82,21 +75,19 @@ def judge_greedy(found: Mapping[str, Any]) -> Finding:
         for row in parted
     ]
     good = f"{len(answers)} answers of up to {found['greedy']['num_tokens']} tokens"
-    statement = "Greedy answers of the f16 file are those of the merged weights, token by token."
-    return by_faults("greedy", statement, faults, good, {"greedy": found["greedy"]})
+    return by_faults("greedy", STATEMENTS["greedy"], faults, good, {"greedy": found["greedy"]})
 
 
 def judge_lora_route(found: Mapping[str, Any]) -> Finding:
     """Base and adapter as GGUF files of their own, against the adapter in float32 and against the merged weights."""
-    statement = "Base and LoRA as GGUF files of their own predict what the merged model predicts."
     names = {(row["reference"], row["subject"]) for row in found["pairs"]}
     if ("adapter", "base and LoRA") not in names:
-        return Finding(name="lora_route", statement=statement, status="INCOMPLETE", reason="not measured: --controls")
+        return stated("lora_route", "INCOMPLETE", "not measured: --controls")
     exact, merged = _pair(found, "adapter", "base and LoRA"), _pair(found, "merged", "base and LoRA")
     results = [_below(exact, ROUTE_BAR, found), _below(merged, MERGE_BAR, found)]
     status, reason = next((result for result in results if result[0] != "PASS"), results[0])
     figures = {"to_adapter": exact, "to_merged": merged}
-    return Finding(name="lora_route", statement=statement, status=status, reason=reason, figures=figures)
+    return stated("lora_route", status, reason, figures)
 
 
 def _below(pair: Mapping[str, Any], bar: float, found: Mapping[str, Any]) -> tuple[Status, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from harness.export import claims as export
+from harness.export.statements import STATEMENTS as EXPORT_STATEMENTS
 from harness.parity.architectures import ARCHITECTURES
 from harness.parity.verdicts import NAMES, STATEMENTS
 from harness.reliability import survival
@@ -25,7 +26,9 @@ EXPECTED: dict[str, tuple[Expected, ...]] = {  # by record_kind, in the order sh
         *(Expected(f"rung {number}", name, number, STATEMENTS[number]) for number, name in NAMES.items()),
         *(Expected(metric, metric) for metric in (f"rungs 1 to 3 as {of}" for of in ARCHITECTURES)),
     ),
-    "export": tuple(Expected(claim.name, claim.name) for claim in export.CLAIMS),
+    "export": tuple(
+        Expected(claim.name, claim.name, statement=EXPORT_STATEMENTS[claim.name]) for claim in export.CLAIMS
+    ),
     "reliability": tuple(
         Expected(f"{name}_{backend}", f"{name}_{backend}", statement=f"{backend}: {statement}")
         for name, (_, _, statement) in survival.CLAIMS.items()
