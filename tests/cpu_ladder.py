@@ -15,7 +15,7 @@ from harness.parity import ladder
 from . import seen_gpu  # noqa: F401 - NVML's answer
 
 OVERRIDES = [
-    *("model.quantization=none", "data.max_length=192", "data.sample=160", "training.max_steps=100"),
+    *("model.quantization=none", "data.max_length=256", "data.sample=160", "training.max_steps=100"),
     *("evaluation.num_answers=2", "evaluation.max_new_tokens=24"),
 ]
 
