@@ -10,13 +10,17 @@ have been lost that way.
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import tarfile
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from forge.training.errors import ForgeError
+from forge.training.files import read_json_object, write_json
+from harness.compare import read_results
+from harness.hooks import gpu_name
 
 ROOT = Path(__file__).resolve().parent.parent
 MEASURED = ("runs", "probes")  # never change once they are there
@@ -70,19 +74,19 @@ def add_store(new: Path, kept: Path) -> int:
 def join_benchmarks(new: Path, kept: Path) -> list[str]:
     """Put a benchmark JSON's rooms (folders of tests) into the kept one; returns the rooms that stay as they were.
 
-    Raises :class:`KeepError`, changing nothing, where the two were made on different GPUs or with other torch.
+    Raises, changing nothing, :class:`DataError` for what is no result of the gate, and :class:`KeepError` where the two
+    were made on different GPUs or with other torch.
     """
-    content, before = json.loads(new.read_bytes()), json.loads(kept.read_bytes()) if kept.is_file() else None
+    made_with, content = _made_with(new), read_json_object(new)
     staying = []
-    if before is not None:
-        here, there = (_made_with(each["machine_info"]) for each in (content, before))
-        if here != there:
-            raise KeepError(f"{new} was made with {here}, {kept} with {there}", 3)
+    if kept.is_file():
+        if made_with != _made_with(kept):
+            raise KeepError(f"{new} was made with {made_with}, {kept} with {_made_with(kept)}", 3)
         judged = {_room(entry) for entry in content["benchmarks"]}
-        staying = [entry for entry in before["benchmarks"] if _room(entry) not in judged]
+        staying = [entry for entry in read_json_object(kept)["benchmarks"] if _room(entry) not in judged]
         content["benchmarks"] += staying
     kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps(content, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(kept, content)
     return sorted({_room(entry) for entry in staying})
 
 
@@ -90,8 +94,9 @@ def _room(entry: dict[str, Any]) -> str:
     return str(entry["fullname"]).partition("::")[0].rpartition("/")[0]
 
 
-def _made_with(machine: dict[str, Any]) -> str:
-    return f"{(machine.get('gpu') or {}).get('name')}, torch {machine.get('torch')}"
+def _made_with(benchmark: Path) -> str:
+    machine = read_results(benchmark).machine_info
+    return f"{gpu_name(machine)}, torch {machine.get('torch')}"
 
 
 def ignored(folder: Path) -> list[str]:
@@ -131,7 +136,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         keep(arguments.out, arguments.folder)
-    except KeepError as error:
+    except (KeepError, ForgeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     return 0

@@ -137,10 +137,11 @@ class Machine:
         raise AssertionError((self.out / "gate.log").read_text()[-2000:])
 
 
-@pytest.mark.slow
 def write_benchmark(path: Path, verdicts: dict[str, str], gpu: str = "NVIDIA H200") -> Path:
-    entries = [{"fullname": f"harness/{name}", "verdict": verdict} for name, verdict in verdicts.items()]
-    path.write_text(json.dumps({"machine_info": {"gpu": {"name": gpu}, "torch": "2.11.0"}, "benchmarks": entries}))
+    told = {"extra_info": {"metric": "none", "unit": "none", "record_kind": "claim"}, "stats": {"median": 1.0}}
+    entries = [{"fullname": f"harness/{name}", "verdict": verdict, **told} for name, verdict in verdicts.items()]
+    machine = {"gpu": {"name": gpu}, "torch": "2.11.0"}
+    path.write_text(json.dumps({"machine_info": machine, "datetime": "2026-11-25", "benchmarks": entries}))
     return path
 
 
@@ -156,6 +157,23 @@ def test_a_gate_carried_out_a_room_at_a_time_keeps_every_rooms_latest_verdicts(t
         keep_gate.join_benchmarks(other, kept)
 
 
+def test_a_benchmark_json_that_is_cut_short_is_one_message_and_the_kept_one_stays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_store(tmp_path / "store", runs_a="1")
+    with tarfile.open(tmp_path / "store.tar.gz", "w:gz") as packed:
+        packed.add(tmp_path / "store", "store")
+    (tmp_path / "benchmark.json").write_text('{"benchmarks": [{"full')
+    kept = write_benchmark(tmp_path / "kept.json", {"perf/test_claims.py::test_fast": "PASS"})
+    (tmp_path / "kept").mkdir()
+    before = kept.rename(tmp_path / "kept" / "benchmark.json").read_bytes()
+    monkeypatch.setattr(sys, "argv", ["keep_gate.py", str(tmp_path), str(tmp_path / "kept")])
+    assert keep_gate.main() == 3
+    assert capsys.readouterr().err.startswith("error: ")
+    assert (tmp_path / "kept" / "benchmark.json").read_bytes() == before
+
+
+@pytest.mark.slow
 def test_stretches_that_are_stopped_and_killed_lose_nothing_that_was_measured(tmp_path: Path) -> None:
     machine = Machine(tmp_path)
     stopped = machine.stretch()
