@@ -92,6 +92,7 @@ def _export() -> Iterator[Info]:
 def _reliability() -> Iterator[Info]:
     for name, (_, judge, statement) in SURVIVAL_CLAIMS.items():
         for backend in BACKENDS:
-            faults, good = judge(ANSWERS[name])
-            finding = by_faults(f"{name}_{backend}", f"{backend}: {statement}", faults, good, ANSWERS[name])
+            status, reason = by_faults(*judge(ANSWERS[name]))
+            said = {"name": f"{name}_{backend}", "statement": f"{backend}: {statement}"}
+            finding = Finding(**said, status=status, reason=reason, figures=ANSWERS[name])
             yield "reliability", finding.name, {"backend": backend, "verdict": finding.to_dict()}

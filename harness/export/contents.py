@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from harness.export.findings import Finding, by_faults, stated
-from harness.export.statements import STATEMENTS
 
 SCALE_TOLERANCE = 1e-3  # of the fitted scale, relative: a merge by 1% of it too much is ten times that
 
@@ -36,7 +35,7 @@ def judge_merge(found: Mapping[str, Any]) -> Finding:
         faults.append(f"{worst['tensor']} is off by {worst['error_in_tolerances']:.3g} times what rounding allows")
     counts = f"{found['num_changed_tensors']} tensors merged, {found['num_same_tensors']} untouched"
     good = f"{counts}; fitted scale {fitted or 0:.6g} for {scale:g}"
-    return by_faults("merge", STATEMENTS["merge"], faults, good, dict(found))
+    return stated("merge", *by_faults(faults, good), dict(found))
 
 
 def judge_tokens(found: Mapping[str, Any]) -> Finding:
@@ -60,7 +59,7 @@ def judge_tokens(found: Mapping[str, Any]) -> Finding:
         f"{first['num_strings']} strings, {first['num_equal']} equal, {first['num_not_nfc']} not in NFC,"
         f" {first['num_end_of_turn']} with ordinary text that ends a turn (known exceptions)"
     )
-    return by_faults("tokens", STATEMENTS["tokens"], faults, good, {"modes": figures, "file": found["file"]})
+    return stated("tokens", *by_faults(faults, good), {"modes": figures, "file": found["file"]})
 
 
 def judge_template(found: Mapping[str, Any]) -> Finding:
@@ -69,7 +68,7 @@ def judge_template(found: Mapping[str, Any]) -> Finding:
     faults = [] if found["template_is_equal"] else ["the file's template is not the tokenizer's"]
     faults += [f"{row['name']}: another text" for row in rows if not row["text_is_equal"]]
     faults += [f"{row['name']}: other ids" for row in rows if row["text_is_equal"] and not row["ids_are_equal"]]
-    return by_faults("template", STATEMENTS["template"], faults, f"{len(rows)} conversations", {"conversations": rows})
+    return stated("template", *by_faults(faults, f"{len(rows)} conversations"), {"conversations": rows})
 
 
 def judge_specials(found: Mapping[str, Any]) -> Finding:
@@ -90,13 +89,8 @@ def judge_specials(found: Mapping[str, Any]) -> Finding:
         faults.append("the file names no BOS, and llama.cpp's own stands for an ordinary word")
     if not specials["eos_ends_a_turn"]:
         faults.append("llama.cpp does not stop at the tokenizer's EOS")
-    return by_faults(
-        "specials",
-        STATEMENTS["specials"],
-        faults,
-        f"ends of turn: {', '.join(specials['ends_of_turn'])}",
-        dict(specials),
-    )
+    good = f"ends of turn: {', '.join(specials['ends_of_turn'])}"
+    return stated("specials", *by_faults(faults, good), dict(specials))
 
 
 def judge_modelfile(found: Mapping[str, Any]) -> Finding:
@@ -109,7 +103,7 @@ def judge_modelfile(found: Mapping[str, Any]) -> Finding:
     faults += [] if modelfile["stops_at_eos"] else ["it does not stop at the tokenizer's EOS"]
     faults += [] if rows else ["it has no template"]
     faults += [f"{row['name']}: another text" for row in rows if not row["text_is_equal"]]
-    return by_faults("modelfile", STATEMENTS["modelfile"], faults, f"{len(rows)} conversations", dict(modelfile))
+    return stated("modelfile", *by_faults(faults, f"{len(rows)} conversations"), dict(modelfile))
 
 
 def judge_lineage(found: Mapping[str, Any]) -> Finding:
@@ -124,7 +118,7 @@ def judge_lineage(found: Mapping[str, Any]) -> Finding:
     needed = ("corpus, train", "examples, train, made again from the corpus", "base", "adapter")
     faults += [f"no record of {name}" for name in (*needed, "merged weights") if name not in artefacts]
     faults += [] if any(name.endswith(".gguf") for name in artefacts) else ["no GGUF file is named"]
-    return by_faults("lineage", STATEMENTS["lineage"], faults, f"{len(links)} links hold", {"links": links})
+    return stated("lineage", *by_faults(faults, f"{len(links)} links hold"), {"links": links})
 
 
 def _short(digest: str | None) -> str:

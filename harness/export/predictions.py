@@ -10,7 +10,7 @@ from typing import Any
 
 from harness.claims import CONFIDENCE, Status
 from harness.export.findings import Finding, by_faults, stated
-from harness.export.statements import BARS, STATEMENTS
+from harness.export.statements import BARS
 
 # Merging rounds every changed weight to 16 bits: no more may be lost by it than by the finest quantisation.
 MERGE_BAR = BARS["q8_0"]
@@ -75,7 +75,7 @@ def judge_greedy(found: Mapping[str, Any]) -> Finding:
         for row in parted
     ]
     good = f"{len(answers)} answers of up to {found['greedy']['num_tokens']} tokens"
-    return by_faults("greedy", STATEMENTS["greedy"], faults, good, {"greedy": found["greedy"]})
+    return stated("greedy", *by_faults(faults, good), {"greedy": found["greedy"]})
 
 
 def judge_lora_route(found: Mapping[str, Any]) -> Finding:

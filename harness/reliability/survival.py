@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,16 +83,16 @@ class Survival:
     def finding(self, name: str, backend: Backend) -> Finding:
         """The verdict on a claim of :data:`CLAIMS` for a backend."""
         ask, judge, statement = CLAIMS[name]
-        statement = f"{backend}: {statement}"
+        stated = partial(Finding, name=f"{name}_{backend}", statement=f"{backend}: {statement}")
         try:
             answer = ask(self, backend)
         except ForgeError as error:
-            return Finding(name=f"{name}_{backend}", statement=statement, status="FAIL", reason=str(error))
+            return stated(status="FAIL", reason=str(error))
         if answer is None:
             why = "no time was left for it in this session" if self.measures else "left out of this session"
-            return Finding(name=f"{name}_{backend}", statement=statement, status="INCOMPLETE", reason=why)
-        faults, good = judge(answer)
-        return by_faults(f"{name}_{backend}", statement, faults, good, answer)
+            return stated(status="INCOMPLETE", reason=why)
+        status, reason = by_faults(*judge(answer))
+        return stated(status=status, reason=reason, figures=answer)
 
 
 def _settings(overrides: tuple[str, ...]) -> list[str]:
