@@ -88,16 +88,21 @@ def test_every_error_has_an_exit_code_of_the_documented_ones() -> None:
     assert all(f"| {code} |" in readme for code in (0, 1, *codes))
 
 
+def run_as_module(program: str, folder: Path) -> subprocess.CompletedProcess[bytes]:
+    """Run by ``-m`` as Forge is: only there does the interpreter end itself by SIGINT after all."""
+    (folder / "stopped_program.py").write_text(program)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)])}
+    command = [sys.executable, "-m", "stopped_program"]
+    return subprocess.run(command, capture_output=True, env=environment, timeout=25, check=False)
+
+
 @pytest.mark.parametrize(("number", "code"), [(2, 130), (15, 143)])
 @pytest.mark.parametrize("where", ["os.kill(os.getpid(), {})", "exec('os.kill(os.getpid(), {})')"])
 @pytest.mark.parametrize("met", ["raise", "raise ImportError('half of a module')", "raise SystemExit(1)"])
 def test_a_signal_ends_a_command_with_its_code_wherever_it_is_met(
     met: str, where: str, number: int, code: int, tmp_path: Path
 ) -> None:
-    """Outside the command line's own net, turned into something else by a library, and out of executed text.
-
-    Run by ``-m`` as Forge is: only there does the interpreter end itself by SIGINT after all.
-    """
+    """Outside the command line's own net, turned into something else by a library, and out of executed text."""
     program = (
         "import os, sys\n"
         "from forge.training.command import carry_out\n"
@@ -108,11 +113,7 @@ def test_a_signal_ends_a_command_with_its_code_wherever_it_is_met(
         f"        {met}\n"
         "sys.exit(carry_out(app, ['go']))\n"
     )
-    (tmp_path / "stopped_program.py").write_text(program)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
-    done = subprocess.run(
-        [sys.executable, "-m", "stopped_program"], capture_output=True, env=environment, timeout=60, check=False
-    )
+    done = run_as_module(program, tmp_path)
     assert done.returncode == code
     assert b"Traceback" not in done.stderr
     assert done.stderr.startswith(b"error: stopped by SIG")
@@ -135,9 +136,5 @@ def test_a_signal_waits_for_an_extension_module_that_is_being_loaded(tmp_path: P
         "    print('went on')\n"
         "sys.exit(carry_out(app, ['go']))\n"
     )
-    (tmp_path / "loading_program.py").write_text(program)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
-    done = subprocess.run(
-        [sys.executable, "-m", "loading_program"], capture_output=True, env=environment, timeout=25, check=False
-    )
+    done = run_as_module(program, tmp_path)
     assert (done.returncode, done.stdout) == (143, b"loaded\n"), done.stderr
