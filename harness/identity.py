@@ -32,6 +32,8 @@ TRAINING = ROOT / "forge" / "training"
 # reads weights' headers and, once, rebuilds Qwen2's tokenizer: hence the exceptions to "all but export/".
 _NOT_EXECUTED = ("export/", "evaluation/", "checks/", "probes/", "evaluate.py", "check.py", "pipeline.py")
 _EXECUTED_ALL_THE_SAME = ("__init__", "weights", "llama_cpp", "native", "child_process")
+# Of those files, the functions that only a resumed run executes: a measured run is a fresh one (`arms.train_command`).
+RESUMES: dict[str, frozenset[str]] = {"loop.py": frozenset({"_load_from_checkpoint"})}
 # What turns a repository into a corpus: executed only by a run that is given no corpus.
 _MAKES_CORPUS = ("data/corpus", "data/discovery.py", "data/split.py")
 
@@ -109,8 +111,13 @@ def measured_files(*, makes_corpus: bool = False) -> list[Path]:
 
 
 def code_sha256() -> str:
-    """SHA-256 over path and code of :func:`measured_files`."""
+    """SHA-256 over path and code of :func:`measured_files`, less the functions of :data:`RESUMES`."""
     return _sha256_of(measured_files())
+
+
+def resume_sha256() -> str:
+    """SHA-256 over the files of :data:`RESUMES`, those functions included: for what resumes from a checkpoint."""
+    return sha256_json([[name, code_sha256_of(TRAINING / name, is_resumed=True)] for name in sorted(RESUMES)])
 
 
 def evaluation_sha256() -> str:
@@ -123,19 +130,22 @@ def _sha256_of(files: list[Path]) -> str:
     return sha256_json([[path.as_posix(), code_sha256_of(TRAINING / path)] for path in files])
 
 
-def code_sha256_of(path: Path) -> str:
+def code_sha256_of(path: Path, *, is_resumed: bool = False) -> str:
     """SHA-256 of a Python file less its comments, docstrings and blank lines, the same in every Python version.
 
-    Raises :class:`DataError` for a file that does not parse.
+    Without its functions of :data:`RESUMES` too, unless ``is_resumed``. Raises :class:`DataError` for a file that
+    does not parse.
     """
+    name = path.relative_to(TRAINING).as_posix() if path.is_relative_to(TRAINING) else ""
+    unused = frozenset() if is_resumed else RESUMES.get(name, frozenset())
     try:
-        return _code_sha256(path.read_text(encoding="utf-8"))
+        return _code_sha256(path.read_text(encoding="utf-8"), unused)
     except (SyntaxError, tokenize.TokenError) as error:
         raise DataError(f"{path} is no Python: {error}", remedy="correct it before measuring") from error
 
 
 @cache
-def _code_sha256(source: str) -> str:
+def _code_sha256(source: str, unused: frozenset[str]) -> str:
     lines: list[str | None] = list(source.split("\n"))
     nodes: list[Any] = list(ast.walk(ast.parse(source)))
     remarks = [node.body[0] for node in nodes if _has_docstring(node)]
@@ -147,6 +157,11 @@ def _code_sha256(source: str) -> str:
         first, last = remark.lineno - 1, remark.end_lineno or remark.lineno
         if (lines[first] or "").lstrip()[:1] in "rR\"'" and (lines[last - 1] or "").rstrip()[-1:] in "\"'":
             lines[first:last] = [None] * (last - first)  # else it shares a line with a statement: let it count
+    for node in nodes:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name in unused:
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]) - 1
+            last = node.end_lineno or node.lineno
+            lines[first:last] = [None] * (last - first)
     text = "\n".join(line.rstrip() for line in lines if line and line.strip())
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -14,7 +14,7 @@ from forge.training.errors import ForgeError
 from forge.training.files import read_json_object, sha256_json, write_json
 from forge.training.plan import Backend
 from harness.arms import environment, interpreter
-from harness.identity import code_sha256, code_sha256_of, package_versions
+from harness.identity import code_sha256, code_sha256_of, package_versions, resume_sha256
 from harness.monitor import machine_id, wait_until_free
 from harness.portable import log_tail, portable_setting
 from harness.process import run_process
@@ -48,12 +48,14 @@ def run_probe(
     announce: Callable[[str], None] = lambda line: None,
     expected_seconds: float | None = None,
     is_alone: bool = True,
+    resumes: bool = False,
 ) -> dict[str, Any] | None:
     """What ``python -m forge.training.probes.MODULE ARGUMENTS`` prints last, from the store where it has it.
 
     ``None``: it might not end before ``deadline``, taking ``expected_seconds`` (by default its limit).
     ``is_alone``: whether it waits for the GPU to be free; others may be beside a probe that measures no time and
-    no memory (the store's lock is then held around all of them). Raises :class:`ForgeError` with the probe's own
+    no memory (the store's lock is then held around all of them). ``resumes``: its runs go on from checkpoints, and
+    what is executed for that belongs to its key. Raises :class:`ForgeError` with the probe's own
     exit code and last words where it fails; a failure is not stored.
     """
     parts = {
@@ -64,6 +66,8 @@ def run_probe(
         "arguments": [portable_setting(argument) for argument in arguments],
         "gpu": (describe_gpu() or {}).get("name"),
     }
+    if resumes:
+        parts["resume_code"] = resume_sha256()
     key = sha256_json(parts)
     path = store.directory / "probes" / f"{module}-{backend}-{key[:12]}.json"
     if path.is_file():

@@ -25,6 +25,44 @@ def _changed_trainer(change: Callable[[type], type]) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# As with a 4-bit base, which no CPU trains; and what only a resume executes
+
+
+def adapter_in_bfloat16() -> None:
+    """The adapter's weights are bfloat16, as TRL makes them for a 4-bit base."""
+    import torch
+
+    def changed(original: type) -> type:
+        class Changed(original):  # type: ignore[misc]
+            def __init__(self, *arguments: Any, **named: Any) -> None:
+                super().__init__(*arguments, **named)
+                for value in self.model.parameters():
+                    if value.requires_grad:
+                        value.data = value.data.to(torch.bfloat16)
+
+        return Changed
+
+    _changed_trainer(changed)
+
+
+def adapter_in_bfloat16_and_killed() -> None:
+    """The two of them."""
+    adapter_in_bfloat16()
+    kill_in_optimizer_file()
+
+
+def no_code_for_a_resume() -> None:
+    """Every function of :data:`harness.identity.RESUMES` raises ``NotImplementedError``."""
+    from harness.identity import RESUMES
+
+    def fails(self: Any, *_: Any, **__: Any) -> None:
+        raise NotImplementedError("only a resumed run calls this")
+
+    assert list(RESUMES) == ["loop.py"]
+    _changed_trainer(lambda original: type("Changed", (original,), dict.fromkeys(RESUMES["loop.py"], fails)))
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Killed while saving
 
 

@@ -28,7 +28,7 @@ from typing import Any
 from forge.training.checkpoint import SEAL
 from forge.training.environment import describe_environment
 from forge.training.files import sha256_file, write_json
-from harness.identity import code_sha256
+from harness.identity import code_sha256, resume_sha256
 
 from .command import ROOT
 from .lighthouse import arguments, write_inputs
@@ -63,7 +63,7 @@ class Soak:
         self.faults: list[str] = []
         self.num_runs = 0
         self.reference: dict[str, str] = {}
-        self.code = code_sha256()
+        self.code = code_sha256(), resume_sha256()
 
     def run(self) -> None:
         """Make the reference, then kill until it is enough and the last run is whole."""
@@ -178,13 +178,14 @@ class Soak:
             time.sleep(self.random.uniform(0.0, 0.03))
 
     def describe(self, seconds: float) -> dict[str, Any]:
-        """The record. ``code_sha256``: of what a training run executes, as in the gate's keys."""
-        if code_sha256() != self.code:
+        """The record. ``code_sha256`` and ``resume_sha256``: of what its runs execute, as in the gate's keys."""
+        if (code_sha256(), resume_sha256()) != self.code:
             self.faults.append("the code was changed meanwhile")
         environment = describe_environment(with_torch=False)
         return {
             "what": "python -m tests.soak",
-            "code_sha256": self.code,
+            "code_sha256": self.code[0],
+            "resume_sha256": self.code[1],
             "num_kills": len(self.kills),
             "num_runs_completed": self.num_runs,
             "faults": self.faults,

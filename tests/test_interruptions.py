@@ -77,6 +77,28 @@ def test_a_kill_inside_the_optimizers_file_costs_the_steps_since_the_last_checkp
     assert "checkpoint-5" in done.stderr
 
 
+def test_an_adapter_in_bfloat16_goes_on_in_bfloat16(folder: Path) -> None:
+    """PEFT loads it as float32; seen on a GPU, with TRL and a 4-bit base."""
+    assert run(folder, "bfloat16", fault="adapter_in_bfloat16").returncode == 0
+    whole = adapter(folder / "bfloat16")
+    assert b"BF16" in whole[:1000]
+    killed = run(folder, "bfloat16-killed", fault="adapter_in_bfloat16_and_killed")
+    assert killed.returncode == -signal.SIGKILL
+    done = run(folder, "bfloat16-killed", fault="adapter_in_bfloat16")
+    assert done.returncode == 0, done.stderr
+    assert record(folder / "bfloat16-killed")["resumes"][-1]["step"] == SAVE_EVERY
+    assert adapter(folder / "bfloat16-killed") == whole
+
+
+def test_what_only_a_resume_executes_is_in_no_fresh_runs_key(folder: Path, reference: bytes) -> None:
+    """So a gate's measurements, fresh runs all, need not be made again where it is corrected."""
+    done = run(folder, "fresh", fault="no_code_for_a_resume")
+    assert done.returncode == 0, done.stderr
+    assert adapter(folder / "fresh") == reference
+    assert run(folder, "resumed", fault="kill_in_optimizer_file").returncode == -signal.SIGKILL
+    assert "only a resumed run calls this" in run(folder, "resumed", fault="no_code_for_a_resume").stderr
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_a_kill_at_any_write_leaves_a_run_that_goes_on_to_the_same_bits(folder: Path) -> None:

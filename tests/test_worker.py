@@ -443,6 +443,22 @@ def test_only_what_is_measured_is_in_the_codes_digest(tmp_path: Path, monkeypatc
     assert identity.code_sha256() != before
 
 
+def test_code_for_a_resume_is_in_the_key_of_what_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(identity, "TRAINING", tmp_path)
+    source = "class T:\n    def step(self):\n        return 1\n\n{}    def last(self):\n        return 2\n"
+    resumed = (
+        '    @of(\n        1\n    )\n    def _load_from_checkpoint(self):\n        """Do it."""\n        return {}\n\n'
+    )
+    found = []
+    for text in (source.format(""), source.format(resumed.format(1)), source.format(resumed.format(2))):
+        (tmp_path / "loop.py").write_text(text)
+        found.append((identity.code_sha256(), identity.resume_sha256()))
+    assert len({code for code, _ in found}) == 1
+    assert len({resume for _, resume in found}) == 3
+    (tmp_path / "loop.py").write_text(source.format(resumed.format(2) + "    x = 1\n"))
+    assert identity.code_sha256() != found[0][0]
+
+
 def test_a_run_that_is_given_its_corpus_does_not_depend_on_how_corpora_are_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -139,6 +139,14 @@ def forge_trainer(base: Any) -> Callable[..., Any]:
             self.model.train()
             return metrics
 
+        def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+            """PEFT (0.18 to 0.21) loads an adapter as float32; with a 4-bit base TRL trains it in bfloat16."""
+            trained = {name: value.dtype for name, value in self.model.named_parameters() if value.requires_grad}
+            super()._load_from_checkpoint(*args, **kwargs)
+            for name, value in self.model.named_parameters():
+                if name in trained:
+                    value.data = value.data.to(trained[name])
+
         def create_model_card(self, *_: Any, **__: Any) -> None:
             """Nothing: TRL writes one at every checkpoint; the export writes the model's."""
 

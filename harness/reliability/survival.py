@@ -42,7 +42,7 @@ class Survival:
 
     def small_run(self, backend: Backend) -> dict[str, Any] | None:
         """Killed and stopped: the smoke workload's trained base in 4 bits."""
-        return self._ask(backend, "smoke", "--backend", backend, *_settings(self.small))
+        return self._ask(backend, "smoke", "--backend", backend, *_settings(self.small), resumes=True)
 
     def large_run(self, backend: Backend) -> dict[str, Any] | None:
         """Asked to stop at real size."""
@@ -59,7 +59,7 @@ class Survival:
         data = (f"data.train={self.train}", "data.validation=null", f"data.sample={num_documents}")
         return (f"model.path={self.model}", *data, "report_to=[]")
 
-    def _ask(self, backend: Backend, *arguments: str) -> dict[str, Any] | None:
+    def _ask(self, backend: Backend, *arguments: str, resumes: bool = False) -> dict[str, Any] | None:
         if arguments not in self._answers:
             deadline = self.deadline if self.measures else time.monotonic()
             try:
@@ -72,6 +72,7 @@ class Survival:
                     expected_seconds=100.0,
                     deadline=deadline,
                     announce=self.announce,
+                    resumes=resumes,
                 )
             except ForgeError as error:
                 self._answers[arguments] = error
