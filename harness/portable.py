@@ -50,9 +50,9 @@ def portable(value: Any) -> Any:
 
 
 def portable_setting(setting: str) -> str:
-    """A ``key=value`` whose value may be a path: ``data.train=/a/b.jsonl`` becomes ``data.train=b.jsonl``."""
+    """A ``key=value`` or an argument that may be a path: ``data.train=/a/b.jsonl`` becomes ``data.train=b.jsonl``."""
     key, separator, value = setting.partition("=")
-    return f"{key}{separator}{portable(value)}"
+    return f"{key}={portable(value)}" if separator else str(portable(setting))
 
 
 def log_tail(output: bytes) -> str:

@@ -94,7 +94,7 @@ def run_probe(
             answer = None
         if not isinstance(answer, dict):
             why = f"did not end within {time_limit_seconds:g} s" if ended.timed_out else f"exit code {ended.exit_code}"
-            failure = ForgeError(f"the {module} probe of {backend} failed: {why}\n{log[-600:]}")
+            failure = ForgeError(f"the {module} probe of {backend} failed: {why}\n{log}")
             failure.exit_code = ended.exit_code if 0 < ended.exit_code < 10 else 1
             raise failure
         stored = {

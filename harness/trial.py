@@ -245,7 +245,8 @@ def run_single(
     """The newest undisturbed outcome of ``spec`` in the store, else a new run; ``None``: no time left for one.
 
     For what is reported beside the claims. The time needed is that of the spec's longest run so far, else
-    ``unseen_seconds``. A run that was stopped for its time counts until it may take longer.
+    ``unseen_seconds``; one that was refused says nothing of it. A run that was stopped for its time counts until it
+    may take longer.
     """
     with store.lock():
         stored = store.with_key(identify(spec).key)
@@ -253,7 +254,7 @@ def run_single(
         valid = [o for o in valid if o.status != "timeout" or time_limit_seconds <= o.wall_seconds + 1]
         if valid:
             return valid[-1]
-        needed = max((outcome.wall_seconds for outcome in stored), default=unseen_seconds)
+        needed = max((o.wall_seconds for o in stored if o.status != "refused"), default=unseen_seconds)
         if deadline is not None and time.monotonic() + needed * _SPARE >= deadline:
             return None
         announce(spec.label())

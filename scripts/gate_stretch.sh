@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One stretch of the gate on a GPU machine without a network, from the repository's root:
 #
-#   scripts/gate_stretch.sh OUT TRAIN.jsonl [perf|parity|export ...] [-- PYTEST OPTION ...]
+#   scripts/gate_stretch.sh OUT TRAIN.jsonl [perf|parity|export|reliability ...] [-- PYTEST OPTION ...]
 #
 # OUT receives store.tar.gz (all runs, trials and probes), benchmark.json, gate.log, report.md and report.html. The store
 # is packed after every run, so that a kill costs the run that it met and nothing before. scripts/keep_gate.py takes OUT up.
@@ -9,11 +9,13 @@
 #   LIMIT   seconds until all is written (default 560)
 #   STORE   a store or store.tar.gz to go on from; one that this machine still has from its last stretch goes first
 #   BUNDLE  what `make gpu-bundle` made (default: where it makes it; without it this machine's own packages serve)
+#   OTHER_GPU=1  measure although the store is of another GPU: nothing in it counts here
 #
-# The exit code is the gate's: 0 all claims passed, 1 not, 2 stopped, 4 no GPU, no base or no bundle.
+# The exit code is the gate's: 0 all claims passed, 1 not, 2 stopped, 4 no GPU or another one than the store's,
+# no base or no bundle.
 set -uo pipefail
 set -m # else what runs in the background could not be interrupted
-[ $# -ge 2 ] || { sed -n 2,15p "$0"; exit 2; }
+[ $# -ge 2 ] || { sed -n 2,17p "$0"; exit 2; }
 mkdir -p "$1" || exit 6
 out=$(realpath "$1") train=$(realpath -e "$2") || exit 2
 shift 2
@@ -75,6 +77,12 @@ fi
 if [ -n "${STORE:-}" ] && [ ! -d "$work/store" ]; then
     if [ -d "$STORE" ]; then cp -r "$STORE" "$work/store"; else tar xzf "$STORE" -C "$work"; fi || exit 3
     note "going on from $(find "$work/store/runs" -name '*.json' | wc -l) runs"
+fi
+gpu=$(python3 -c 'from forge.training.environment import describe_gpu as gpu; print((gpu() or {}).get("name", ""))')
+others=$(grep -rhoE '"gpu": "[^"]+"' "$work/store" 2>/dev/null | sort -u)
+if [ -n "$gpu" ] && [ -n "$others" ] && [ -z "${OTHER_GPU:-}" ] && ! grep -qF "\"$gpu\"" <<<"$others"; then
+    note "this GPU is \"$gpu\", the store is of ${others//$'\n'/, }: nothing in it would count (OTHER_GPU=1 measures anew)"
+    exit 4
 fi
 if [ -z "${GATE_MODEL:-}" ] && [ "${rooms[*]}" != harness/parity ]; then # the ladder has a base of its own
     timeout 200 python3 -m forge.training base qwen2-7b || exit 4

@@ -33,7 +33,7 @@ from harness.export.contents import (
     judge_template,
     judge_tokens,
 )
-from harness.export.exports import Exports
+from harness.export.exports import PROBE_SECONDS, Exports
 from harness.export.findings import Finding
 from harness.export.predictions import (
     BARS,
@@ -150,6 +150,38 @@ def test_a_second_session_makes_nothing_again(exports: Exports) -> None:
     assert again.answer("merge") == exports.answer("merge")
     other = Exports(store=exports.store, spec=SPEC.model_copy(update={"overrides": ()}), measures=False)
     assert other.finding("merge").status == "INCOMPLETE"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_another_machine_judges_what_the_store_has_of_one_adapter_and_makes_nothing(
+    exports: Exports, tmp_path: Path
+) -> None:
+    for probe in PROBE_SECONDS:
+        assert exports.answer(probe) is not None
+    (tmp_path / "store").mkdir()
+    shutil.copytree(exports.store.directory / "probes", tmp_path / "store" / "probes")
+    elsewhere = Exports(store=Store(tmp_path / "store"), spec=SPEC, deadline=0.0)
+    assert {claim.name: elsewhere.finding(claim.name).status for claim in CLAIMS} == {
+        claim.name: exports.finding(claim.name).status for claim in CLAIMS
+    }
+    assert not (tmp_path / "export").exists()
+    assert str(exports.store.directory.parent) not in "".join(
+        path.read_text() for path in (tmp_path / "store" / "probes").iterdir()
+    )
+    next((tmp_path / "store" / "probes").glob("merge-*")).unlink()
+    partly = Exports(store=Store(tmp_path / "store"), spec=SPEC, deadline=0.0)
+    assert {partly.finding(claim.name).status for claim in CLAIMS} == {"INCOMPLETE"}, "no claims of two adapters"
+
+
+@pytest.mark.slow
+def test_a_step_that_fails_is_not_tried_again_for_every_claim(tmp_path: Path) -> None:
+    said: list[str] = []
+    broken = SPEC.model_copy(update={"overrides": ("model.path=./nowhere",)})
+    exports = Exports(store=Store(tmp_path / "store"), spec=broken, announce=said.append)
+    exports._key = lambda spec: "0" * 64  # type: ignore[method-assign]
+    assert {exports.finding(claim.name).status for claim in CLAIMS} == {"INCOMPLETE"}
+    assert said == ["export fidelity: train"]
 
 
 def test_every_claim_has_a_test_in_the_gate() -> None:
@@ -471,6 +503,9 @@ def test_a_loss_that_moves_beyond_the_margin_is_red_even_where_the_kl_is_small()
     found = measured(1e-6, 1e-8)
     found["pairs"][0]["mean_kl_nats"] = 1.0
     assert judge_merged_against_adapter(found).status == "PASS"
+    found["four_bit"] = {"why": "RuntimeError: no kernel"}
+    assert judge_merged_against_adapter(found).status == "INCOMPLETE"
+    found["four_bit"] = None
     next(row for row in found["chain"] if row["subject"] == "merged")["change_nats_per_token"] = 0.02
     is_red(judge_merged_against_adapter(found), "the loss moves by")
 

@@ -16,10 +16,13 @@ from forge.training.errors import CheckError, ConfigurationError
 from forge.training.files import sha256_file
 from forge.training.probes import first_step
 from forge.training.probes.architecture import write_architecture
+from harness.parity import architectures
+from harness.parity import first_step as rungs_1_to_3
 from harness.parity.first_step import find_checks, judge_first_step, judge_inputs, judge_step_equivalence
 from harness.parity.ladder import Ladder
 from harness.parity.measured_step import MeasuredStep, read_step
 from harness.parity.step_checks import Check, differing_inputs, direction_check, first_step_checks, layout_checks
+from harness.parity.steps import measure_steps
 from harness.parity.verdicts import Rung
 from harness.probes import source_sha256
 from harness.store import Store
@@ -312,3 +315,41 @@ def test_judged_steps_are_not_measured_again_and_lost_ones_beside_the_old_never_
     shutil.rmtree(tmp_path / "store" / "parity")
     assert find_checks(ladder, counted) != found
     assert len(answers) == 2 * num, "a store only grows"
+
+
+def test_stored_steps_are_known_without_a_process_and_fetch_no_other_architecture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "base").mkdir()
+    row = '{"instruction": "Recite %d.", "input": "", "output": "Ship %d came by night."}\n'
+    (tmp_path / "train.jsonl").write_text("".join(row % (i, i) for i in range(230)))
+    answers: dict[Any, Any] = {}
+
+    class Stored(Ladder):
+        def probes(self, name: str, asked: Any, *, is_prefetch: bool = False) -> list[Any]:
+            if self.measures:
+                answers.update({one: {"steps": [{}] * one[1].count("--step")} for one in asked})
+            return [answers.get(one) for one in asked]
+
+    fetched: list[Ladder] = []
+    monkeypatch.setattr(architectures, "prefetch", fetched.append)
+    monkeypatch.setattr(rungs_1_to_3, "_judged", lambda *_: None)
+    ladder = Stored(store=Store(tmp_path / "store"), train=tmp_path / "train.jsonl", base=str(tmp_path / "base"))
+    judge_first_step(ladder)
+    assert fetched == [ladder]
+    measure_steps(ladder)
+    judge_first_step(ladder)
+    assert fetched == [ladder]
+
+
+def test_stored_inputs_of_another_workload_are_no_verdict(tmp_path: Path) -> None:
+    class Stored(Ladder):
+        def probes(self, name: str, asked: Any, *, is_prefetch: bool = False) -> list[Any]:
+            return [{"inputs": {"backend": one[0], "workload_sha256": "0" * 64}} for one in asked]
+
+    (tmp_path / "base").mkdir()
+    row = '{"instruction": "Recite %d.", "input": "", "output": "Ship %d came by night."}\n'
+    (tmp_path / "train.jsonl").write_text("".join(row % (i, i) for i in range(230)))
+    ladder = Stored(store=Store(tmp_path / "store"), train=tmp_path / "train.jsonl", base=str(tmp_path / "base"))
+    rung = judge_inputs(ladder)
+    assert (rung.status, "another one" in rung.reason) == ("INCOMPLETE", True)

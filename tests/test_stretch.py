@@ -173,6 +173,19 @@ def test_a_benchmark_json_that_is_cut_short_is_one_message_and_the_kept_one_stay
     assert (tmp_path / "kept" / "benchmark.json").read_bytes() == before
 
 
+def test_a_store_of_another_gpu_is_refused_before_anything_is_measured_anew(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", runs_a='{"key_parts": {"gpu": "NVIDIA Other"}}')
+    (tmp_path / "sitecustomize.py").write_text("import tests.seen_gpu\n")
+    (tmp_path / "train.jsonl").touch()
+    seen = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment = {**os.environ, **seen, "FORGE_WORK": str(tmp_path / "work"), "BUNDLE": "none", "STORE": str(store)}
+    command = ["bash", "scripts/gate_stretch.sh", str(tmp_path / "out"), str(tmp_path / "train.jsonl"), "perf"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 4, done.stderr
+    log = (tmp_path / "out" / "gate.log").read_text()
+    assert 'this GPU is "NVIDIA Test", the store is of "gpu": "NVIDIA Other": nothing in it would count' in log
+
+
 @pytest.mark.slow
 def test_stretches_that_are_stopped_and_killed_lose_nothing_that_was_measured(tmp_path: Path) -> None:
     machine = Machine(tmp_path)

@@ -31,6 +31,8 @@ def judge_merged_against_adapter(found: Mapping[str, Any]) -> Finding:
         status, reason = "FAIL", f"the loss moves by {change:+.2e} nats a token"
     if status == "PASS" and pair["mean_kl_nats"] * 100 > effect:
         status, reason = "INCONCLUSIVE", f"the adapter itself moves the base by only {effect:.2e} nats: nothing to lose"
+    if status == "PASS" and "why" in (found["four_bit"] or {}):
+        status, reason = "INCOMPLETE", f"the shift from the 4-bit base is not known: {found['four_bit']['why']}"
     return stated("merged_against_adapter", status, reason, figures)
 
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from forge.training.data.duplicates import DUPLICATE_SIMILARITY, similar_pairs
 from forge.training.environment import ROOT
 from forge.training.errors import DataError
 from forge.training.files import disk_errors, write_text
@@ -31,6 +32,7 @@ def write_documents(
 
     ``source``: instruction/input/output records, one a document, as ``dataset`` writes them. Which of them are taken
     and which are held out follows from a hash of each record: the same file gives the same documents everywhere.
+    No held-out text is nearly one that is trained on: how well a run has it by heart would be most of what it adds.
     Raises :class:`DataError` where there are too few.
     """
     usable: dict[str, dict[str, Any]] = {}
@@ -41,10 +43,14 @@ def write_documents(
         if len(text) <= LONGEST_CHARACTERS and len(asked) <= LONGEST_PROMPT_CHARACTERS:
             usable.setdefault(hashlib.sha256(text.encode()).hexdigest(), record)  # copies never on both sides
     chosen = [usable[key] for key in sorted(usable)]
-    if len(chosen) < num_train + num_held_out:
+    end = num_held_out + num_train
+    trained = chosen[num_held_out:end]
+    held_out = _unlike(trained, chosen[:num_held_out] + chosen[end:])[:num_held_out]
+    if len(trained) < num_train or len(held_out) < num_held_out:
         raise DataError(
-            f"the parity ladder takes {num_train + num_held_out} different documents of up to {LONGEST_CHARACTERS:,}"
-            f" characters, asked for in up to {LONGEST_PROMPT_CHARACTERS}, and {source} has {len(chosen)}",
+            f"the parity ladder takes {num_train} documents and {num_held_out} unlike them, of up to"
+            f" {LONGEST_CHARACTERS:,} characters and asked for in up to {LONGEST_PROMPT_CHARACTERS}; {source} has"
+            f" {len(trained)} and {len(held_out)}",
             remedy="name a larger corpus with --gate-train",
         )
     planted = [
@@ -53,8 +59,8 @@ def write_documents(
     ] * NUM_PLANTINGS
     written = []
     for name, records in (
-        ("train", planted + chosen[num_held_out : num_held_out + num_train]),
-        ("validation", chosen[:num_held_out]),
+        ("train", planted + trained),
+        ("validation", held_out),
     ):
         path = directory / f"parity.{name}.jsonl"
         text = "".join(json.dumps(record, ensure_ascii=False, sort_keys=True) + "\n" for record in records)
@@ -64,6 +70,14 @@ def write_documents(
             write_text(path, text)
         written.append(path)
     return written[0], written[1]
+
+
+def _unlike(trained: list[dict[str, Any]], others: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of ``others`` whose text is not nearly one of ``trained``, in their order."""
+    texts = [[" ".join(str(record["output"]).split()) for record in records] for records in (trained, others)]
+    alike = {j for _, j, _ in similar_pairs(texts[0], texts[1], DUPLICATE_SIMILARITY)}
+    alike |= {j for j, text in enumerate(texts[1]) if text in set(texts[0])}
+    return [record for j, record in enumerate(others) if j not in alike]
 
 
 def _read(source: Path) -> list[dict[str, Any]]:

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from forge.training.errors import ForgeError
 from forge.training.files import read_json_object, sha256_file, sha256_json, write_json
+from forge.training.workload import load_workload
+from harness.parity.agenda import WORKLOAD
 from harness.parity.measured_step import read_step
 from harness.parity.step_checks import Check, differing_inputs, direction_check, first_step_checks, layout_checks
 from harness.parity.steps import (
@@ -24,6 +26,7 @@ from harness.parity.steps import (
     CandidateFailed,
     Measured,
     NotMeasured,
+    has_steps,
     measure_inputs,
     measure_steps,
     quantizations,
@@ -50,6 +53,11 @@ def judge_inputs(ladder: Ladder) -> Rung:
         return Rung(number=1, status="INCOMPLETE", reason=str(why))
     except CandidateFailed as why:
         return Rung(number=1, status="FAIL", reason=str(why))
+    now = load_workload(WORKLOAD, ladder.overrides).digest()
+    if any(arm.get("workload_sha256") != now for arm in arms):
+        # the store knows a probe by the workload's name
+        changed = "the workload is another one than these inputs, and the steps of rungs 2 and 3, were measured with"
+        return Rung(number=1, status="INCOMPLETE", reason=f"{changed}: put away the store's first_step probes")
     lines = differing_inputs(arms)
     figures = {"differing": lines, "arms": {arm["backend"]: _described(arm) for arm in arms}}
     if lines:
@@ -69,7 +77,8 @@ def judge_first_step(ladder: Ladder) -> Rung:
     """Rung 2, for each quantisation and each of the candidate's layouts."""
     from harness.parity.architectures import prefetch  # it knows this module
 
-    prefetch(ladder)
+    if not has_steps(ladder):
+        prefetch(ladder)
     return _judged(ladder, 2, first_steps)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,6 +112,12 @@ def _processes(ladder: Ladder, asked: Sequence[str], layouts: Sequence[str]) -> 
         Process(ladder.baseline, tuple(f"{quantization}:{BASELINE_LAYOUT}" for quantization in asked)),
         *(Process(ladder.candidate, tuple(steps)) for steps in groups.values()),
     ]
+
+
+def has_steps(ladder: Ladder) -> bool:
+    """Whether the store has every first step of the ladder's own base: only then is nothing of it to be fetched."""
+    asked = [_call(ladder, process, None) for process in _processes(ladder, quantizations(ladder), ladder.step_layouts)]
+    return None not in replace(ladder, measures=False).probes("first_step", asked, is_prefetch=True)
 
 
 def _folder(ladder: Ladder) -> Path:

@@ -199,7 +199,10 @@ def _greedy(ids: list[int], num_tokens: int, merged: Reference, model: GgufModel
 
 
 def _four_bit(run: RunRecord, run_dir: Path, texts: list[Text], tally: Tally) -> dict[str, Any] | None:
-    """How far the loss moves from the 4-bit base that was trained on to the original one; needs a GPU to say."""
+    """How far the loss moves from the 4-bit base that was trained on to the original one, or ``why`` that is not known.
+
+    It comes last and nothing else needs it: an error costs its own figure and no other.
+    """
     import torch
 
     if (run.workload.get("model") or {}).get("quantization") != "nf4":
@@ -208,10 +211,13 @@ def _four_bit(run: RunRecord, run_dir: Path, texts: list[Text], tally: Tally) ->
         return {"why": "the 4-bit base needs a CUDA GPU"}
     release_memory()
     placement = Placement("cuda", "bfloat16", {"": 0})
-    model = load_model(Path(run.base_path), placement, nf4_dtype=str(run.workload["model"]["dtype"]))
-    model = with_adapter(model, run_dir / "adapter", placement)
-    for text in texts:
-        tally.add("adapter-nf4", text.document, sum_nats(model, text.ids, text.labels))
+    try:
+        model = load_model(Path(run.base_path), placement, nf4_dtype=str(run.workload["model"]["dtype"]))
+        model = with_adapter(model, run_dir / "adapter", placement)
+        for text in texts:
+            tally.add("adapter-nf4", text.document, sum_nats(model, text.ids, text.labels))
+    except (ForgeError, RuntimeError, ValueError, ImportError) as failure:
+        return {"why": f"{type(failure).__name__}: {failure}"}
     shift, error = tally.mean("adapter", "adapter-nf4")
     return {
         "nats_per_token": tally.mean("adapter-nf4")[0],

@@ -7,6 +7,8 @@ Takes the arguments of ``python -m forge.training``, before them ``--rounding=NA
 kernels or in another precision, the same to every digit that counts:
 
 - ``eager``: attention as products and a softmax of their own;
+- ``float32``: nothing in bfloat16. The weights are the same numbers, those of 4 bits as dequantised; products, norms,
+  attention and residuals round as no bfloat16 stack's do. No layout shows that either;
 - ``float32_head``: logits as a float32 product. Stacks differ in it, and no layout shows what it does: in bfloat16 they
   are off by 0.2%, which lifts a loss by half the variance of that, in every layout alike.
 """
@@ -16,7 +18,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-ROUNDINGS = ("eager", "float32_head")
+ROUNDINGS = ("eager", "float32", "float32_head")
 
 
 def main() -> None:
@@ -39,12 +41,27 @@ def main() -> None:
         causal = trainer.model.get_base_model()
         if "eager" in named:
             causal.set_attn_implementation("eager")
+        if "float32" in named:
+            _compute_in_float32(trainer, causal)
         if "float32_head" in named:
             causal.lm_head.forward = _float32_product(causal.lm_head.weight)
         return trainer
 
     attempt.build_trainer = built
     cli.main()
+
+
+def _compute_in_float32(trainer: Any, causal: Any) -> None:
+    """Weights as float32 where they are not packed in 4 bits, no autocast, dequantised products in float32."""
+    import torch
+
+    for parameter in causal.parameters():
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
+    for module in causal.modules():
+        if hasattr(module, "compute_type_is_set"):  # bitsandbytes' 4-bit linear
+            module.compute_dtype, module.compute_type_is_set = torch.float32, True
+    trainer.accelerator.native_amp = False  # asked when training begins
 
 
 def _float32_product(weight: Any) -> Any:
