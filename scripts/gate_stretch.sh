@@ -9,13 +9,14 @@
 #   LIMIT   seconds until all is written (default 560)
 #   STORE   a store or store.tar.gz to go on from; one that this machine still has from its last stretch goes first
 #   BUNDLE  what `make gpu-bundle` made (default: where it makes it; without it this machine's own packages serve)
+#   HALVES=no  begin no pair that the next stretch, at once and on this machine, would have to end
 #   OTHER_GPU=1  measure although the store is of another GPU: nothing in it counts here
 #
 # The exit code is the gate's: 0 all claims passed, 1 not, 2 stopped, 4 no GPU or another one than the store's,
 # no base or no bundle.
 set -uo pipefail
 set -m # else what runs in the background could not be interrupted
-[ $# -ge 2 ] || { sed -n 2,17p "$0"; exit 2; }
+[ $# -ge 2 ] || { sed -n 2,18p "$0"; exit 2; }
 mkdir -p "$1" || exit 6
 out=$(realpath "$1") train=$(realpath -e "$2") || exit 2
 shift 2
@@ -27,7 +28,8 @@ options=("$@")
 limit=${LIMIT:-560} bundle=${BUNDLE:-gpu-bundle/forge-gpu-bundle.tar.gz}
 work=${FORGE_WORK:-${XDG_CACHE_HOME:-$HOME/.cache}/forge-gate}
 export FORGE_CACHE=${FORGE_CACHE:-$work/cache} PYTHONUNBUFFERED=1
-gate='' watch='' limiter=''
+halves=(--gate-halves) gate='' watch='' limiter=''
+[ "${HALVES:-yes}" = yes ] || halves=()
 mkdir -p "$work"
 rm -f "$work"/benchmark.json*
 exec 3>&1 >"$out/gate.log" 2>&1
@@ -94,7 +96,7 @@ touch -d @0 "$work/packed"
 watch=$!
 judge() { # SECONDS that are left for measuring, SECONDS until it is interrupted
     python3 -m pytest -m gpu "${rooms[@]}" --tb=line --gate-train "$train" --gate-store "$work/store" \
-        --gate-seconds "$1" --gate-run-seconds 400 --gate-halves ${GATE_MODEL:+--gate-model "$GATE_MODEL"} \
+        --gate-seconds "$1" --gate-run-seconds 400 "${halves[@]}" ${GATE_MODEL:+--gate-model "$GATE_MODEL"} \
         --benchmark-json "$work/benchmark.json" "${options[@]}" 3>&- &
     gate=$!
     (sleep "$2" && kill -INT -- "-$gate") 3>&- & # it ends by itself, unless a run hangs

@@ -69,7 +69,7 @@ class Survival:
                     arguments,
                     self.store,
                     time_limit_seconds=_PROBE_SECONDS,
-                    expected_seconds=100.0,
+                    expected_seconds=150.0,  # the longest of them, its base included
                     deadline=deadline,
                     announce=self.announce,
                     resumes=resumes,
