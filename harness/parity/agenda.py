@@ -15,8 +15,8 @@ NUM_POSITIONS = 16  # tokens of each document: errors of equal size over 128 mis
 # Rung 4: runs of the baseline that differ in rounding alone, the first its owner's. Micro-batches of other sizes and
 # make-up sum other partial results; which attention kernel is taken follows from length, padding and what is allowed.
 # ``rounding=``: probes/float32_adapter.py. Half of them must not share what the others' kernels have in common, and one
-# not what all of a stack's layouts share, bfloat16 products and residuals in its order: another stack's are others. One:
-# a second run in float32 would be its twin, to a millionth, and show less noise than there is.
+# not what all of a stack's layouts share, bfloat16 products and residuals in its order: another stack's are others.
+# One: a second run in float32 would be its twin, to a millionth, and show less noise than there is.
 LAYOUTS: tuple[tuple[str, ...], ...] = (
     (),
     ("micro_batch=2", "rounding=float32_head"),
