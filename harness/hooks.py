@@ -67,6 +67,31 @@ def gate_deadline(config: pytest.Config) -> float | None:
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# A session's options, as every room reads them
+
+OTHER_ROOMS = ("parity", "export", "reliability")  # whole in --gate-only, which names harness/perf's things one by one
+
+
+def gate_documents(config: pytest.Config) -> Path:
+    """``--gate-train``, absolute. Raises ``pytest.UsageError`` (exit 4) without that option."""
+    told: str | None = config.getoption("--gate-train")
+    if not told:
+        raise pytest.UsageError("the gate trains on real documents: --gate-train FILE (README.md, section 'The gate')")
+    return Path(told).absolute()
+
+
+def gate_only(config: pytest.Config) -> tuple[str, ...]:
+    """What ``--gate-only`` names, nothing without it."""
+    return tuple(filter(None, (config.getoption("--gate-only") or "").split(",")))
+
+
+def room_measures(config: pytest.Config, room: str) -> bool:
+    """Whether one of :data:`OTHER_ROOMS` may measure: ``--gate-only`` names it, or nothing."""
+    only = gate_only(config)
+    return not only or room in only
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Keeping what was recorded
 
 

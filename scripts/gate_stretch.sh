@@ -16,7 +16,7 @@
 # no base or no bundle.
 set -uo pipefail
 set -m # else what runs in the background could not be interrupted
-[ $# -ge 2 ] || { sed -n 2,16p "$0"; exit 2; }
+[ $# -ge 2 ] || { sed -n '2,/^set /{/^#/p}' "$0"; exit 2; }
 mkdir -p "$1" || exit 6
 out=$(realpath "$1") train=$(realpath -e "$2") || exit 2
 shift 2

@@ -30,19 +30,9 @@ def _changed_trainer(change: Callable[[type], type]) -> None:
 
 def adapter_in_bfloat16() -> None:
     """The adapter's weights are bfloat16, as TRL makes them for a 4-bit base."""
-    import torch
+    from .planted_training import plant
 
-    def changed(original: type) -> type:
-        class Changed(original):  # type: ignore[misc]
-            def __init__(self, *arguments: Any, **named: Any) -> None:
-                super().__init__(*arguments, **named)
-                for value in self.model.parameters():
-                    if value.requires_grad:
-                        value.data = value.data.to(torch.bfloat16)
-
-        return Changed
-
-    _changed_trainer(changed)
+    plant("bfloat16-adapter")
 
 
 def adapter_in_bfloat16_and_killed() -> None:

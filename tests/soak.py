@@ -63,7 +63,7 @@ class Soak:
         self.faults: list[str] = []
         self.num_runs = 0
         self.reference: dict[str, str] = {}
-        self.code = code_sha256(), resume_sha256()
+        self.code = _code()
 
     def run(self) -> None:
         """Make the reference, then kill until it is enough and the last run is whole."""
@@ -179,13 +179,12 @@ class Soak:
 
     def describe(self, seconds: float) -> dict[str, Any]:
         """The record. ``code_sha256`` and ``resume_sha256``: of what its runs execute, as in the gate's keys."""
-        if (code_sha256(), resume_sha256()) != self.code:
+        if _code() != self.code:
             self.faults.append("the code was changed meanwhile")
         environment = describe_environment(with_torch=False)
         return {
             "what": "python -m tests.soak",
-            "code_sha256": self.code[0],
-            "resume_sha256": self.code[1],
+            **self.code,
             "num_kills": len(self.kills),
             "num_runs_completed": self.num_runs,
             "faults": self.faults,
@@ -195,6 +194,10 @@ class Soak:
             "packages": environment.get("packages"),
             "kills": [vars(kill) for kill in self.kills],
         }
+
+
+def _code() -> dict[str, str]:
+    return {"code_sha256": code_sha256(), "resume_sha256": resume_sha256()}
 
 
 def _step_of(out: Path) -> int:

@@ -285,10 +285,15 @@ def counted(ladder: Ladder, measured: Any, quantization: str, layouts: tuple[str
     return [Check(f"{quantization}: {path.read_text()}", 0.0, 1.0) for path in paths]
 
 
-def test_judged_steps_are_not_measured_again_and_lost_ones_beside_the_old_never_in_their_place(tmp_path: Path) -> None:
-    (tmp_path / "base").mkdir()
+def of_short_texts(kind: type[Ladder], folder: Path) -> Ladder:
+    """A ladder that trains nothing: its base has no weights."""
+    (folder / "base").mkdir()
     row = '{"instruction": "Recite %d.", "input": "", "output": "Ship %d came by night."}\n'
-    (tmp_path / "train.jsonl").write_text("".join(row % (i, i) for i in range(230)))
+    (folder / "train.jsonl").write_text("".join(row % (i, i) for i in range(230)))
+    return kind(store=Store(folder / "store"), train=folder / "train.jsonl", base=str(folder / "base"))
+
+
+def test_judged_steps_are_not_measured_again_and_lost_ones_beside_the_old_never_in_their_place(tmp_path: Path) -> None:
     answers: dict[Any, Any] = {}
 
     class Recording(Ladder):
@@ -305,7 +310,7 @@ def test_judged_steps_are_not_measured_again_and_lost_ones_beside_the_old_never_
                 file.write_text(f"{len(answers)}")
             return {"steps": [{"file": file.name, "file_sha256": sha256_file(file)} for file in files]}
 
-    ladder = Recording(store=Store(tmp_path / "store"), train=tmp_path / "train.jsonl", base=str(tmp_path / "base"))
+    ladder = of_short_texts(Recording, tmp_path)
     found = find_checks(ladder, counted)
     assert list(found) == ["nf4", "none"]
     num = len(answers)
@@ -320,9 +325,6 @@ def test_judged_steps_are_not_measured_again_and_lost_ones_beside_the_old_never_
 def test_stored_steps_are_known_without_a_process_and_fetch_no_other_architecture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "base").mkdir()
-    row = '{"instruction": "Recite %d.", "input": "", "output": "Ship %d came by night."}\n'
-    (tmp_path / "train.jsonl").write_text("".join(row % (i, i) for i in range(230)))
     answers: dict[Any, Any] = {}
 
     class Stored(Ladder):
@@ -334,7 +336,7 @@ def test_stored_steps_are_known_without_a_process_and_fetch_no_other_architectur
     fetched: list[Ladder] = []
     monkeypatch.setattr(architectures, "prefetch", fetched.append)
     monkeypatch.setattr(rungs_1_to_3, "_judged", lambda *_: None)
-    ladder = Stored(store=Store(tmp_path / "store"), train=tmp_path / "train.jsonl", base=str(tmp_path / "base"))
+    ladder = of_short_texts(Stored, tmp_path)
     judge_first_step(ladder)
     assert fetched == [ladder]
     measure_steps(ladder)
@@ -347,9 +349,6 @@ def test_stored_inputs_of_another_workload_are_no_verdict(tmp_path: Path) -> Non
         def probes(self, name: str, asked: Any, *, is_prefetch: bool = False) -> list[Any]:
             return [{"inputs": {"backend": one[0], "workload_sha256": "0" * 64}} for one in asked]
 
-    (tmp_path / "base").mkdir()
-    row = '{"instruction": "Recite %d.", "input": "", "output": "Ship %d came by night."}\n'
-    (tmp_path / "train.jsonl").write_text("".join(row % (i, i) for i in range(230)))
-    ladder = Stored(store=Store(tmp_path / "store"), train=tmp_path / "train.jsonl", base=str(tmp_path / "base"))
+    ladder = of_short_texts(Stored, tmp_path)
     rung = judge_inputs(ladder)
     assert (rung.status, "another one" in rung.reason) == ("INCOMPLETE", True)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from forge.training.errors import MachineError
 from harness.agenda import MODEL
 from harness.export.exports import Exports
-from harness.hooks import announcer, gate_deadline
+from harness.hooks import announcer, gate_deadline, gate_documents, room_measures
 from harness.parity.agenda import CANDIDATE, WORKLOAD
 from harness.parity.ladder import Ladder
 from harness.store import RunSpec, Store
@@ -24,11 +22,8 @@ def exports(pytestconfig: pytest.Config) -> Exports:
     Left out of ``--gate-only`` (its name is "export"), nothing is made and what the store has is judged.
     """
     option = pytestconfig.getoption
-    if not option("--gate-train"):
-        raise pytest.UsageError("the gate trains on real documents: --gate-train FILE (README.md, section 'The gate')")
-    only = tuple(filter(None, (option("--gate-only") or "").split(",")))
-    measures = not only or "export" in only
-    store, train = Store(option("--gate-store")), Path(option("--gate-train")).absolute()
+    measures = room_measures(pytestconfig, "export")
+    store, train = Store(option("--gate-store")), gate_documents(pytestconfig)
     announce = announcer(pytestconfig)
     try:  # the ladder's base, documents and workload
         spec = Ladder(store=store, train=train, measures=measures, announce=announce).spec(CANDIDATE, SEED)

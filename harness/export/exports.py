@@ -66,6 +66,7 @@ class Exports:
     announce: Callable[[str], None] = lambda line: None
     _answers: dict[str, dict[str, Any] | ForgeError | None] = field(default_factory=dict)
     _failed: dict[Path, ForgeError] = field(default_factory=dict)  # steps of a run: not tried again for each probe
+    _keys: dict[RunSpec, str] = field(default_factory=dict)  # asked for often, and read from documents and weights
 
     def finding(self, name: str) -> Finding:
         """The verdict on a claim of :data:`CLAIMS`."""
@@ -97,13 +98,13 @@ class Exports:
         if answered is not None:
             return answered[probe]
         run_dir = self.exported(self.spec)
-        if run_dir is None or (probe == "lineage" and not self._evaluated(run_dir, self.spec)):
+        if run_dir is None or (probe == "lineage" and not self._evaluated(run_dir)):
             return None
         record = completed_record(run_dir)
         key, adapter = self._key(self.spec), str(record.adapter_sha256)
+        path = self._probes / f"exported-{key[:12]}-{adapter[:12]}.json"
         note = {"schema_version": 1, "key": key, "machine": machine_id(), "adapter_sha256": adapter}
-        note |= {"name": record.workload["name"]}
-        path = self._notes / f"exported-{key[:12]}-{adapter[:12]}.json"
+        note["name"] = record.workload["name"]
         if not path.is_file():
             write_json(path, note)
         return self._run_probe(probe, note, self.deadline if self.measures else 0.0)
@@ -134,7 +135,7 @@ class Exports:
 
         Training is not repeatable to the bit, so a run made again is another one to every probe.
         """
-        for path in sorted(self._notes.glob(f"exported-{self._key(self.spec)[:12]}-*.json")):
+        for path in sorted(self._probes.glob(f"exported-{self._key(self.spec)[:12]}-*.json")):
             note = read_json_object(path)
             answers = {probe: self._run_probe(probe, note, 0.0) for probe in PROBE_SECONDS}
             found = {probe: answer for probe, answer in answers.items() if answer is not None}
@@ -143,7 +144,7 @@ class Exports:
         return None
 
     @property
-    def _notes(self) -> Path:
+    def _probes(self) -> Path:
         return self.store.directory / "probes"
 
     def timing(self) -> dict[str, Any] | None:
@@ -153,7 +154,7 @@ class Exports:
         """
         assert self.large is not None
         key = self._key(self.large)
-        path = self._notes / f"export-{key[:12]}.json"
+        path = self._probes / f"export-{key[:12]}.json"
         if path.is_file():
             return read_json_object(path)
         run_dir = self.exported(self.large)
@@ -193,8 +194,8 @@ class Exports:
             return None
         return run_dir
 
-    def _evaluated(self, run_dir: Path, spec: RunSpec) -> bool:
-        nf4 = load_workload(spec.workload, spec.overrides).model.quantization == "nf4"
+    def _evaluated(self, run_dir: Path) -> bool:
+        nf4 = load_workload(self.spec.workload, self.spec.overrides).model.quantization == "nf4"
         subjects = f"base,adapter,{'adapter-nf4,' if nf4 else ''}merged"
         command = [*self._forge("evaluate", run_dir), "--subjects", subjects]
         return (run_dir / "evaluation.json").is_file() or self._make("evaluate", EVALUATOR, command, run_dir)
@@ -226,11 +227,13 @@ class Exports:
 
     def _key(self, spec: RunSpec) -> str:
         """Of everything that can change the run, its export or, beside a probe's own code, what a probe says of it."""
-        files = [TRAINING / "evaluate.py"]
-        for folder in ("export", "evaluation"):
-            files += sorted((TRAINING / folder).glob("*.py"))
-        code = [[path.relative_to(TRAINING).as_posix(), code_sha256_of(path)] for path in files]
-        return sha256_json([identify(spec).key, code])
+        if spec not in self._keys:
+            files = [TRAINING / "evaluate.py"]
+            for folder in ("export", "evaluation"):
+                files += sorted((TRAINING / folder).glob("*.py"))
+            code = [[path.relative_to(TRAINING).as_posix(), code_sha256_of(path)] for path in files]
+            self._keys[spec] = sha256_json([identify(spec).key, code])
+        return self._keys[spec]
 
 
 def _is_completed(run_dir: Path) -> bool:

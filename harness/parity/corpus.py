@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from forge.training.data.duplicates import DUPLICATE_SIMILARITY, similar_pairs
+from forge.training.data.overlap import find_overlap
+from forge.training.data.records import Message, Record
 from forge.training.environment import ROOT
 from forge.training.errors import DataError
 from forge.training.files import disk_errors, write_text
@@ -74,10 +75,13 @@ def write_documents(
 
 def _unlike(trained: list[dict[str, Any]], others: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Those of ``others`` whose text is not nearly one of ``trained``, in their order."""
-    texts = [[" ".join(str(record["output"]).split()) for record in records] for records in (trained, others)]
-    alike = {j for _, j, _ in similar_pairs(texts[0], texts[1], DUPLICATE_SIMILARITY)}
-    alike |= {j for j, text in enumerate(texts[1]) if text in set(texts[0])}
-    return [record for j, record in enumerate(others) if j not in alike]
+
+    def answers(rows: list[dict[str, Any]]) -> list[Record]:
+        return [Record(i, (Message("assistant", str(row["output"])),), document=True) for i, row in enumerate(rows)]
+
+    found = find_overlap(answers(trained), answers(others))
+    alike = {*found.equal_lines, *(near.held_out_line for near in found.near)}
+    return [row for i, row in enumerate(others) if i not in alike]
 
 
 def _read(source: Path) -> list[dict[str, Any]]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from harness.agenda import MODEL, ORDER
 from harness.gate import Gate
-from harness.hooks import announcer, gate_deadline
+from harness.hooks import OTHER_ROOMS, announcer, gate_deadline, gate_documents, gate_only
 from harness.store import Store
 from harness.worker import TIME_LIMIT_SECONDS
 
@@ -17,25 +15,22 @@ from harness.worker import TIME_LIMIT_SECONDS
 def gate(pytestconfig: pytest.Config) -> Gate:
     """The gate, with everything measured that the time allowed."""
     option = pytestconfig.getoption
-    if not option("--gate-train"):
-        raise pytest.UsageError("the gate trains on real documents: --gate-train FILE (README.md, section 'The gate')")
-
     gate = Gate(
         store=Store(option("--gate-store")),
-        train=Path(option("--gate-train")).absolute(),
+        train=gate_documents(pytestconfig),
         model=option("--gate-model") or MODEL,
         deadline=gate_deadline(pytestconfig),
         run_seconds=option("--gate-run-seconds") or TIME_LIMIT_SECONDS,
         may_halve=option("--gate-halves"),
-        only=_only(option("--gate-only")),
+        only=_only(pytestconfig),
         announce=announcer(pytestconfig),
     )
     gate.measure_all()
     return gate
 
 
-def _only(told: str | None) -> tuple[str, ...]:
+def _only(config: pytest.Config) -> tuple[str, ...]:
     """What ``--gate-only`` names of this folder; the rest are other folders."""
-    if not told:
+    if not config.getoption("--gate-only"):
         return ORDER
-    return tuple(name for name in filter(None, told.split(",")) if name not in ("parity", "export", "reliability"))
+    return tuple(name for name in gate_only(config) if name not in OTHER_ROOMS)
