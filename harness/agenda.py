@@ -39,7 +39,7 @@ _FP16 = "legacy in fp16"
 TRIALS: dict[str, Planned] = {
     "genome_full": Planned("genome_full", LEGACY, UNSLOTH),
     "legacy_256": Planned("legacy_256", LEGACY, UNSLOTH),
-    "control_aa": Planned("legacy_256", LEGACY, LEGACY, num_pairs=3),
+    "control_aa": Planned("legacy_256", LEGACY, LEGACY),
     # reported beside the claims, one pair each
     "genome_8k": Planned("genome_8k", LEGACY, UNSLOTH, num_pairs=1),
     "legacy_256_fastest_legacy": Planned(

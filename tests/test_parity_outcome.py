@@ -31,7 +31,7 @@ from harness.parity.bands import LEAST_RUNS, draw_band, hold_against, num_distin
 from harness.parity.corpus import write_documents
 from harness.parity.evaluated import read_arm
 from harness.parity.ladder import Ladder
-from harness.parity.outcome import judge_differences, plan_seeds
+from harness.parity.outcome import judge_differences, judge_no_worse, plan_seeds
 from harness.parity.recorded import Recorded, read_recorded
 from harness.parity.simulation import (
     LEAST_SEEDS,
@@ -247,6 +247,8 @@ class Runs:
         identity = identify(spec)
         status = self.faults.get(spec.backend, "completed")
         record = make_record(backend=spec.backend, seed=seed, num_steps=len(losses), batch_digests=digests)
+        kept = "float32" if is_candidate or spec.float32_adapter else "bfloat16"
+        record.trainable.dtype = self.faults.get(f"dtype of {spec.backend}", kept)
         outcome = Outcome(
             run_id=store.new_run_id(identity.key),
             key=identity.key,
@@ -261,7 +263,7 @@ class Runs:
             log_tail="",
             record=record.model_dump(mode="json"),
             steps=steps,
-            evaluation=self.evaluation(spec.backend, seed) if spec.evaluate and status == "completed" else None,
+            evaluation=self.evaluation(spec, seed) if spec.evaluate and status == "completed" else None,
         )
         store.append(outcome)
         return outcome
@@ -269,9 +271,10 @@ class Runs:
     def rate(self, backend: str, step: int) -> float:
         return 0.002 / step * self.faults.get(f"rate of {backend}", 1.0)
 
-    def evaluation(self, backend: str, seed: int) -> dict[str, Any]:
-        loss = self.held_out(backend, seed)
-        recites = backend != "unsloth" or self.faults.get("recites", True)
+    def evaluation(self, spec: RunSpec, seed: int) -> dict[str, Any]:
+        is_stock = spec.backend != "unsloth" and not spec.float32_adapter
+        loss = self.held_out(spec.backend, seed) + is_stock * self.faults.get("stock", 0.02)
+        recites = spec.backend != "unsloth" or self.faults.get("recites", True)
         nats = [{"base": 400.0, "adapter": 100 * loss}, {"base": 1600.0, "adapter": 400 * loss}]
         return {
             "subjects": [
@@ -318,10 +321,12 @@ def test_a_sound_candidate_climbs_the_ladder_and_nothing_is_measured_twice(
     ladder = make_ladder(tmp_path, corpus, runs)
     for number in (6, 5, 4):
         assert ladder.verdict(number).status == "PASS", ladder.verdict(number).reason
-    assert runs.num_started == len(LAYOUTS) + 2 + 2 * len(PILOT_SEEDS) + 2 * LEAST_SEEDS
+    assert runs.num_started == len(LAYOUTS) + 2 + 2 * len(PILOT_SEEDS) + 3 * LEAST_SEEDS
     figures = ladder.verdict(6).figures
     assert len(figures["seeds"]) == LEAST_SEEDS
     assert not {row["seed"] for row in figures["seeds"]} & set(PILOT_SEEDS)
+    assert figures["precision"] == {"baseline": ["float32"], "candidate": ["float32"], "stock": ["bfloat16"]}
+    assert all(math.isclose(row["difference_to_stock"], row["difference"] - 0.02) for row in figures["seeds"])
     assert len(ladder.verdict(5).figures["curves"]["loss"]["half_width"]) == 100
     assert json.loads(json.dumps(ladder.verdict(6).to_dict(), allow_nan=False))["name"] == "outcome"
     again = make_ladder(tmp_path, corpus, Runs(recorded), measures=False)
@@ -394,6 +399,7 @@ def test_equal_runs_are_no_noise(tmp_path: Path, corpus: Path, recorded: Recorde
         ({"held_out": lambda backend, seed: 3.0 + 0.02 * (backend == "unsloth")}, "FAIL", "are worse"),
         ({"held_out": lambda backend, seed: 3.0 + 0.3 * (seed % 2) * (backend == "unsloth")}, "INCONCLUSIVE", "noisy"),
         ({"held_out": lambda backend, seed: 3.995}, "INCONCLUSIVE", "gain over the base"),
+        ({"stock": -0.02}, "FAIL", "worse than the stock baseline's"),
         ({"recites": False}, "FAIL", "not recited by 5 of 5 runs of the candidate"),
         ({"unsloth": "out_of_memory"}, "FAIL", "cannot run this"),
         ({"trl": "diverged"}, "INCONCLUSIVE", "the baseline cannot run this"),
@@ -406,6 +412,31 @@ def test_what_rung_6_does_not_let_pass(
     ladder._verdicts[5] = Rung(number=5, status="PASS", reason="not of this test")
     assert ladder.verdict(6).status == status, ladder.verdict(6).reason
     assert says in ladder.verdict(6).reason
+
+
+def test_a_candidate_that_beats_the_stock_baseline_still_has_to_equal_it_in_one_precision(
+    tmp_path: Path, corpus: Path, recorded: Recorded
+) -> None:
+    better = {"held_out": lambda backend, seed: 3.0 - 0.02 * (backend == "unsloth"), "stock": 0.0}
+    ladder = make_ladder(tmp_path, corpus, Runs(recorded, **better))
+    ladder._verdicts[5] = Rung(number=5, status="PASS", reason="not of this test")
+    assert ladder.verdict(6).status == "FAIL"
+    assert "are better" in ladder.verdict(6).reason
+
+
+def test_a_baseline_that_did_not_keep_its_adapter_in_float32_is_no_equal(
+    tmp_path: Path, corpus: Path, recorded: Recorded
+) -> None:
+    ladder = make_ladder(tmp_path, corpus, Runs(recorded, **{"dtype of trl": "bfloat16"}))
+    ladder._verdicts[5] = Rung(number=5, status="PASS", reason="not of this test")
+    assert ladder.verdict(6).status == "FAIL"
+    assert "not kept in one precision" in ladder.verdict(6).reason
+
+
+def test_no_worse_than_the_stock_baseline_is_one_sided() -> None:
+    assert judge_no_worse([-0.3, -0.2, -0.25, -0.28, -0.22], 0.01)[0] == "PASS"
+    assert judge_no_worse([0.0, 0.02, 0.0, 0.02, 0.01], 0.01)[0] == "INCONCLUSIVE"
+    assert judge_no_worse([0.02, 0.021, 0.019, 0.02, 0.02], 0.01)[0] == "FAIL"
 
 
 def test_the_number_of_seeds_stays_as_the_pilot_fixed_it(tmp_path: Path, corpus: Path, recorded: Recorded) -> None:

@@ -92,7 +92,9 @@ def test_curves_stand_in_their_band_and_differences_beside_the_margin(gate: Any)
     ladder = section(markdown, "Accuracy: the parity ladder")
     for row in figures["seeds"]:
         line = f"| {row['seed']} | {row['base']:.4f} | {row['baseline']:.4f} | {row['candidate']:.4f} |"
-        assert f"{line} {row['difference']:+.4f} |" in ladder
+        line += f" {row['stock']:.4f} | {row['difference']:+.4f} | {row['difference_to_stock']:+.4f} |"
+        assert line in ladder
+    assert "trl as it is keeps its adapter in bfloat16" in ladder
     assert "| d0 | 100 | 4.0000 |" in ladder
     assert "optimizer.learning_rate=" in ladder, "the planted fault is shown beside the candidate"
 

@@ -1,16 +1,21 @@
 """Rung 6: are the candidate's adapters worth as much as the baseline's, on documents that neither has seen?
 
-At the workload's own dropout and each stack's own precision. A seed gives both arms the same documents in the same
-order and the same first adapter; one neutral evaluator judges both. Equivalence is tested on the paired differences
-(Schuirmann 1987) with a margin written down beforehand, over a number of seeds that a pilot of other seeds has fixed.
+At the workload's own dropout. A seed gives all runs the same documents in the same order and the same first adapter;
+one neutral evaluator judges them. Two questions on the paired differences, with one margin written down beforehand,
+over a number of seeds that a pilot of other seeds has fixed:
+
+- Equivalence (Schuirmann 1987) with the baseline whose adapter is kept in float32, as the candidate's is: the same
+  training but for the stack. TRL keeps a 4-bit base's adapter in bfloat16, which costs it small updates; that is its
+  own, and would hide or feign what the stacks do otherwise.
+- Not worse than the stock baseline, with the precision that its stack chose.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from forge.training.errors import CheckError, ConfigurationError
 from forge.training.files import read_json_object, sha256_json, write_json
@@ -25,6 +30,11 @@ from harness.store import Outcome, RunSpec
 
 if TYPE_CHECKING:
     from harness.parity.ladder import Ladder
+
+# "stock": the baseline's stack as it is, adapter in the precision that it chooses; "baseline": the same, in float32
+Role = Literal["baseline", "candidate", "stock"]
+PAIRED: tuple[Role, ...] = ("baseline", "candidate")
+ROLES: tuple[Role, ...] = (*PAIRED, "stock")
 
 POWER = 0.9
 ALPHA = 0.05
@@ -78,72 +88,90 @@ def judge_differences(differences: Sequence[float], margin: float) -> tuple[Stat
     return "INCONCLUSIVE", f"{ends}, reaches beyond +-{margin:g}", found
 
 
+def judge_no_worse(differences: Sequence[float], margin: float) -> tuple[Status, str, Equivalence]:
+    """PASS: worse by less than the margin, if at all; FAIL: worse by more; else INCONCLUSIVE. One-sided, at ALPHA.
+
+    ``differences``: candidate less baseline by seed, nats a token.
+    """
+    found = tost(differences, margin, ALPHA)
+    if found.high < margin:
+        return "PASS", f"at most {found.high:+.5f} from the stock baseline's (mean {found.mean:+.5f})", found
+    side = "worse than" if found.low >= margin else "perhaps worse than"
+    reason = f"{side} the stock baseline's, {found.low:+.5f} to {found.high:+.5f}"
+    return "FAIL" if found.low >= margin else "INCONCLUSIVE", reason, found
+
+
 # --------------------------------------------------------------------------------------------------------------------
 
 
 def judge_outcome(ladder: Ladder) -> Rung:
     """Rung 6, pilot first."""
     margin = ladder.gate.equivalence_margin_nats
-    pilot = _pairs(ladder, PILOT_SEEDS)
+    pilot = _measured(ladder, PILOT_SEEDS, PAIRED)
     if isinstance(pilot, Rung):
         return pilot
     plan = plan_seeds(_differences(pilot), margin, least=ladder.gate.min_seeds, most=MOST_SEEDS)
     planned = {"margin_nats": margin, "pilot_seeds": list(PILOT_SEEDS), **asdict(plan)}
-    run_ids = [outcome.run_id for pair in pilot for outcome in pair]
+    run_ids = [outcome.run_id for runs in pilot for outcome in runs.values()]
     if plan.num_seeds is None:
         reason = f"paired differences spread by {plan.sd:.4f} nats (at most {plan.sd_upper:.4f}), and more than"
         reason += f" {MOST_SEEDS} seeds would be needed for a margin of {margin:g}: the workload is too noisy"
         return Rung(number=6, status="INCONCLUSIVE", reason=reason, figures={"plan": planned}, run_ids=run_ids)
     seeds = tuple(range(FIRST_TEST_SEED, FIRST_TEST_SEED + plan.num_seeds))
     _fix(ladder, {**planned, "seeds": list(seeds), "pilot_run_ids": run_ids})
-    pairs = _pairs(ladder, seeds)
-    if isinstance(pairs, Rung):
-        return pairs.model_copy(update={"figures": {"plan": planned}})
-    return judge_pairs(pairs, seeds, margin, planned)
+    runs = _measured(ladder, seeds, ROLES)
+    if isinstance(runs, Rung):
+        return runs.model_copy(update={"figures": {"plan": planned}})
+    return judge_runs(runs, seeds, margin, planned)
 
 
-def judge_pairs(
-    pairs: Sequence[tuple[Outcome, Outcome]], seeds: Sequence[int], margin: float, planned: dict[str, Any]
+def judge_runs(
+    runs: Sequence[Mapping[Role, Outcome]], seeds: Sequence[int], margin: float, planned: dict[str, Any]
 ) -> Rung:
-    """The verdict on complete pairs (baseline, candidate), one a seed. Raises :class:`CheckError` for other work."""
-    arms = [[read_arm(pair[side]) for pair in pairs] for side in (0, 1)]
-    for baseline, candidate in zip(*arms, strict=True):
-        _check_same_judging(baseline, candidate)
-    differences = [b.adapter - a.adapter for a, b in zip(*arms, strict=True)]
+    """The verdict on complete runs, one of each role a seed. Raises :class:`CheckError` for other work."""
+    arms = {role: [read_arm(by_role[role]) for by_role in runs] for role in ROLES}
+    baseline, candidate, stock = (arms[role] for role in ROLES)
+    for of_seed in zip(baseline, candidate, stock, strict=True):
+        _check_same_judging(*of_seed)
+    for by_role in runs:
+        _check_same_precision(by_role["baseline"], by_role["candidate"])
+    differences = [b.adapter - a.adapter for a, b in zip(baseline, candidate, strict=True)]
+    to_stock = [b.adapter - a.adapter for a, b in zip(stock, candidate, strict=True)]
     status, reason, found = judge_differences(differences, margin)
-    gains = [tost([arm.adapter - arm.base for arm in side], margin, ALPHA) for side in arms]
+    stock_status, stock_reason, stock_found = judge_no_worse(to_stock, margin)
+    status, reason = _worse(status, stock_status), f"{reason}; {stock_reason}"
+    gains = {role: tost([arm.adapter - arm.base for arm in arms[role]], margin, ALPHA) for role in ROLES}
     figures: dict[str, Any] = {
         "plan": planned,
         "equivalence": asdict(found),
+        "no_worse_than_stock": asdict(stock_found),
+        "precision": {role: sorted({adapter_dtype(by_role[role]) for by_role in runs}) for role in ROLES},
         "seeds": [
             {
                 "seed": seed,
-                "baseline": a.adapter,
-                "candidate": b.adapter,
-                "base": a.base,
-                "difference": b.adapter - a.adapter,
+                **{role: arms[role][index].adapter for role in ROLES},
+                "base": baseline[index].base,
+                "difference": differences[index],
+                "difference_to_stock": to_stock[index],
             }
-            for seed, a, b in zip(seeds, *arms, strict=True)
+            for index, seed in enumerate(seeds)
         ],
-        "gain_over_base": {name: asdict(gain) for name, gain in zip(("baseline", "candidate"), gains, strict=True)},
-        "documents": compare_documents(*arms),
+        "gain_over_base": {role: asdict(gain) for role, gain in gains.items()},
+        "documents": compare_documents(baseline, candidate),
         "rouge_l": {
-            "base": _mean([arm.rouge_l_base for arm in arms[0]]),
-            "baseline": _mean([arm.rouge_l for arm in arms[0]]),
-            "candidate": _mean([arm.rouge_l for arm in arms[1]]),
+            "base": _mean([arm.rouge_l_base for arm in baseline]),
+            **{role: _mean([arm.rouge_l for arm in arms[role]]) for role in ROLES},
         },
-        "facts": [[arm.num_facts_found for arm in side] for side in arms],
-        "num_facts": arms[0][0].num_facts,
+        "facts": {role: [arm.num_facts_found for arm in arms[role]] for role in ROLES},
+        "num_facts": baseline[0].num_facts,
     }
-    weaker = [
-        (name, gain) for name, gain in zip(("baseline", "candidate"), gains, strict=True) if not gain.high < -margin
-    ]
-    for name, gain in weaker:
+    weaker = [role for role in PAIRED if not gains[role].high < -margin]
+    for role in weaker:
         # a test of equality between two arms that learnt nothing proves nothing
-        reason += f"; the {name}'s gain over the base, {gain.mean:+.4f}, is not clearly more than {margin:g}"
-        status = _worse(status, "FAIL" if name == "candidate" and len(weaker) == 1 else "INCONCLUSIVE")
-    fact_status, told = hold_facts(*arms)
-    run_ids = [outcome.run_id for pair in pairs for outcome in pair]
+        reason += f"; the {role}'s gain over the base, {gains[role].mean:+.4f}, is not clearly more than {margin:g}"
+        status = _worse(status, "FAIL" if weaker == ["candidate"] else "INCONCLUSIVE")
+    fact_status, told = hold_facts(baseline, candidate)
+    run_ids = [outcome.run_id for by_role in runs for outcome in by_role.values()]
     return Rung(
         number=6, status=_worse(status, fact_status), reason=f"{reason}; {told}", figures=figures, run_ids=run_ids
     )
@@ -154,42 +182,64 @@ def _worse(a: Status, b: Status) -> Status:
     return max(a, b, key=order.index)
 
 
-def pair_specs(ladder: Ladder, seeds: Sequence[int]) -> list[list[RunSpec]]:
-    """The baseline's run and the candidate's at each seed."""
-    arms = (ladder.baseline, ladder.candidate)
-    return [[ladder.spec(backend, seed, evaluate=True) for backend in arms] for seed in seeds]
+def seed_specs(ladder: Ladder, seed: int, roles: Sequence[Role]) -> dict[Role, RunSpec]:
+    """The runs of one seed."""
+    backends = {"baseline": ladder.baseline, "candidate": ladder.candidate, "stock": ladder.baseline}
+    return {
+        role: ladder.spec(backends[role], seed, evaluate=True, float32_adapter=role == "baseline") for role in roles
+    }
 
 
-def _pairs(ladder: Ladder, seeds: Sequence[int]) -> list[tuple[Outcome, Outcome]] | Rung:
-    """Both arms' runs at each seed, or the verdict that ends it."""
-    pairs: list[tuple[Outcome, Outcome]] = []
-    specs = pair_specs(ladder, seeds)
-    ladder.prefetch([spec for pair in specs for spec in pair])
-    for both in specs:
-        outcomes = ladder.outcomes(both)
+def pilot_specs(ladder: Ladder) -> list[RunSpec]:
+    """Every run of the pilot."""
+    return [spec for seed in PILOT_SEEDS for spec in seed_specs(ladder, seed, PAIRED).values()]
+
+
+def _measured(ladder: Ladder, seeds: Sequence[int], roles: Sequence[Role]) -> list[dict[Role, Outcome]] | Rung:
+    """The roles' runs at each seed, or the verdict that ends it."""
+    found: list[dict[Role, Outcome]] = []
+    specs = [seed_specs(ladder, seed, roles) for seed in seeds]
+    ladder.prefetch([spec for of_seed in specs for spec in of_seed.values()])
+    for of_seed in specs:
+        outcomes = ladder.outcomes(list(of_seed.values()))
         if outcomes and outcomes[-1].status != "completed":
-            role = "baseline" if len(outcomes) == 1 else "candidate"
-            return not_completed(6, outcomes[-1], role, [outcome.run_id for outcome in outcomes])
-        if len(outcomes) < 2:
-            reason = f"{len(pairs)} of {len(seeds)} seeds measured ({seeds[0]} to {seeds[-1]})"
+            return not_completed(6, outcomes[-1], roles[len(outcomes) - 1], [outcome.run_id for outcome in outcomes])
+        if len(outcomes) < len(roles):
+            reason = f"{len(found)} of {len(seeds)} seeds measured ({seeds[0]} to {seeds[-1]})"
             return Rung(number=6, status="INCOMPLETE", reason=reason)
-        check_same_run(outcomes[0], outcomes[1])
-        pairs.append((outcomes[0], outcomes[1]))
-    return pairs
+        for other in outcomes[1:]:
+            check_same_run(outcomes[0], other)
+        found.append(dict(zip(roles, outcomes, strict=True)))
+    return found
 
 
-def _differences(pairs: Sequence[tuple[Outcome, Outcome]]) -> list[float]:
-    return [nats_per_token(candidate, "adapter") - nats_per_token(baseline, "adapter") for baseline, candidate in pairs]
+def adapter_dtype(outcome: Outcome) -> str:
+    """What the trained matrices of a run were kept in."""
+    return str(((outcome.record or {}).get("trainable") or {}).get("dtype"))
 
 
-def _check_same_judging(a: Arm, b: Arm) -> None:
-    if a.judged_by != b.judged_by:
-        raise CheckError(f"the two adapters were not judged alike: {a.judged_by} | {b.judged_by}")
+def _check_same_precision(baseline: Outcome, candidate: Outcome) -> None:
+    kept = [adapter_dtype(outcome) for outcome in (baseline, candidate)]
+    if kept[0] != kept[1]:
+        raise CheckError(f"the adapters were not kept in one precision: {baseline.run_id} {kept[0]} | {kept[1]}")
+
+
+def _differences(runs: Sequence[Mapping[Role, Outcome]]) -> list[float]:
+    return [
+        nats_per_token(by_role["candidate"], "adapter") - nats_per_token(by_role["baseline"], "adapter")
+        for by_role in runs
+    ]
+
+
+def _check_same_judging(first: Arm, *others: Arm) -> None:
+    for other in others:
+        if first.judged_by != other.judged_by:
+            raise CheckError(f"two adapters were not judged alike: {first.judged_by} | {other.judged_by}")
 
 
 def _fix(ladder: Ladder, plan: dict[str, Any]) -> None:
     """Write the plan of the test before its first run; a plan that is there already must be this one."""
-    keys = [identify(spec).key for pair in pair_specs(ladder, PILOT_SEEDS) for spec in pair]
+    keys = [identify(spec).key for spec in pilot_specs(ladder)]
     path = ladder.store.directory / "parity" / f"outcome-{sha256_json(keys)[:12]}.json"
     content = {"schema_version": 1, "pilot_keys": keys, **plan}
     if not path.is_file():

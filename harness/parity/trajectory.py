@@ -14,7 +14,7 @@ import numpy as np
 
 from forge.training.errors import CheckError
 from forge.training.workload import load_workload
-from harness.parity.agenda import FAULT, NO_DROPOUT, PILOT_SEEDS, TRAJECTORY_SEED
+from harness.parity.agenda import FAULT, NO_DROPOUT, TRAJECTORY_SEED
 from harness.parity.bands import LEAST_RUNS, Band, Deviation, draw_band, hold_against, num_distinct, resolution
 from harness.parity.same_run import check_same_run
 from harness.parity.verdicts import Rung, not_completed
@@ -95,13 +95,11 @@ def _noise_spec(ladder: Ladder, layout: tuple[str, ...], *changes: str) -> RunSp
 
 def judge_noise(ladder: Ladder) -> Rung:
     """Rung 4: PASS if enough different runs of enough steps show the baseline's rounding."""
-    from harness.parity.outcome import pair_specs
+    from harness.parity.outcome import pilot_specs
 
     specs = noise_specs(ladder)
     # none of these hangs on another, so rungs 5 and 6 need not wait for this one's runs, only for its verdict
-    ladder.prefetch(
-        [*specs, *trajectory_specs(ladder)[0], *(s for pair in pair_specs(ladder, PILOT_SEEDS) for s in pair)]
-    )
+    ladder.prefetch([*specs, *trajectory_specs(ladder)[0], *pilot_specs(ladder)])
     outcomes = ladder.outcomes(specs)
     run_ids = [outcome.run_id for outcome in outcomes]
     if outcomes and outcomes[-1].status != "completed":

@@ -12,6 +12,8 @@ from harness.report.quantities import NONE, count, digits, number, percent
 from harness.report.source import Evidence
 from harness.report.stated import Stated, figures_of, read_stated, verdict_table
 
+_ROLES = ("baseline", "candidate", "stock")
+_STOCK = "as it is"
 _QUANTITIES = {"loss": "training loss", "grad_norm": "logarithm of the gradient norm"}
 
 
@@ -121,29 +123,37 @@ def _outcome(rung: Stated, names: tuple[str, str]) -> list[Chart | Table]:
     figures = rung.figures
     if "seeds" not in figures:
         return []
-    margin, test = figures["plan"]["margin_nats"], figures["equivalence"]
+    margin, test, to_stock = figures["plan"]["margin_nats"], figures["equivalence"], figures["no_worse_than_stock"]
     seeds = [Difference(f"seed {row['seed']}", row["difference"]) for row in figures["seeds"]]
     interval = Difference("mean", test["mean"], test["low"], test["high"])
+    stock = Difference(f"mean, to {_STOCK}", to_stock["mean"], to_stock["low"], to_stock["high"])
     documents = figures["documents"]
     by_document = [Difference(str(row["document"]), row["candidate"] - row["baseline"]) for row in documents["rows"]]
-    title = f"Rung 6: held-out loss of {names[1]} less {names[0]}'s"
+    kept = ", ".join(figures["precision"]["baseline"])
+    arms = (f"{names[0]}, adapter in {kept}", names[1])
+    title = f"Rung 6: held-out loss of {names[1]} less that of {arms[0]}"
     rows = tuple(
         Row(
             (
                 str(row["seed"]),
-                *(f"{row[key]:.4f}" for key in ("base", "baseline", "candidate")),
-                f"{row['difference']:+.4f}",
+                *(f"{row[key]:.4f}" for key in ("base", *_ROLES)),
+                *(f"{row[key]:+.4f}" for key in ("difference", "difference_to_stock")),
             )
         )
         for row in figures["seeds"]
     )
+    columns = ("Seed", "Base", *arms, f"{names[0]}, {_STOCK}", "Difference", f"Difference to {_STOCK}")
     return [
-        differences("parity-seeds", f"{title}, by seed", [*seeds, interval], margin),
+        differences("parity-seeds", f"{title}, by seed", [*seeds, interval, stock], margin),
         differences("parity-documents", f"{title}, by document (mean over seeds)", _sorted(by_document), None),
-        Table(f"{title}: nats a token", ("Seed", "Base", *names, "Difference"), rows),
-        Table("Rung 6: what else was asked", ("", "Base", *names), tuple(_others(figures)), texts=1),
-        _documents(documents, names),
+        Table(f"Rung 6: held-out loss by seed, nats a token ({_kept(figures, names)})", columns, rows),
+        Table("Rung 6: what else was asked", ("", *columns[1:5]), tuple(_others(figures)), texts=1),
+        _documents(documents, arms),
     ]
+
+
+def _kept(figures: dict[str, Any], names: tuple[str, str]) -> str:
+    return f"{names[0]} {_STOCK} keeps its adapter in {', '.join(figures['precision']['stock'])}"
 
 
 def _sorted(found: list[Difference]) -> list[Difference]:
@@ -152,10 +162,10 @@ def _sorted(found: list[Difference]) -> list[Difference]:
 
 def _others(figures: dict[str, Any]) -> Iterable[Row]:
     rouge, facts, num_facts = figures["rouge_l"], figures["facts"], figures["num_facts"]
-    yield Row(("ROUGE-L of greedy answers", *(number(rouge[side]) for side in ("base", "baseline", "candidate"))))
-    told = [f"{sum(found == num_facts for found in side)} of {len(side)} runs" for side in facts]
+    yield Row(("ROUGE-L of greedy answers", *(number(rouge[side]) for side in ("base", *_ROLES))))
+    told = [f"{sum(found == num_facts for found in facts[role])} of {len(facts[role])} runs" for role in _ROLES]
     yield Row(("the planted fact recited", NONE, *told))
-    gains = [figures["gain_over_base"][side] for side in ("baseline", "candidate")]
+    gains = [figures["gain_over_base"][role] for role in _ROLES]
     shown = [f"{gain['mean']:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f})" for gain in gains]
     yield Row(("held-out loss less the base's, nats a token", NONE, *shown))
 
