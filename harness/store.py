@@ -60,7 +60,8 @@ class RunSpec(_Part):
 
     def label(self) -> str:
         """For people: ``unsloth genome_full (micro_batch=1)``."""
-        differs = [*self.plan_overrides, *(f"rounding={name}" for name in self.rounding)]
+        differs = [*self.plan_overrides, *["adapter=float32"] * self.float32_adapter]
+        differs += [f"rounding={name}" for name in self.rounding]
         plan = f" ({', '.join(differs)})" if differs else ""
         return f"{self.backend} {Path(self.workload).stem}{plan}"
 

@@ -95,9 +95,9 @@ def judge_no_worse(differences: Sequence[float], margin: float) -> tuple[Status,
     """
     found = tost(differences, margin, ALPHA)
     if found.high < margin:
-        return "PASS", f"at most {found.high:+.5f} from the stock baseline's (mean {found.mean:+.5f})", found
-    side = "worse than" if found.low >= margin else "perhaps worse than"
-    reason = f"{side} the stock baseline's, {found.low:+.5f} to {found.high:+.5f}"
+        return "PASS", f"against the stock baseline {found.mean:+.5f}, at most {found.high:+.5f}", found
+    side = "worse" if found.low >= margin else "perhaps worse"
+    reason = f"{side} than the stock baseline's, {found.low:+.5f} to {found.high:+.5f}"
     return "FAIL" if found.low >= margin else "INCONCLUSIVE", reason, found
 
 

@@ -126,7 +126,7 @@ def _outcome(rung: Stated, names: tuple[str, str]) -> list[Chart | Table]:
     margin, test, to_stock = figures["plan"]["margin_nats"], figures["equivalence"], figures["no_worse_than_stock"]
     seeds = [Difference(f"seed {row['seed']}", row["difference"]) for row in figures["seeds"]]
     interval = Difference("mean", test["mean"], test["low"], test["high"])
-    stock = Difference(f"mean, to {_STOCK}", to_stock["mean"], to_stock["low"], to_stock["high"])
+    stock = Difference(f"to {_STOCK}", to_stock["mean"], to_stock["low"], to_stock["high"])
     documents = figures["documents"]
     by_document = [Difference(str(row["document"]), row["candidate"] - row["baseline"]) for row in documents["rows"]]
     kept = ", ".join(figures["precision"]["baseline"])
@@ -142,7 +142,7 @@ def _outcome(rung: Stated, names: tuple[str, str]) -> list[Chart | Table]:
         )
         for row in figures["seeds"]
     )
-    columns = ("Seed", "Base", *arms, f"{names[0]}, {_STOCK}", "Difference", f"Difference to {_STOCK}")
+    columns = ("Seed", "Base", *arms, f"{names[0]}, {_STOCK}", "Difference", f"To {names[0]}, {_STOCK}")
     return [
         differences("parity-seeds", f"{title}, by seed", [*seeds, interval, stock], margin),
         differences("parity-documents", f"{title}, by document (mean over seeds)", _sorted(by_document), None),
