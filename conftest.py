@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Generator
 from contextlib import suppress
 
@@ -29,6 +30,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # A tiny model is slower on two threads than on one when something else is running.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell ignores Ctrl-C for what it runs in the background, and children inherit that: tests that interrupt theirs would
+# wait in vain.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("forge", deadline=None, print_blob=True)
 settings.load_profile("forge")
