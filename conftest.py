@@ -31,8 +31,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # A tiny model is slower on two threads than on one when something else is running.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# A shell ignores Ctrl-C for what it runs in the background, and children inherit that: tests that interrupt theirs would
-# wait in vain.
+# A shell ignores Ctrl-C for what it runs in the background, and children inherit that: tests that interrupt theirs
+# would wait in vain.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
