@@ -110,7 +110,7 @@ def judge_outcome(ladder: Ladder) -> Rung:
     pilot = _measured(ladder, PILOT_SEEDS, PAIRED)
     if isinstance(pilot, Rung):
         return pilot
-    plan = plan_seeds(_differences(pilot), margin, least=ladder.gate.min_seeds, most=MOST_SEEDS)
+    plan = plan_seeds(_differences(pilot, "baseline"), margin, least=ladder.gate.min_seeds, most=MOST_SEEDS)
     planned = {"margin_nats": margin, "pilot_seeds": list(PILOT_SEEDS), **asdict(plan)}
     run_ids = [outcome.run_id for runs in pilot for outcome in runs.values()]
     if plan.num_seeds is None:
@@ -135,8 +135,7 @@ def judge_runs(
         _check_same_judging(*of_seed)
     for by_role in runs:
         _check_same_precision(by_role["baseline"], by_role["candidate"])
-    differences = [b.adapter - a.adapter for a, b in zip(baseline, candidate, strict=True)]
-    to_stock = [b.adapter - a.adapter for a, b in zip(stock, candidate, strict=True)]
+    differences, to_stock = _differences(runs, "baseline"), _differences(runs, "stock")
     status, reason, found = judge_differences(differences, margin)
     stock_status, stock_reason, stock_found = judge_no_worse(to_stock, margin)
     status, reason = _worse(status, stock_status), f"{reason}; {stock_reason}"
@@ -224,9 +223,10 @@ def _check_same_precision(baseline: Outcome, candidate: Outcome) -> None:
         raise CheckError(f"the adapters were not kept in one precision: {baseline.run_id} {kept[0]} | {kept[1]}")
 
 
-def _differences(runs: Sequence[Mapping[Role, Outcome]]) -> list[float]:
+def _differences(runs: Sequence[Mapping[Role, Outcome]], reference: Role) -> list[float]:
+    """Held-out loss of the candidate less the reference's by seed, nats a token."""
     return [
-        nats_per_token(by_role["candidate"], "adapter") - nats_per_token(by_role["baseline"], "adapter")
+        nats_per_token(by_role["candidate"], "adapter") - nats_per_token(by_role[reference], "adapter")
         for by_role in runs
     ]
 

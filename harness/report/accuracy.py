@@ -6,13 +6,13 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+from harness.parity.outcome import ROLES
 from harness.report.content import Chart, Row, Section, Table
 from harness.report.deviations import Difference, differences, within_band
 from harness.report.quantities import NONE, count, digits, number, percent
 from harness.report.source import Evidence
 from harness.report.stated import Stated, figures_of, read_stated, verdict_table
 
-_ROLES = ("baseline", "candidate", "stock")
 _STOCK = "as it is"
 _QUANTITIES = {"loss": "training loss", "grad_norm": "logarithm of the gradient norm"}
 
@@ -129,14 +129,15 @@ def _outcome(rung: Stated, names: tuple[str, str]) -> list[Chart | Table]:
     stock = Difference(f"to {_STOCK}", to_stock["mean"], to_stock["low"], to_stock["high"])
     documents = figures["documents"]
     by_document = [Difference(str(row["document"]), row["candidate"] - row["baseline"]) for row in documents["rows"]]
-    kept = ", ".join(figures["precision"]["baseline"])
-    arms = (f"{names[0]}, adapter in {kept}", names[1])
+    kept = {role: ", ".join(dtypes) for role, dtypes in figures["precision"].items()}
+    arms = (f"{names[0]}, adapter in {kept['baseline']}", names[1])
+    by_seed = f"nats a token ({names[0]} {_STOCK} keeps its adapter in {kept['stock']})"
     title = f"Rung 6: held-out loss of {names[1]} less that of {arms[0]}"
     rows = tuple(
         Row(
             (
                 str(row["seed"]),
-                *(f"{row[key]:.4f}" for key in ("base", *_ROLES)),
+                *(f"{row[key]:.4f}" for key in ("base", *ROLES)),
                 *(f"{row[key]:+.4f}" for key in ("difference", "difference_to_stock")),
             )
         )
@@ -146,14 +147,10 @@ def _outcome(rung: Stated, names: tuple[str, str]) -> list[Chart | Table]:
     return [
         differences("parity-seeds", f"{title}, by seed", [*seeds, interval, stock], margin),
         differences("parity-documents", f"{title}, by document (mean over seeds)", _sorted(by_document), None),
-        Table(f"Rung 6: held-out loss by seed, nats a token ({_kept(figures, names)})", columns, rows),
+        Table(f"Rung 6: held-out loss by seed, {by_seed}", columns, rows),
         Table("Rung 6: what else was asked", ("", *columns[1:5]), tuple(_others(figures)), texts=1),
         _documents(documents, arms),
     ]
-
-
-def _kept(figures: dict[str, Any], names: tuple[str, str]) -> str:
-    return f"{names[0]} {_STOCK} keeps its adapter in {', '.join(figures['precision']['stock'])}"
 
 
 def _sorted(found: list[Difference]) -> list[Difference]:
@@ -162,10 +159,10 @@ def _sorted(found: list[Difference]) -> list[Difference]:
 
 def _others(figures: dict[str, Any]) -> Iterable[Row]:
     rouge, facts, num_facts = figures["rouge_l"], figures["facts"], figures["num_facts"]
-    yield Row(("ROUGE-L of greedy answers", *(number(rouge[side]) for side in ("base", *_ROLES))))
-    told = [f"{sum(found == num_facts for found in facts[role])} of {len(facts[role])} runs" for role in _ROLES]
+    yield Row(("ROUGE-L of greedy answers", *(number(rouge[side]) for side in ("base", *ROLES))))
+    told = [f"{sum(found == num_facts for found in facts[role])} of {len(facts[role])} runs" for role in ROLES]
     yield Row(("the planted fact recited", NONE, *told))
-    gains = [figures["gain_over_base"][role] for role in _ROLES]
+    gains = [figures["gain_over_base"][role] for role in ROLES]
     shown = [f"{gain['mean']:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f})" for gain in gains]
     yield Row(("held-out loss less the base's, nats a token", NONE, *shown))
 
