@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from forge.training.errors import ForgeError
+from forge.training.plan import load_plan
 from forge.training.workload import load_workload
 from harness.agenda import EXPECTED_SECONDS, FP16, LADDER, LEGACY, ORDER, SINGLES, TRIALS, TRL, UNSLOTH, Arm
+from harness.identity import code_sha256
 from harness.store import Outcome, Store
 
 PROBE_SECONDS = {"ceiling": 10.0, "context": 300.0}  # what they take, not what they may
@@ -32,7 +34,7 @@ class Item:
 
 def outlook(store: Store) -> list[Item]:
     """Every item of :data:`ORDER`, in that order. Raises :class:`DataError` for a damaged store."""
-    outcomes = [outcome for outcome in store.outcomes() if outcome.status == "completed"]
+    outcomes = [outcome for outcome in store.outcomes() if outcome.status != "refused"]
     probes = [path.stem for path in (store.directory / "probes").glob("*.json")]
     seen: set[tuple[str, Arm]] = set()
     items = []
@@ -48,7 +50,7 @@ def outlook(store: Store) -> list[Item]:
             runs = [(workload, arm) for workload, arm in ((*SINGLES, FP16) if name == "singles" else LADDER)]
             new = [run for run in runs if (run[0], _alike(run[1])) not in seen]
             seen |= {(workload, _alike(arm)) for workload, arm in new}
-            missing = [run for run in new if not _runs_of(outcomes, *run)]
+            missing = [run for run in new if not any(map(_is_current, _runs_of(outcomes, *run)))]
             done, units = len(runs) - len(missing), [_seconds(outcomes, *run) for run in missing]
         else:
             arms = (UNSLOTH,) if name == "ceiling" else (LEGACY, TRL, UNSLOTH)
@@ -86,8 +88,15 @@ def _runs_of(outcomes: list[Outcome], workload: str, arm: Arm) -> list[Outcome]:
     ]
 
 
+def _is_current(outcome: Outcome) -> bool:
+    """Whether today's training code would carry it out by the same plan; what else is in its key takes the GPU."""
+    spec, parts = outcome.spec, outcome.key_parts
+    plan = load_plan(load_workload(spec.workload), spec.backend, spec.plan_overrides)
+    return parts.get("plan") == plan.model_dump(mode="json") and parts.get("code") == code_sha256()
+
+
 def _seconds(outcomes: list[Outcome], workload: str, arm: Arm) -> float:
-    found = [outcome.wall_seconds for outcome in _runs_of(outcomes, workload, arm)]
+    found = [outcome.wall_seconds for outcome in _runs_of(outcomes, workload, arm) if outcome.status == "completed"]
     return statistics.median(found) if found else EXPECTED_SECONDS[workload]
 
 

@@ -22,6 +22,7 @@ from harness.utilisation import model_flops
 from tests.tiny_gate import make_project, run_pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+RUNS = ROOT / "docs" / "results" / "2026-11-25-h200-gate" / "store" / "runs"
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +139,22 @@ def test_the_outlook_counts_what_a_store_lacks(tmp_path: Path, documents: Path) 
     assert after["genome_full"] == whole["genome_full"]
     assert after["legacy_256"].units[0] < whole["legacy_256"].units[0], "the store knows better what an arm takes"
     assert num_stretches([200, 200, 200, 90, 10], 470) == 2
+
+
+@pytest.mark.parametrize("changed", [None, "plan", "code"])
+def test_the_outlook_counts_no_run_of_another_plan_or_of_other_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str | None
+) -> None:
+    run = json.loads((RUNS / "eca913433db2-0108.json").read_text())  # the ladder's rung before the last
+    code = run["key_parts"]["code"]
+    monkeypatch.setattr("harness.outlook.code_sha256", lambda: code)
+    before = {item.name: item.num_done for item in outlook(Store(tmp_path))}
+    if changed:
+        run["key_parts"][changed] = "another"
+    (tmp_path / "runs").mkdir(parents=True)
+    (tmp_path / "runs" / "eca913433db2-0108.json").write_text(json.dumps(run))
+    after = {item.name: item.num_done for item in outlook(Store(tmp_path))}
+    assert after == before | {"ladder": before["ladder"] + (changed is None)}
 
 
 def test_a_session_tells_what_the_store_has_of_what_it_leaves_out(tmp_path: Path, documents: Path) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from forge.training.errors import ForgeError
-from forge.training.probes.context import GRAIN, MOST_TRIES, _bracket, predict
+from forge.training.errors import ForgeError, MachineError
+from forge.training.probes.context import GRAIN, MOST_TRIES, _bracket, _measure, predict
 from harness import probes
 from harness.store import Store
 
@@ -52,11 +52,54 @@ def test_a_length_is_predicted_from_the_two_measured_nearest_to_it() -> None:
     assert [predict(points, cap) for cap in (5, 15, 40, 110, 260)] == [500, 1_500, 6_000, 15_000, 30_000]
 
 
-def test_a_prediction_far_off_is_said_and_no_number_is_made_up() -> None:
-    result, card = bracketed(50_000, 100_000)
-    assert result["tokens_fits"] is None
-    assert result["tokens_fails"] == min(card.asked)
-    assert "did not bracket" in result["why"]
+@pytest.mark.parametrize("predicted", [25_000, 40_000, 65_000, 100_000])
+def test_a_prediction_that_is_far_off_is_corrected(predicted: int) -> None:
+    result, card = bracketed(50_000, predicted)
+    assert result["tokens_fits"] <= 50_000 < result["tokens_fails"]
+    assert result["tokens_fails"] - result["tokens_fits"] <= 0.03 * result["tokens_fails"]
+    assert len(card.asked) <= MOST_TRIES
+    assert "why" not in result
+
+
+def test_what_could_not_be_bracketed_is_said_and_no_number_is_made_up() -> None:
+    result, card = bracketed(50_000, 2_000_000)
+    assert result["tokens_fits"] <= 50_000 < result["tokens_fails"]
+    assert result["why"] == f"{len(card.asked)} tries did not bracket it"
+    assert len(card.asked) == MOST_TRIES
+    result, card = bracketed(0, 800)
+    assert (result["tokens_fits"], result["tokens_fails"]) == (None, GRAIN)
+    assert card.asked == [768, 704, 576, 320, GRAIN]
+    assert result["why"] == "5 tries did not bracket it"
+
+
+@pytest.mark.parametrize("most_tokens", [64, 700, 797, 1_000, 1_500])
+def test_a_short_length_is_bracketed_by_one_grain(most_tokens: int) -> None:
+    """A few hundred tokens: three hundredths of them are less than a grain."""
+    result, card = bracketed(most_tokens, 797)
+    assert result["tokens_fits"] <= most_tokens < result["tokens_fails"]
+    assert result["tokens_fails"] - result["tokens_fits"] == GRAIN
+    assert len(set(card.asked)) == len(card.asked) <= MOST_TRIES
+
+
+class Slow(Card):
+    """A second for 1,024 tokens, in proportion."""
+
+    def step(self, num_tokens: int) -> tuple[int, float] | None:
+        got = super().step(num_tokens)
+        return (got[0], num_tokens / 1024) if got else None
+
+
+def test_lengths_are_measured_until_one_does_not_fit_or_may_take_too_long() -> None:
+    lengths = [512, 2_048, 8_192, 32_768, 131_072]
+    assert [tokens for tokens, _, _ in _measure(Slow(1 << 20), lengths, 600.0)] == lengths  # type: ignore[arg-type]
+    slow = Slow(1 << 20)
+    assert _measure(slow, lengths, 500.0)[-1] == (32_768, 3_276_800, 32.0)  # type: ignore[arg-type]
+    assert slow.asked == lengths[:-1]
+    card = Card(40_000)
+    assert [tokens for tokens, _, _ in _measure(card, lengths, 500.0)] == lengths[:-1]  # type: ignore[arg-type]
+    assert card.asked == lengths
+    with pytest.raises(MachineError, match="2048 tokens do not fit"):
+        _measure(Card(1_000), lengths, 500.0)  # type: ignore[arg-type]
 
 
 def test_no_step_is_begun_that_the_time_does_not_allow(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +107,7 @@ def test_no_step_is_begun_that_the_time_does_not_allow(monkeypatch: pytest.Monke
     monkeypatch.setattr("forge.training.probes.context.time.perf_counter", lambda: float(next(clock)))
     result, card = bracketed(50_000, 40_000, seconds=150)
     assert len(card.asked) == 1
-    assert "may take 52 s and -10 s were left" in result["why"]
+    assert "may take 55 s and -10 s were left" in result["why"]
 
 
 def test_a_first_step_that_would_take_all_the_time_is_not_begun() -> None:
@@ -73,7 +116,7 @@ def test_a_first_step_that_would_take_all_the_time_is_not_begun() -> None:
     assert card.asked == []
     assert result["why"].startswith("stopped: a step of 393,984 tokens may take 867 s and 240 s were left")
     result, card = bracketed(100_000, 100_000, seconds=240.0, pace=(32_768, 6.0))
-    assert (result["tokens_fits"], result["tokens_fails"]) == (98_304, 101_376)
+    assert (result["tokens_fits"], result["tokens_fails"]) == (98_496, 101_440)
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,9 @@
     python -m forge.training.probes.context WORKLOAD --backend unsloth --budgets 8,24 [--set ...] [--plan ...]
 
 One process: the backend's own trainer takes one real step, so that adapter, optimizer state and kernels
-are there, and then single documents of random tokens forwards and backwards. The peaks of the two
-measured lengths nearest to a budget give a line; the line gives the length that the budget should hold; a
-run just below it and one just above confirm it, under a cap on the allocator
+are there, and then single documents of random tokens forwards and backwards, as long as they fit and the time
+allows. The peaks of the two measured lengths nearest to a budget give a line; the line gives the length that the
+budget should hold; a run just below it and one just above confirm it, under a cap on the allocator
 (`torch.cuda.set_per_process_memory_fraction`) that is the budget less what CUDA itself took. No memory is
 filled up to simulate a smaller card, and libraries that ask how much is free are told what the budget
 leaves. Lengths beyond the base's own positions are allowed: memory does not depend on what RoPE is worth there.
@@ -31,9 +31,9 @@ from forge.training.session import base_directory
 from forge.training.workload import Workload, load_workload
 
 _GIB = 1 << 30
-GRAIN = 256  # tokens
-STEP = 0.03  # of the predicted length, from one try to the next
-MOST_TRIES = 6  # a budget
+GRAIN = 64  # tokens
+STEP = 0.03  # of the length: how far apart the longest that fits and the shortest that does not may end
+MOST_TRIES = 12  # a budget
 POSITIONS = 1 << 20  # of the base's copy
 
 
@@ -94,7 +94,7 @@ def longest_within(
     predicted = predict([(tokens, peak) for tokens, peak, _ in measured], cap)
     result["predicted_tokens"] = max(0, int(predicted))
     if predicted < GRAIN:
-        return result | {"why": "nothing that deserves the name of a document fits"}
+        return result | {"why": f"not even {GRAIN} tokens fit"}
     if budget_bytes > total:
         return result | {"why": f"not confirmed: this GPU has {total / _GIB:.1f} GiB in all"}
     torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total))
@@ -113,6 +113,25 @@ def longest_within(
     return result
 
 
+def _measure(prober: Prober, lengths: list[int], most_seconds: float) -> list[tuple[int, int, float]]:
+    """(tokens, peak bytes, seconds) of rising lengths, the two first at least: up to the first that does not fit or, at
+    the square of the pace before it, might take longer than ``most_seconds``.
+
+    Raises :class:`MachineError` where the first two do not fit.
+    """
+    measured: list[tuple[int, int, float]] = []
+    for length in lengths:
+        if len(measured) > 1 and measured[-1][2] * (length / measured[-1][0]) ** 2 > most_seconds:
+            break
+        got = prober.step(length)
+        if got is None:
+            if len(measured) < 2:
+                raise MachineError(f"{length} tokens do not fit on this GPU at all")
+            break
+        measured.append((length, *got))
+    return measured
+
+
 def predict(points: list[tuple[int, int]], cap: int) -> float:
     """The length whose peak is ``cap`` bytes, on the line through the two ``points`` nearest to it.
 
@@ -126,33 +145,42 @@ def predict(points: list[tuple[int, int]], cap: int) -> float:
 def _bracket(
     prober: Prober, predicted: float, seconds: float, result: dict[str, Any], *, pace: tuple[int, float]
 ) -> None:
-    """Step around the prediction until one length fits and one a step longer does not.
+    """Search around the prediction until one length fits and one longer by :data:`STEP`, or by a grain, does not.
 
-    ``pace``: the longest length measured and its seconds. A longer one takes at most the square of that, as attention
-    does, and is not begun where that is more than is left: the probe's limit would take all its answers with it.
+    In one direction the stride doubles from try to try; between a length that fits and one that does not the middle
+    is next.
+
+    ``pace``: a length and its seconds. A longer one takes at most the square of that, as attention does, and is not
+    begun where that is more than is left: the probe's limit would take all its answers with it.
     """
     started = time.perf_counter()
-    factor, longest = 1 - STEP / 2, 0.0
+    stride = max(GRAIN, int(predicted * STEP) // GRAIN * GRAIN)
+    tokens = max(GRAIN, int(predicted - stride / 2) // GRAIN * GRAIN)
     for _ in range(MOST_TRIES):
-        tokens = max(GRAIN, int(predicted * factor) // GRAIN * GRAIN)
         left = seconds - (time.perf_counter() - started)
-        needed = max(longest * 1.3, pace[1] * max(1.0, tokens / pace[0]) ** 2)
+        needed = pace[1] * max(1.0, tokens / pace[0]) ** 2
         if needed > left:
             result["why"] = f"stopped: a step of {tokens:,} tokens may take {needed:.0f} s and {left:.0f} s were left"
             return
         begun = time.perf_counter()
         got = prober.step(tokens)
-        longest = max(longest, time.perf_counter() - begun)
         result["tries"].append({"tokens": tokens, "fits": got is not None, "peak_bytes": got[0] if got else None})
-        if got is not None:
-            result["tokens_fits"] = max(tokens, result["tokens_fits"] or 0)
-            factor += STEP
+        if got is None:
+            result["tokens_fails"] = tokens
         else:
-            result["tokens_fails"] = min(tokens, result["tokens_fails"] or tokens)
-            factor -= STEP
-        if result["tokens_fits"] and result["tokens_fails"]:
-            return
-    result["why"] = f"{MOST_TRIES} tries did not bracket it"
+            result["tokens_fits"] = tokens
+            pace = tokens, 1.3 * (time.perf_counter() - begun)  # no two steps take the same
+        fits, fails = result["tokens_fits"], result["tokens_fails"]
+        if fits and fails:
+            if fails - fits <= max(GRAIN, STEP * fails):
+                return
+            tokens = (fits + fails) // 2 // GRAIN * GRAIN
+        elif fails == GRAIN:
+            break
+        else:
+            tokens = max(GRAIN, tokens + (stride if fits else -stride))
+            stride *= 2
+    result["why"] = f"{len(result['tries'])} tries did not bracket it"
 
 
 def measure_context(
@@ -191,11 +219,7 @@ def measure_context(
             def on_step_end(self, *_: Any, model: Any, **__: Any) -> None:
                 prober = Prober(trainer, model, vocabulary - 1000)
                 deadline = time.perf_counter() + seconds
-                for length in lengths:
-                    got = prober.step(length)
-                    if got is None:
-                        raise MachineError(f"{length} tokens do not fit on this GPU at all")
-                    found["points"].append([length, got[0], got[1]])
+                found["points"] += _measure(prober, lengths, seconds / 3)
                 for gib in budgets_gib:
                     left = deadline - time.perf_counter()
                     prober._clear()
@@ -227,7 +251,7 @@ def main() -> int:
     parser.add_argument("workload")
     parser.add_argument("--backend", choices=BACKEND_NAMES, required=True)
     parser.add_argument("--budgets", default="8,24,80", help="GiB, separated by commas")
-    parser.add_argument("--lengths", default="512,2048,8192,32768", help="rising lengths in tokens to predict from")
+    parser.add_argument("--lengths", default="512,2048,8192,32768,131072", help="rising lengths to predict from")
     parser.add_argument("--seconds", type=float, default=240.0, help="what all budgets together may take")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     parser.add_argument("--plan", action="append", default=[], dest="plan_overrides", metavar="KEY=VALUE")
