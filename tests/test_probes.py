@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 import pytest
 
 from forge.training.errors import ForgeError, MachineError
-from forge.training.probes.context import GRAIN, MOST_TRIES, _bracket, _measure, predict
+from forge.training.probes.context import GRAIN, MOST_TRIES, Points, _bracket, predict
 from harness import probes
 from harness.store import Store
+from tests.tiny_model import shared_base
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -89,17 +91,32 @@ class Slow(Card):
         return (got[0], num_tokens / 1024) if got else None
 
 
-def test_lengths_are_measured_until_one_does_not_fit_or_may_take_too_long() -> None:
-    lengths = [512, 2_048, 8_192, 32_768, 131_072]
-    assert [tokens for tokens, _, _ in _measure(Slow(1 << 20), lengths, 600.0)] == lengths  # type: ignore[arg-type]
+def measured(card: Card, cap: int, most_seconds: float = 500.0) -> list[int]:
+    points = Points([512, 2_048, 8_192, 32_768, 131_072])
+    points.measure_beyond(card, cap, most_seconds=most_seconds)  # type: ignore[arg-type]
+    assert all(peak == 100 * tokens for tokens, peak, _ in points.measured)
+    return [tokens for tokens, _, _ in points.measured]
+
+
+def test_lengths_are_measured_as_far_as_a_budget_needs_them() -> None:
+    assert measured(Card(1 << 20), cap=10) == [512, 2_048], "a line takes two"
+    assert measured(Card(1 << 20), cap=300_000) == [512, 2_048, 8_192]
+    assert measured(Card(1 << 20), cap=1 << 40) == [512, 2_048, 8_192, 32_768, 131_072]
+    points, card = Points([512, 2_048, 8_192]), Card(1 << 20)
+    for cap in (100_000, 200_000, 300_000, 900_000):
+        points.measure_beyond(card, cap, most_seconds=1.0)  # type: ignore[arg-type]
+    assert card.asked == [512, 2_048, 8_192], "a length was measured twice"
+
+
+def test_no_length_is_measured_that_does_not_fit_or_may_take_too_long() -> None:
+    assert measured(Slow(1 << 20), 1 << 40, most_seconds=513.0)[-1] == 131_072
     slow = Slow(1 << 20)
-    assert _measure(slow, lengths, 500.0)[-1] == (32_768, 3_276_800, 32.0)  # type: ignore[arg-type]
-    assert slow.asked == lengths[:-1]
+    assert measured(slow, 1 << 40, most_seconds=511.0)[-1] == 32_768  # 32 s there, 16 times as much at four times
+    assert slow.asked[-1] == 32_768
     card = Card(40_000)
-    assert [tokens for tokens, _, _ in _measure(card, lengths, 500.0)] == lengths[:-1]  # type: ignore[arg-type]
-    assert card.asked == lengths
+    assert (measured(card, 1 << 40)[-1], card.asked[-1]) == (32_768, 131_072)
     with pytest.raises(MachineError, match="2048 tokens do not fit"):
-        _measure(Card(1_000), lengths, 500.0)  # type: ignore[arg-type]
+        measured(Card(1_000), 1 << 40)
 
 
 def test_no_step_is_begun_that_the_time_does_not_allow(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,6 +134,33 @@ def test_a_first_step_that_would_take_all_the_time_is_not_begun() -> None:
     assert result["why"].startswith("stopped: a step of 393,984 tokens may take 867 s and 240 s were left")
     result, card = bracketed(100_000, 100_000, seconds=240.0, pace=(32_768, 6.0))
     assert (result["tokens_fits"], result["tokens_fails"]) == (98_496, 101_440)
+
+
+def on_a_card(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tests.context_card", str(shared_base(dtype="float32")), *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_the_real_trainer_is_bracketed_within_every_budget() -> None:
+    done = on_a_card()
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    two, four, eight = found["budgets"]
+    assert (two["budget_gib"], four["budget_gib"], eight["budget_gib"]) == (2, 4, 8)
+    assert two["why"] == "weights and CUDA context alone take 2.0 GiB"
+    # a GiB is CUDA's and one is taken from the start, so 2 and 6 GiB are left: 204 and 614 tokens of 10 MiB
+    assert (four["predicted_tokens"], four["tokens_fits"], four["tokens_fails"]) == (204, 192, 256)
+    assert (eight["predicted_tokens"], eight["tokens_fits"], eight["tokens_fails"]) == (614, 576, 640)
+    assert [tokens for tokens, _, _ in found["points"]] == [64, 128, 256, 512, 1024]
+    taken = " ".join(map(str, found["taken"]))
+    assert f" 256 {GRAIN} " in taken, "no whole step after one that failed"
+    assert taken.endswith(f" 640 {GRAIN}"), "no whole step after one that failed"
+
+
+def test_a_model_that_is_given_fewer_tokens_is_no_measurement() -> None:
+    done = on_a_card("100")
+    assert done.returncode == 1
+    assert "of 128 tokens the model was given 100" in done.stderr
 
 
 @pytest.mark.parametrize(

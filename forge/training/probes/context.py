@@ -9,6 +9,11 @@ budget should hold; a run just below it and one just above confirm it, under a c
 (`torch.cuda.set_per_process_memory_fraction`) that is the budget less what CUDA itself took. No memory is
 filled up to simulate a smaller card, and libraries that ask how much is free are told what the budget
 leaves. Lengths beyond the base's own positions are allowed: memory does not depend on what RoPE is worth there.
+
+Budgets rise, and a length is measured when a budget's line needs it: staging buffers and position tables that a
+library keeps at the size of the longest document so far are then hardly longer than the budget's own. What is left
+of that, and what a library would move to the host when it loads on a smaller card, makes an answer too short, never
+too long.
 """
 
 from __future__ import annotations
@@ -24,8 +29,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from forge.training.errors import ConfigurationError, ForgeError, MachineError
-from forge.training.files import read_json_object, write_json
+from forge.training.ending import translated
+from forge.training.errors import ConfigurationError, ForgeError, GpuMemoryError, MachineError
+from forge.training.files import read_json_object
 from forge.training.plan import BACKEND_NAMES, Backend, load_plan
 from forge.training.session import base_directory
 from forge.training.workload import Workload, load_workload
@@ -34,7 +40,6 @@ _GIB = 1 << 30
 GRAIN = 64  # tokens
 STEP = 0.03  # of the length: how far apart the longest that fits and the shortest that does not may end
 MOST_TRIES = 12  # a budget
-POSITIONS = 1 << 20  # of the base's copy
 
 
 class _Done(Exception):
@@ -46,57 +51,117 @@ class Prober:
 
     def __init__(self, trainer: Any, model: Any, vocabulary: int) -> None:
         self.trainer, self.model, self.vocabulary = trainer, model, vocabulary
+        self.seen = 0
+        model.get_input_embeddings().register_forward_hook(self._look)
+        configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+        bounds = [(config, "max_position_embeddings") for config in configs.values()]
+        bounds += [(module, "max_seq_length") for module in model.modules()]  # Unsloth cuts what is longer
+        self._bounds = [(owner, name, getattr(owner, name)) for owner, name in bounds if hasattr(owner, name)]
 
     def step(self, num_tokens: int) -> tuple[int, float] | None:
-        """Peak reserved bytes and seconds of one document's step; ``None``: it does not fit."""
+        """Peak reserved bytes and seconds of one document's step; ``None``: it does not fit.
+
+        Raises :class:`MachineError` where the model was given other than ``num_tokens``.
+        """
         import torch
 
-        self._clear()
+        self.clear()
+        for owner, name, bound in self._bounds:
+            setattr(owner, name, max(bound, num_tokens))
         torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
-        generator = torch.Generator().manual_seed(num_tokens)
-        ids = torch.randint(100, self.vocabulary, (num_tokens,), generator=generator).tolist()
-        try:
-            batch = self.trainer.data_collator([{"input_ids": ids, "labels": list(ids)}])
-            device = next(self.model.parameters()).device
-            self.trainer.take_step(self.model, batch, torch.tensor(num_tokens - 1, device=device))
-            torch.cuda.synchronize()
-        except torch.OutOfMemoryError:
+        if not self._take(num_tokens):
+            self.clear()
+            self._take(GRAIN)  # a whole step: a library that counts layers as they pass begins anew
             return None
-        finally:
-            self.model.zero_grad(set_to_none=True)
+        if self.seen != num_tokens:
+            raise MachineError(f"of {num_tokens} tokens the model was given {self.seen}")
         return torch.cuda.max_memory_reserved(), time.perf_counter() - started
 
-    def _clear(self) -> None:
+    def _take(self, num_tokens: int) -> bool:
+        """Forwards and backwards; whether the memory was enough."""
+        import torch
+
+        generator = torch.Generator().manual_seed(num_tokens)
+        ids = torch.randint(100, self.vocabulary, (num_tokens,), generator=generator).tolist()
+        batch = self.trainer.data_collator([{"input_ids": ids, "labels": list(ids)}])
+        device = next(self.model.parameters()).device
+        try:
+            self.trainer.take_step(self.model, batch, torch.tensor(num_tokens - 1, device=device))
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            if not isinstance(translated(error, self.trainer.job, self.trainer.stop), GpuMemoryError):
+                raise
+            return False
+        finally:
+            self.model.zero_grad(set_to_none=True)
+        return True
+
+    def _look(self, _module: Any, _inputs: Any, embedded: Any) -> None:
+        self.seen = embedded.shape[0] * embedded.shape[1]
+
+    def clear(self) -> None:
+        """Give back what no tensor holds."""
         import torch
 
         gc.collect()
         torch.cuda.empty_cache()
 
 
-def longest_within(
-    prober: Prober, measured: list[tuple[int, int, float]], budget_bytes: int, seconds: float
-) -> dict[str, Any]:
+class Points:
+    """Peaks at rising ``lengths``, measured as they are needed. ``measured``: (tokens, peak bytes, seconds)."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        self.measured: list[tuple[int, int, float]] = []
+        self._waiting = list(lengths)
+
+    def measure_beyond(self, prober: Prober, cap: int, *, most_seconds: float) -> None:
+        """Measure until a peak is above ``cap`` bytes, a length does not fit or, at the square of the pace before it,
+        might take longer than ``most_seconds``; two lengths at least.
+
+        Raises :class:`MachineError` where the first two do not fit.
+        """
+        while self._waiting and (len(self.measured) < 2 or self.measured[-1][1] <= cap):
+            length = self._waiting[0]
+            if len(self.measured) >= 2:
+                before, _, seconds = self.measured[-1]
+                if seconds * (length / before) ** 2 > most_seconds:
+                    return
+            got = prober.step(length)
+            if got is not None:
+                self.measured.append((length, *got))
+                del self._waiting[0]
+            elif len(self.measured) < 2:
+                raise MachineError(f"{length} tokens do not fit on this GPU at all")
+            else:
+                self._waiting.clear()
+
+
+def longest_within(prober: Prober, points: Points, budget_bytes: int, seconds: float) -> dict[str, Any]:
     """The longest length that fits in ``budget_bytes``, and the shortest seen not to.
 
-    ``measured``: (tokens, peak bytes, seconds) of at least two lengths, ascending. ``seconds``: what may be spent.
+    ``points``: what this budget's line needs is measured first. ``seconds``: what may be spent.
     """
     import torch
 
+    prober.clear()
+    started = time.perf_counter()
     free, total = torch.cuda.mem_get_info()
     overhead = total - free - torch.cuda.memory_reserved()  # the CUDA context and what others hold
     cap = budget_bytes - overhead
     floor = torch.cuda.memory_allocated()
     result: dict[str, Any] = {"budget_gib": budget_bytes / _GIB, "cap_bytes": cap, "tokens_fits": None}
     result |= {"tokens_fails": None, "predicted_tokens": None, "tries": []}
+    points.measure_beyond(prober, cap, most_seconds=seconds / 3)
     if cap <= floor:
         return result | {"why": f"weights and CUDA context alone take {(floor + overhead) / _GIB:.1f} GiB"}
-    predicted = predict([(tokens, peak) for tokens, peak, _ in measured], cap)
+    predicted = predict([(tokens, peak) for tokens, peak, _ in points.measured], cap)
     result["predicted_tokens"] = max(0, int(predicted))
     if predicted < GRAIN:
         return result | {"why": f"not even {GRAIN} tokens fit"}
     if budget_bytes > total:
         return result | {"why": f"not confirmed: this GPU has {total / _GIB:.1f} GiB in all"}
+    prober.clear()
     torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total))
     real = torch.cuda.mem_get_info
 
@@ -106,30 +171,13 @@ def longest_within(
 
     torch.cuda.mem_get_info = capped
     try:
-        _bracket(prober, predicted, seconds, result, pace=(measured[-1][0], measured[-1][2]))
+        left = seconds - (time.perf_counter() - started)
+        longest, _, longest_seconds = points.measured[-1]
+        _bracket(prober, predicted, left, result, pace=(longest, longest_seconds))
     finally:
         torch.cuda.mem_get_info = real
         torch.cuda.set_per_process_memory_fraction(1.0)
     return result
-
-
-def _measure(prober: Prober, lengths: list[int], most_seconds: float) -> list[tuple[int, int, float]]:
-    """(tokens, peak bytes, seconds) of rising lengths, the two first at least: up to the first that does not fit or, at
-    the square of the pace before it, might take longer than ``most_seconds``.
-
-    Raises :class:`MachineError` where the first two do not fit.
-    """
-    measured: list[tuple[int, int, float]] = []
-    for length in lengths:
-        if len(measured) > 1 and measured[-1][2] * (length / measured[-1][0]) ** 2 > most_seconds:
-            break
-        got = prober.step(length)
-        if got is None:
-            if len(measured) < 2:
-                raise MachineError(f"{length} tokens do not fit on this GPU at all")
-            break
-        measured.append((length, *got))
-    return measured
 
 
 def predict(points: list[tuple[int, int]], cap: int) -> float:
@@ -207,40 +255,27 @@ def measure_context(
 
     if not torch.cuda.is_available():
         raise MachineError("context is measured on a CUDA GPU and this machine shows none")
-    found: dict[str, Any] = {"backend": backend, "plan": plan.model_dump(), "points": [], "budgets": []}
+    found: dict[str, Any] = {"backend": backend, "plan": plan.model_dump(), "budgets": []}
+    points = Points(lengths)
     with tempfile.TemporaryDirectory() as name:
-        copy = _with_positions(base, Path(name) / "base")
         inputs = prepare_inputs(workload, base, Path(name) / "run")
         vocabulary = int(read_json_object(base / "config.json")["vocab_size"])
-        longer = workload.model_copy(update={"data": workload.data.model_copy(update={"max_length": POSITIONS})})
-        trainer = module.build(TrainingJob(longer, plan, backend, copy, Path(name) / "run", inputs.train, None))
+        trainer = module.build(TrainingJob(workload, plan, backend, base, Path(name) / "run", inputs.train, None))
 
         class Probe(TrainerCallback):  # type: ignore[misc]
             def on_step_end(self, *_: Any, model: Any, **__: Any) -> None:
-                prober = Prober(trainer, model, vocabulary - 1000)
+                prober = Prober(trainer, model, vocabulary * 9 // 10)  # below the specials
                 deadline = time.perf_counter() + seconds
-                found["points"] += _measure(prober, lengths, seconds / 3)
-                for gib in budgets_gib:
+                for gib in sorted(budgets_gib):
                     left = deadline - time.perf_counter()
-                    prober._clear()
-                    found["budgets"].append(longest_within(prober, found["points"], int(gib * _GIB), left))
+                    found["budgets"].append(longest_within(prober, points, int(gib * _GIB), left))
+                found["points"] = [list(point) for point in points.measured]
                 raise _Done
 
         trainer.add_callback(Probe())
         with suppress(_Done):
             trainer.train()
     return found
-
-
-def _with_positions(base: Path, copy: Path) -> Path:
-    """The base by links, with a configuration that allows :data:`POSITIONS` tokens; the weights are the same."""
-    copy.mkdir()
-    for path in base.iterdir():
-        if path.name != "config.json":
-            (copy / path.name).symlink_to(path)
-    config = read_json_object(base / "config.json")
-    write_json(copy / "config.json", {**config, "max_position_embeddings": POSITIONS})
-    return copy
 
 
 def main() -> int:
