@@ -48,7 +48,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--gate-seconds", metavar="N", type=float, help="begin nothing that could end later than this")
     group.addoption("--gate-run-seconds", metavar="N", type=float, help="stop a run after so long (900), as an outcome")
     group.addoption("--gate-halves", action="store_true", help="a pair may be parted: the next session follows at once")
-    group.addoption("--gate-only", metavar="NAMES", help="measure only these now; the rest is taken from the store")
+    group.addoption("--gate-only", metavar="NAMES", help="measure only these, in this order; the store has the rest")
     group.addoption("--gate-model", metavar="PATH", help="base model instead of random weights in Qwen2-7B's shape")
 
 

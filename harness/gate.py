@@ -98,10 +98,11 @@ class Gate:
     # Measuring
 
     def measure_all(self) -> None:
-        """Measure what is missing, until the deadline. An error ends its item and is kept in ``errors``."""
-        for name in ORDER:
-            if name not in self.only:
-                continue
+        """Measure what is missing, until the deadline, in the order of ``only``.
+
+        An error ends its item and is kept in ``errors``.
+        """
+        for name in self.only:
             try:
                 self._measure(name)
             except ForgeError as error:

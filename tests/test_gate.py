@@ -13,7 +13,7 @@ import pytest
 
 from forge.training.plan import load_plan
 from forge.training.workload import load_workload
-from harness.agenda import LADDER, LEGACY, SINGLES, TRIALS
+from harness.agenda import LADDER, LEGACY, ORDER, SINGLES, TRIALS
 from harness.claims import CLAIMS
 from harness.gate import Gate
 from harness.outlook import num_stretches, outlook
@@ -155,6 +155,17 @@ def test_the_outlook_counts_no_run_of_another_plan_or_of_other_code(
     (tmp_path / "runs" / "eca913433db2-0108.json").write_text(json.dumps(run))
     after = {item.name: item.num_done for item in outlook(Store(tmp_path))}
     assert after == before | {"ladder": before["ladder"] + (changed is None)}
+
+
+def test_what_a_session_names_is_measured_in_that_order(
+    tmp_path: Path, documents: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[str] = []
+    monkeypatch.setattr(Gate, "_measure", lambda self, name: measured.append(name))
+    Gate(store=Store(tmp_path), train=documents, only=("context", "singles")).measure_all()
+    assert measured == ["context", "singles"]
+    Gate(store=Store(tmp_path), train=documents).measure_all()
+    assert measured[2:] == list(ORDER)
 
 
 def test_a_session_tells_what_the_store_has_of_what_it_leaves_out(tmp_path: Path, documents: Path) -> None:

@@ -152,7 +152,7 @@ def longest_within(prober: Prober, points: Points, budget_bytes: int, seconds: f
     floor = torch.cuda.memory_allocated()
     result: dict[str, Any] = {"budget_gib": budget_bytes / _GIB, "cap_bytes": cap, "tokens_fits": None}
     result |= {"tokens_fails": None, "predicted_tokens": None, "tries": []}
-    points.measure_beyond(prober, cap, most_seconds=seconds / 3)
+    points.measure_beyond(prober, cap, most_seconds=seconds / 2)
     if cap <= floor:
         return result | {"why": f"weights and CUDA context alone take {(floor + overhead) / _GIB:.1f} GiB"}
     predicted = predict([(tokens, peak) for tokens, peak, _ in points.measured], cap)
