@@ -57,6 +57,7 @@ ARMS: dict[tuple[str, str], Shape] = {
     ("genome_full", "trl"): Shape("trl", "full-unsloth", 1.9, 2.3, {**_ONE, "grouping": "length"}),
     ("genome_full", "unsloth"): Shape("unsloth", "full-unsloth", 1.0, 0.73, _TILED),
 }
+_CANDIDATE = ARMS["genome_full", "unsloth"]
 RUNGS: dict[str, Shape] = {
     "legacy 1 x 8": Shape("legacy", "full-unsloth", 3.3, 6.2, _ONE),
     "trl 1 x 8: fused loss": Shape("trl", "full-unsloth", 2.7, 2.1, _ONE),
@@ -218,6 +219,8 @@ def whole_gate(directory: Path) -> Gate:
         gate.metrics(workload, arm, shape.backend, runs[workload, arm])
     for claim in CLAIMS:
         gate.claim(claim, *pairs[claim.trial])
+    beside = [gate.run(shape, "genome_full") for shape in (ARMS["genome_full", "legacy fastest layout"], _CANDIDATE)]
+    gate.trial("genome_full_fastest_legacy", beside[:1], beside[1:], num_pairs=1)
     for rung, shape in RUNGS.items():
         gate.metrics("genome_full", rung, shape.backend, [gate.run(shape, "genome_full")], kind="ladder")
     per_token = {"legacy": 2_200_000, "trl": 640_000, "unsloth": 240_000}

@@ -19,6 +19,7 @@ from harness.report.__main__ import main
 from harness.report.expected import EXPECTED
 from harness.report.plots import Dot, trade_off
 from harness.stats import corpus_seconds
+from harness.store import Store
 from tests.recorded_gate import ARMS, Gate
 from tests.report_pages import CLAIM, SECTIONS, Page, report_of, small_gate, status_of, whole
 
@@ -86,6 +87,17 @@ def test_times_and_memory_are_those_of_the_runs() -> None:
     assert run.record is not None
     allocated = max(phase.peak_allocated_bytes for phase in run.record.memory)
     assert f"| {allocated / 2**30:.1f} |" in rows[1]
+
+
+def test_a_pair_beside_the_claims_is_compared_with_itself_alone() -> None:
+    gate, _, markdown = whole()
+    pair = Store(gate.directory / "store").read_trial("genome_full_fastest_legacy")
+    assert pair is not None
+    baseline, candidate = (gate.runs[run_id] for run_id in (pair.pairs[0].baseline, pair.pairs[0].candidate))
+    slow, fast = (sum(step["seconds"] for step in run.steps[2:]) for run in (baseline, candidate))
+    row = next(line for line in markdown.splitlines() if line.startswith("| unsloth against legacy fastest layout"))
+    assert f"| {fast:.1f} against {slow:.1f} | {slow / fast:.2f}× |" in row
+    assert "unsloth against legacy |" not in markdown, "what the claims rest on stands in their own table"
 
 
 def test_the_weight_floor_is_that_of_the_plan_and_is_drawn() -> None:

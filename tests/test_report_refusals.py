@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from harness.report.__main__ import main
-from tests.recorded_gate import Gate
+from tests.recorded_gate import ARMS, Gate
 from tests.report_pages import report_of, small_gate, whole
 
 
@@ -89,6 +89,13 @@ def _lost_probe(gate: Gate) -> None:
     gate.entry("context/x", "context", backend="legacy", budget_gib=8.0, probe="0" * 64)
 
 
+def _lost_pair(gate: Gate) -> None:
+    runs = [gate.run(ARMS["genome_8k", backend], "genome_8k") for backend in ("legacy", "unsloth")]
+    gate.trial("genome_8k", runs[:1], runs[1:], num_pairs=1)
+    gate.metrics("genome_8k", "legacy", "legacy", runs[:1])
+    (gate.directory / "store" / "runs" / f"{runs[1].id}.json").unlink()
+
+
 def _odd_runs(gate: Gate) -> None:
     gate.entries[0]["extra_info"]["run_ids"] = "all of them"
 
@@ -106,6 +113,7 @@ def _odd_runs(gate: Gate) -> None:
         (_odd_context, r"extra_info\.budget_gib"),
         (_lost_probe, "names a probe"),
         (_odd_runs, "not a list of run ids"),
+        (_lost_pair, "trial genome_8k names run .* the store lacks"),
     ],
 )
 def test_broken_evidence_is_one_message_and_no_report(

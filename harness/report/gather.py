@@ -30,7 +30,7 @@ def gather(evidence: Evidence) -> Report:
     sections = (
         verdicts.build(evidence, judged),
         accuracy.build(evidence),
-        training.build(arms) if arms else None,
+        training.build(arms, evidence) if arms else None,
         training.build_trade_off(arms),
         training.build_phases(arms),
         context.build(evidence),

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+from forge.training.errors import DataError
+from harness.agenda import TRIALS
+from harness.claims import CLAIMS
 from harness.report.arms import Arm, baseline_of, floor_bytes, ratio
 from harness.report.bars import Bar, bars, groups
 from harness.report.content import Chart, Row, Section, Table
 from harness.report.plots import Dot, trade_off, undominated
-from harness.report.quantities import GIB, NONE, count, digits, gib, percent, spread, times, with_range
+from harness.report.quantities import GIB, NONE, count, digits, gib, number, percent, spread, times, with_range
+from harness.report.source import REMEDY, Evidence
 
 
-def build(arms: dict[str, list[Arm]]) -> Section:
+def build(arms: dict[str, list[Arm]], evidence: Evidence) -> Section:
     return Section(
         "training",
         "Training time and memory",
@@ -20,18 +24,20 @@ def build(arms: dict[str, list[Arm]]) -> Section:
             "replaced in its owner's layout, trl is today's TRL at its best honest settings, unsloth the candidate. "
             "Every run is a process of its own. A layout changes speed and memory, never the mathematics of a step.",
         ),
-        sections=tuple(_workload(workload, found) for workload, found in arms.items()),
+        sections=tuple(_workload(workload, found, evidence) for workload, found in arms.items()),
         notes=(
             "Time: the summed seconds of the measured optimizer steps (the first steps, which compile and warm up, "
             "left out). Memory: the highest value of the whole process, loading included; device: what the driver "
             "counts, above what was in use before. Floor: what weights, adapter and optimizer state need whatever "
             "the plan. Several runs: the median and, in brackets, the extremes. Speedup and share are ratios of "
-            "medians, against legacy, for reading; the claims above are judged on pairs.",
+            "medians, against legacy, for reading: two rows may come from two machines of one kind, which differ "
+            "where the work waits for the processor. The runs of a pair come from one machine, one after the other; "
+            "the claims above are judged on pairs.",
         ),
     )
 
 
-def _workload(workload: str, arms: Sequence[Arm]) -> Section:
+def _workload(workload: str, arms: Sequence[Arm], evidence: Evidence) -> Section:
     known = next((arm.example for arm in arms if arm.example), None)
     words = []
     if known and known.record:
@@ -41,6 +47,8 @@ def _workload(workload: str, arms: Sequence[Arm]) -> Section:
             f"{known.documents:,} documents, {known.tokens:,} tokens."
         ]
     baseline = baseline_of(arms)
+    pairs = tuple(_pairs_beside(workload, evidence))
+    columns = ("Pair", "Seconds", "Speedup", "Of its memory")
     return Section(
         f"training-{workload}",
         workload,
@@ -59,8 +67,31 @@ def _workload(workload: str, arms: Sequence[Arm]) -> Section:
                 ("Arm", "Allocated", "Reserved", "Device", "Of legacy's", "Above floor"),
                 tuple(_memory_row(arm, baseline, floor_bytes(arms)) for arm in arms),
             ),
+            *((Table(f"{workload}: pairs beside the claims", columns, pairs),) if pairs else ()),
         ),
     )
+
+
+def _pairs_beside(workload: str, evidence: Evidence) -> Iterable[Row]:
+    """The pairs that no claim rests on: reported, not judged. Raises :class:`DataError` for a pair without its runs."""
+    claimed = {claim.trial for claim in CLAIMS}
+    for trial in evidence.trials:
+        planned = TRIALS.get(trial.name)
+        if planned is None or planned.workload != workload or trial.name in claimed:
+            continue
+        for pair in trial.pairs:
+            if missing := {pair.baseline, pair.candidate} - evidence.runs.keys():
+                raise DataError(f"trial {trial.name} names run {min(missing)}, which the store lacks", remedy=REMEDY)
+            baseline, candidate = evidence.runs[pair.baseline], evidence.runs[pair.candidate]
+            seconds = [run.measure("measured_seconds") for run in (baseline, candidate)]
+            peaks = [run.measure("peak_allocated_bytes") for run in (candidate, baseline)]
+            cells = (
+                f"{planned.candidate.name} against {planned.baseline.name}",
+                " against ".join(number(value) for value in reversed(seconds)),
+                times(ratio(*(spread([value]) for value in seconds))),
+                percent(ratio(*(spread([value]) for value in peaks))),
+            )
+            yield Row(cells, (baseline.id, candidate.id))
 
 
 def _time_bar(arm: Arm) -> Bar:
