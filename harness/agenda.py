@@ -76,7 +76,7 @@ LADDER: tuple[tuple[str, Arm], ...] = (
     ("genome_full", Arm("trl 1 x 8: fused loss", "trl", (*_ONE_BY_EIGHT, "attention=default"))),
     ("genome_full", Arm("unsloth 1 x 8: its kernels", "unsloth", _PLAIN)),
     ("genome_full", Arm("+ checkpoints on the host", "unsloth", (*_OWNERS, "loss_chunk_gib=null"))),
-    ("genome_full", Arm("+ flash attention below 8,192 tokens, loss in chunks", "unsloth", (*_OWNERS, "attention=mixed"))),
+    ("genome_full", Arm("+ flash attention below 8,192, loss in chunks", "unsloth", (*_OWNERS, "attention=mixed"))),
     ("genome_full", Arm("+ 4 x 2, padded", "unsloth", (*_FOUR, "grouping=length"))),
     ("genome_full", Arm("+ no padding", "unsloth", (*_FOUR, "grouping=length", "padding=none"))),
     ("genome_full", Arm("+ micro-batches of equal tokens", "unsloth", ("mlp_tile_tokens=null",))),

@@ -62,7 +62,9 @@ RUNGS: dict[str, Shape] = {
     "legacy 1 x 8": Shape("legacy", "full-unsloth", 3.3, 6.2, _ONE),
     "trl 1 x 8: fused loss": Shape("trl", "full-unsloth", 2.7, 2.1, _ONE),
     "unsloth 1 x 8: its kernels": Shape("unsloth", "full-unsloth", 2.6, 0.95, _ONE),
-    "+ flash attention below 8,192 tokens, loss in chunks": Shape("unsloth", "full-unsloth", 1.6, 0.95, {**_ONE, "attention": "flash"}),
+    "+ flash attention below 8,192, loss in chunks": Shape(
+        "unsloth", "full-unsloth", 1.6, 0.95, {**_ONE, "attention": "flash"}
+    ),
     "+ no padding": Shape("unsloth", "full-unsloth", 1.02, 1.0, {**_FAST, "grouping": "none"}),
     "+ MLP in tiles": Shape("unsloth", "full-unsloth", 1.0, 0.73, _TILED),
 }
