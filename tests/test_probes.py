@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from forge.training.errors import ForgeError, MachineError
-from forge.training.probes.context import GRAIN, MOST_TRIES, Points, _bracket, predict
+from forge.training.probes.bracket import GRAIN, MOST_TRIES, Points, bracket, predict
 from harness import probes
 from harness.store import Store
 from tests.tiny_model import shared_base
@@ -36,7 +36,7 @@ def bracketed(
 ) -> tuple[dict[str, Any], Card]:
     card = Card(most_tokens)
     result: dict[str, Any] = {"tokens_fits": None, "tokens_fails": None, "tries": []}
-    _bracket(card, predicted, seconds, result, pace=pace)  # type: ignore[arg-type]
+    bracket(card, predicted, seconds, result, pace=pace)
     return result, card
 
 
@@ -93,7 +93,7 @@ class Slow(Card):
 
 def measured(card: Card, cap: int, most_seconds: float = 500.0) -> list[int]:
     points = Points([512, 2_048, 8_192, 32_768, 131_072])
-    points.measure_beyond(card, cap, most_seconds=most_seconds)  # type: ignore[arg-type]
+    points.measure_beyond(card, cap, most_seconds=most_seconds)
     assert all(peak == 100 * tokens for tokens, peak, _ in points.measured)
     return [tokens for tokens, _, _ in points.measured]
 
@@ -104,7 +104,7 @@ def test_lengths_are_measured_as_far_as_a_budget_needs_them() -> None:
     assert measured(Card(1 << 20), cap=1 << 40) == [512, 2_048, 8_192, 32_768, 131_072]
     points, card = Points([512, 2_048, 8_192]), Card(1 << 20)
     for cap in (100_000, 200_000, 300_000, 900_000):
-        points.measure_beyond(card, cap, most_seconds=1.0)  # type: ignore[arg-type]
+        points.measure_beyond(card, cap, most_seconds=1.0)
     assert card.asked == [512, 2_048, 8_192], "a length was measured twice"
 
 
@@ -121,7 +121,7 @@ def test_no_length_is_measured_that_does_not_fit_or_may_take_too_long() -> None:
 
 def test_no_step_is_begun_that_the_time_does_not_allow(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 10_000, 40))  # every look at the clock is 40 s later
-    monkeypatch.setattr("forge.training.probes.context.time.perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr("forge.training.probes.bracket.time.perf_counter", lambda: float(next(clock)))
     result, card = bracketed(50_000, 40_000, seconds=150)
     assert len(card.asked) == 1
     assert "may take 55 s and -10 s were left" in result["why"]
