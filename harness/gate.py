@@ -161,6 +161,7 @@ class Gate:
                 time_limit_seconds=PROBE_SECONDS[module],
                 deadline=deadline,
                 announce=self.announce,
+                work=self.spec(CONTEXT_WORKLOAD, arm) if module == "context" else None,
             )
         return self._probes[name]
 

@@ -14,11 +14,11 @@ from forge.training.errors import ForgeError
 from forge.training.files import read_json_object, sha256_json, write_json
 from forge.training.plan import Backend
 from harness.arms import environment, interpreter
-from harness.identity import code_sha256, code_sha256_of, package_versions, resume_sha256
+from harness.identity import code_sha256, code_sha256_of, identify, package_versions, resume_sha256
 from harness.monitor import machine_id, wait_until_free
 from harness.portable import log_tail, portable_setting
 from harness.process import run_process
-from harness.store import Store
+from harness.store import RunSpec, Store
 
 PROBES = ROOT / "forge" / "training" / "probes"
 _SIBLING = re.compile(r"^\s*from forge\.training\.probes\.(\w+) import", re.MULTILINE)
@@ -49,13 +49,15 @@ def run_probe(
     expected_seconds: float | None = None,
     is_alone: bool = True,
     resumes: bool = False,
+    work: RunSpec | None = None,
 ) -> dict[str, Any] | None:
     """What ``python -m forge.training.probes.MODULE ARGUMENTS`` prints last, from the store where it has it.
 
     ``None``: it might not end before ``deadline``, taking ``expected_seconds`` (by default its limit).
     ``is_alone``: whether it waits for the GPU to be free; others may be beside a probe that measures no time and
     no memory (the store's lock is then held around all of them). ``resumes``: its runs go on from checkpoints, and
-    what is executed for that belongs to its key. Raises :class:`ForgeError` with the probe's own
+    what is executed for that belongs to its key. ``work``: what it trains, so that workload, documents and plan belong
+    to its key, not only their names. Raises :class:`ForgeError` with the probe's own
     exit code and last words where it fails; a failure is not stored.
     """
     parts = {
@@ -68,6 +70,9 @@ def run_probe(
     }
     if resumes:
         parts["resume_code"] = resume_sha256()
+    if work is not None:
+        known = identify(work).parts
+        parts["work"] = {"workload": known["workload"], "plan": known["plan"]}
     key = sha256_json(parts)
     path = store.directory / "probes" / f"{module}-{backend}-{key[:12]}.json"
     if path.is_file():

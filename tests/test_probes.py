@@ -13,7 +13,7 @@ import pytest
 from forge.training.errors import ForgeError, MachineError
 from forge.training.probes.bracket import GRAIN, MOST_TRIES, Points, bracket, predict
 from harness import probes
-from harness.store import Store
+from harness.store import RunSpec, Store
 from tests.tiny_model import shared_base
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -203,6 +203,26 @@ def test_a_probe_is_stored_and_not_measured_again(tmp_path: Path, monkeypatch: p
     assert again == first
     run(store, ("--other",))
     assert (tmp_path / "started").read_text().count("started") == 2
+
+
+def test_a_probe_that_trains_is_measured_again_when_its_plan_or_its_documents_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORGE_GPU_PYTHON", interpreter(tmp_path, """echo '{"tflops": 700.0}'"""))
+    store, documents = Store(tmp_path / "store"), tmp_path / "train.jsonl"
+    works = [
+        RunSpec(backend="trl", workload="genome_full", overrides=(f"data.train={documents}",), plan_overrides=plan)
+        for plan in ((), ("micro_batch=2",))  # the same arguments, as when NAME.plans.yaml has changed
+    ]
+
+    def num_measured(work: RunSpec) -> int:
+        probes.run_probe("ceiling", "trl", (), store, time_limit_seconds=20, work=work)
+        return (tmp_path / "started").read_text().count("started")
+
+    documents.write_text('{"instruction": "Say it.", "input": "", "output": "It."}\n')
+    assert [num_measured(work) for work in (*works, *works)] == [1, 2, 2, 2]
+    documents.write_text('{"instruction": "Say it.", "input": "", "output": "That."}\n')
+    assert [num_measured(work) for work in works] == [3, 4]
 
 
 @pytest.mark.parametrize("body", ["echo '{}'; exit 1", "echo no json", "exit 0", "echo out of memory >&2; exit 5"])

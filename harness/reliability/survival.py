@@ -13,7 +13,7 @@ from forge.training.errors import ForgeError
 from forge.training.plan import Backend
 from harness.export.findings import Finding, by_faults
 from harness.probes import run_probe
-from harness.store import Store
+from harness.store import RunSpec, Store
 
 BACKENDS: tuple[Backend, ...] = ("trl", "unsloth")
 STOP_LIMIT_SECONDS = 30.0  # what torchrun's agent and Docker, at most, leave a process after SIGTERM
@@ -42,30 +42,34 @@ class Survival:
 
     def small_run(self, backend: Backend) -> dict[str, Any] | None:
         """Killed and stopped: the smoke workload's trained base in 4 bits."""
-        return self._ask(backend, "smoke", "--backend", backend, *_settings(self.small), resumes=True)
+        return self._ask(RunSpec(backend=backend, workload="smoke", overrides=self.small), resumes=True)
 
     def large_run(self, backend: Backend) -> dict[str, Any] | None:
         """Asked to stop at real size."""
-        settings = _settings(self._of_7b(64))
-        return self._ask(backend, "genome_8k", "--backend", backend, "--stop-only", "--after-steps", "3", *settings)
+        spec = RunSpec(backend=backend, workload="genome_8k", overrides=self._of_7b(64))
+        return self._ask(spec, "--stop-only", "--after-steps", "3")
 
     def tight_run(self, backend: Backend) -> dict[str, Any] | None:
         """Eight documents of up to 2,048 tokens padded into one micro-batch, on the owner's 8 GB."""
-        settings = _settings((*self._of_7b(32), "data.max_length=2048", "training.max_steps=4"))
-        layout = ("--plan", "micro_batch=8", "--plan", "padding=longest", "--plan", "grouping=none")
-        return self._ask(backend, "genome_8k", "--backend", backend, "--cap-gib", "8", *settings, *layout)
+        settings = (*self._of_7b(32), "data.max_length=2048", "training.max_steps=4")
+        layout = ("micro_batch=8", "padding=longest", "grouping=none")
+        spec = RunSpec(backend=backend, workload="genome_8k", overrides=settings, plan_overrides=layout)
+        return self._ask(spec, "--cap-gib", "8")
 
     def _of_7b(self, num_documents: int) -> tuple[str, ...]:
         data = (f"data.train={self.train}", "data.validation=null", f"data.sample={num_documents}")
         return (f"model.path={self.model}", *data, "report_to=[]")
 
-    def _ask(self, backend: Backend, *arguments: str, resumes: bool = False) -> dict[str, Any] | None:
+    def _ask(self, work: RunSpec, *options: str, resumes: bool = False) -> dict[str, Any] | None:
+        settings = [part for setting in work.overrides for part in ("--set", setting)]
+        settings += [part for setting in work.plan_overrides for part in ("--plan", setting)]
+        arguments = (work.workload, "--backend", work.backend, *options, *settings)
         if arguments not in self._answers:
             deadline = self.deadline if self.measures else time.monotonic()
             try:
                 self._answers[arguments] = run_probe(
                     "survival",
-                    backend,
+                    work.backend,
                     arguments,
                     self.store,
                     time_limit_seconds=_PROBE_SECONDS,
@@ -73,6 +77,7 @@ class Survival:
                     deadline=deadline,
                     announce=self.announce,
                     resumes=resumes,
+                    work=work,
                 )
             except ForgeError as error:
                 self._answers[arguments] = error
@@ -94,10 +99,6 @@ class Survival:
             return stated(status="INCOMPLETE", reason=why)
         status, reason = by_faults(*judge(answer))
         return stated(status=status, reason=reason, figures=answer)
-
-
-def _settings(overrides: tuple[str, ...]) -> list[str]:
-    return [part for setting in overrides for part in ("--set", setting)]
 
 
 def _resumes(answer: dict[str, Any]) -> tuple[list[str], str]:
