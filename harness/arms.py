@@ -85,17 +85,20 @@ def interpreter(backend: Backend) -> str:
     return str(own)
 
 
+def work_arguments(spec: RunSpec) -> tuple[str, ...]:
+    """``WORKLOAD --backend B [--set ...] [--plan ...]`` as `train` and the probes take it; paths absolute."""
+    workload = str(Path(spec.workload).absolute()) if Path(spec.workload).is_file() else spec.workload
+    settings = [part for setting in spec.overrides for part in ("--set", _absolute(setting))]
+    settings += [part for setting in spec.plan_overrides for part in ("--plan", setting)]
+    return (workload, "--backend", spec.backend, *settings)
+
+
 def train_command(spec: RunSpec, run_dir: Path) -> list[str]:
     """The training run of ``spec`` that leaves its record in ``run_dir``; started in the repository's root."""
-    workload = str(Path(spec.workload).absolute()) if Path(spec.workload).is_file() else spec.workload
     module = ["forge.training"]
     if spec.float32_adapter:
         module = ["forge.training.probes.float32_adapter", *(f"--rounding={name}" for name in spec.rounding)]
-    command = [interpreter(spec.backend), "-m", *module, "train", workload, "--backend", spec.backend]
-    for setting in spec.overrides:
-        command += ["--set", _absolute(setting)]
-    for setting in spec.plan_overrides:
-        command += ["--plan", setting]
+    command = [interpreter(spec.backend), "-m", *module, "train", *work_arguments(spec)]
     return [*command, "-o", str(run_dir), "--force", "--on-oom", "stop"]  # another layout is another measurement
 
 

@@ -7,7 +7,7 @@ machines (of one kind) as it takes; a trial that is not finished is INCOMPLETE.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +31,7 @@ from harness.agenda import (
     UNSLOTH,
     Arm,
 )
+from harness.arms import work_arguments
 from harness.claims import Claim, Verdict, judge
 from harness.probes import run_probe
 from harness.store import Outcome, RunSpec, Store
@@ -38,6 +39,7 @@ from harness.trial import Trial, measure, read_trial, run_single, run_trial
 from harness.work import Metric
 from harness.worker import TIME_LIMIT_SECONDS
 
+_BUDGETS = ",".join(f"{budget:g}" for budget in CONTEXT_BUDGETS_GIB)
 _PAST = 0.0  # a deadline that leaves time for nothing but looking into the store
 
 
@@ -153,23 +155,18 @@ class Gate:
         if name not in self._probes:
             module, _, told = name.partition("_")
             arm = next((arm for arm in (LEGACY, TRL) if arm.name == told), UNSLOTH)
+            work = self.spec(CONTEXT_WORKLOAD, arm) if module == "context" else None
             self._probes[name] = run_probe(
                 module,
                 arm.backend,
-                tuple(self._context_arguments(arm)) if module == "context" else (),
+                () if work is None else (*work_arguments(work), "--budgets", _BUDGETS),
                 self.store,
                 time_limit_seconds=PROBE_SECONDS[module],
                 deadline=deadline,
                 announce=self.announce,
-                work=self.spec(CONTEXT_WORKLOAD, arm) if module == "context" else None,
+                work=work,
             )
         return self._probes[name]
-
-    def _context_arguments(self, arm: Arm) -> Iterable[str]:
-        yield from (CONTEXT_WORKLOAD, "--backend", arm.backend)
-        yield from ("--budgets", ",".join(f"{budget:g}" for budget in CONTEXT_BUDGETS_GIB))
-        for override in self._overrides(CONTEXT_WORKLOAD):
-            yield from ("--set", override)
 
     # ----------------------------------------------------------------------------------------------------------------
     # What there is

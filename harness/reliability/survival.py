@@ -11,6 +11,7 @@ from typing import Any
 
 from forge.training.errors import ForgeError
 from forge.training.plan import Backend
+from harness.arms import work_arguments
 from harness.export.findings import Finding, by_faults
 from harness.probes import run_probe
 from harness.store import RunSpec, Store
@@ -61,9 +62,7 @@ class Survival:
         return (f"model.path={self.model}", *data, "report_to=[]")
 
     def _ask(self, work: RunSpec, *options: str, resumes: bool = False) -> dict[str, Any] | None:
-        settings = [part for setting in work.overrides for part in ("--set", setting)]
-        settings += [part for setting in work.plan_overrides for part in ("--plan", setting)]
-        arguments = (work.workload, "--backend", work.backend, *options, *settings)
+        arguments = (*work_arguments(work), *options)
         if arguments not in self._answers:
             deadline = self.deadline if self.measures else time.monotonic()
             try:

@@ -113,6 +113,10 @@ def read_evidence(benchmark_json: Path, store: Path) -> Evidence:
         probes={path.stem: read_json_object(path) for path in sorted((store / "probes").glob("*.json"))},
         is_partial=bool(content.get("is_partial")),
     )
+    for trial in evidence.trials:
+        named = {run_id for pair in trial.pairs for run_id in (pair.baseline, pair.candidate)}
+        if missing := named - evidence.runs.keys():
+            raise DataError(f"trial {trial.name} names run {min(missing)}, which the store lacks", remedy=REMEDY)
     for entry in entries:
         _check(entry, evidence.runs, store)
         if entry.info.get("probe") is not None and evidence.probe_of(entry) is None:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from forge.training.errors import DataError
 from harness.agenda import TRIALS
 from harness.claims import CLAIMS
 from harness.report.arms import Arm, baseline_of, floor_bytes, ratio
 from harness.report.bars import Bar, bars, groups
 from harness.report.content import Chart, Row, Section, Table
 from harness.report.plots import Dot, trade_off, undominated
-from harness.report.quantities import GIB, NONE, count, digits, gib, number, percent, spread, times, with_range
-from harness.report.source import REMEDY, Evidence
+from harness.report.quantities import GIB, NONE, count, digits, gib, percent, spread, times, with_range
+from harness.report.source import Evidence
 
 
 def build(arms: dict[str, list[Arm]], evidence: Evidence) -> Section:
@@ -73,25 +72,26 @@ def _workload(workload: str, arms: Sequence[Arm], evidence: Evidence) -> Section
 
 
 def _pairs_beside(workload: str, evidence: Evidence) -> Iterable[Row]:
-    """The pairs that no claim rests on: reported, not judged. Raises :class:`DataError` for a pair without its runs."""
+    """The pairs that no claim rests on: reported, not judged."""
     claimed = {claim.trial for claim in CLAIMS}
     for trial in evidence.trials:
         planned = TRIALS.get(trial.name)
         if planned is None or planned.workload != workload or trial.name in claimed:
             continue
         for pair in trial.pairs:
-            if missing := {pair.baseline, pair.candidate} - evidence.runs.keys():
-                raise DataError(f"trial {trial.name} names run {min(missing)}, which the store lacks", remedy=REMEDY)
-            baseline, candidate = evidence.runs[pair.baseline], evidence.runs[pair.candidate]
-            seconds = [run.measure("measured_seconds") for run in (baseline, candidate)]
-            peaks = [run.measure("peak_allocated_bytes") for run in (candidate, baseline)]
-            cells = (
-                f"{planned.candidate.name} against {planned.baseline.name}",
-                " against ".join(number(value) for value in reversed(seconds)),
-                times(ratio(*(spread([value]) for value in seconds))),
-                percent(ratio(*(spread([value]) for value in peaks))),
+            baseline, candidate = (
+                Arm(arm.name, arm.backend, workload, (evidence.runs[run_id],))
+                for arm, run_id in ((planned.baseline, pair.baseline), (planned.candidate, pair.candidate))
             )
-            yield Row(cells, (baseline.id, candidate.id))
+            slow, fast = (arm.measure("measured_seconds") for arm in (baseline, candidate))
+            large, small = (arm.measure("peak_allocated_bytes") for arm in (baseline, candidate))
+            cells = (
+                f"{candidate.name} against {baseline.name}",
+                f"{with_range(fast)} against {with_range(slow)}",
+                times(ratio(slow, fast)),
+                percent(ratio(small, large)),
+            )
+            yield Row(cells, (*baseline.run_ids, *candidate.run_ids))
 
 
 def _time_bar(arm: Arm) -> Bar:

@@ -129,7 +129,6 @@ def longest_within(prober: Prober, points: Points, budget_bytes: int, seconds: f
         return result | {"why": f"not even {GRAIN} tokens fit"}
     if budget_bytes > total:
         return result | {"why": f"not confirmed: this GPU has {total / _GIB:.1f} GiB in all"}
-    prober.clear()
     torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total))
     real = torch.cuda.mem_get_info
 
