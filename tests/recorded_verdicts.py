@@ -22,9 +22,9 @@ from harness.reliability.survival import CLAIMS as SURVIVAL_CLAIMS
 Info = tuple[str, str, dict[str, Any]]  # kind, metric, what else the entry holds
 SAID = "synthetic data"
 _STEP = "step_begin substep_end pre_optimizer_step optimizer_step step_end log"
-_NOISE = {"identical": False, "largest": 1e-3, "relative": 1.1e-4, "largest_loss": 1e-4}
-_RESUMED = {"difference": {**_NOISE, "relative": 2.4e-4}, "resumed_from_step": 10, "num_steps": 40, "same_labels": True}
-_SMALL = {"noise": _NOISE, "killed": _RESUMED, "stopped": _RESUMED, "events": [_STEP, f"{_STEP} evaluate save"]}
+_SAME = {"identical": True, "largest": 0.0, "relative": 0.0, "largest_loss": 0.0, "first_different_step": None}
+_RESUMED = {"difference": _SAME, "resumed_from_step": 10, "num_steps": 40, "same_labels": True}
+_SMALL = {"noise": _SAME, "killed": _RESUMED, "stopped": _RESUMED, "events": [_STEP, f"{_STEP} evaluate save"]}
 _LARGE = {"stop_seconds": 5.25, "state": "interrupted", "checkpoint_problem": None, "checkpoint_bytes": 162_000_000}
 _TIGHT = {
     **{"cap_gib": 8.0, "micro_batch": 2, "resumes": [{"after": "out_of_memory"}], "num_steps": 4},

@@ -2,10 +2,13 @@
 
     python -m forge.training.probes.survival WORKLOAD --backend B [--cap-gib G] [--set ...] [--plan ...]
 
-Side by side: two runs that nothing happens to (their difference is the stack's own noise), one that is
-killed in a step and one that is asked to stop; the latter two then go on. With ``--cap-gib`` instead a
-single run whose micro-batches do not fit at first, with ``--stop-only`` a single one that is asked to
-stop, for its seconds at real size. Prints one JSON object.
+Side by side: two runs that nothing happens to, one that is killed in a step and one that is asked to stop; the
+latter two then go on. All with deterministic kernels. Otherwise the compiler chooses among some kernels by timing
+them on the GPU at hand: two processes may add in different orders, and a resumed run, being two processes, may
+differ from a whole one as if a state had been lost.
+
+With ``--cap-gib`` instead a single run whose micro-batches do not fit at first, with ``--stop-only`` a single one
+that is asked to stop, for its seconds at real size. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from typing import Any
 
 from forge.training.checkpoint import problem
 from forge.training.errors import ForgeError
-from forge.training.probes.hindered import CAP, TRACE
+from forge.training.probes.hindered import CAP, DETERMINISTIC, TRACE
 from forge.training.record import read_record
 from forge.training.status import read_status
 
@@ -75,13 +78,15 @@ class Runs:
 def survive(runs: Runs, after_steps: int) -> dict[str, Any]:
     """Reference twice, killed, stopped, resumed."""
     trace = runs.folder / "trace"
-    whole = {"first": runs.start("first", hindrance=(TRACE, str(trace))), "second": runs.start("second")}
-    hurt = {"killed": runs.start("killed"), "stopped": runs.start("stopped")}
+    same = (DETERMINISTIC,)
+    whole = {"first": runs.start("first", hindrance=(TRACE, str(trace), *same))}
+    whole["second"] = runs.start("second", hindrance=same)
+    hurt = {name: runs.start(name, hindrance=same) for name in ("killed", "stopped")}
     runs.interrupt("killed", hurt["killed"], signal.SIGKILL, after_steps=after_steps)
     stop_seconds = runs.interrupt("stopped", hurt["stopped"], signal.SIGTERM, after_steps=after_steps)
     for name, process in whole.items():
         runs.wait(name, process, 0)
-    resumed = {name: runs.start(name) for name in hurt}
+    resumed = {name: runs.start(name, hindrance=same) for name in hurt}
     for name, process in resumed.items():
         runs.wait(name, process, 0)
     found: dict[str, Any] = {
@@ -137,19 +142,20 @@ def _steps(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def _difference(one: Path, other: Path) -> dict[str, Any]:
-    """Of two finished runs: adapters equal to the bit, else by how much, and the losses."""
+    """Of two finished runs: adapters equal to the bit, else by how much; losses, and the first step that differs."""
     from safetensors.torch import load_file
 
     a, b = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (one, other))
     largest = max(float((a[name].float() - b[name].float()).abs().max()) for name in a)
     norm = sum(float(value.float().square().sum()) for value in a.values()) ** 0.5
     apart = sum(float((a[name].float() - b[name].float()).square().sum()) for name in a) ** 0.5
-    pairs = zip(_steps(one), _steps(other), strict=True)
+    losses = [(x["step"], x["loss"], y["loss"]) for x, y in zip(_steps(one), _steps(other), strict=True)]
     return {
         "identical": a.keys() == b.keys() and all(bool((a[name] == b[name]).all()) for name in a),
         "largest": largest,
         "relative": apart / norm,
-        "largest_loss": max(abs(x["loss"] - y["loss"]) for x, y in pairs),
+        "largest_loss": max(abs(x - y) for _, x, y in losses),
+        "first_different_step": next((step for step, x, y in losses if x != y), None),
     }
 
 
