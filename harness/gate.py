@@ -16,7 +16,10 @@ from typing import Any, cast
 from forge.training.errors import ConfigurationError, ForgeError
 from forge.training.workload import Workload, load_workload
 from harness.agenda import (
+    CEILING_SECONDS,
     CONTEXT_BUDGETS_GIB,
+    CONTEXT_LOAD_SECONDS,
+    CONTEXT_SECONDS,
     CONTEXT_WORKLOAD,
     EXPECTED_SECONDS,
     FP16,
@@ -24,7 +27,6 @@ from harness.agenda import (
     LEGACY,
     MODEL,
     ORDER,
-    PROBE_SECONDS,
     SINGLES,
     TRIALS,
     TRL,
@@ -39,7 +41,6 @@ from harness.trial import Trial, measure, read_trial, run_single, run_trial
 from harness.work import Metric
 from harness.worker import TIME_LIMIT_SECONDS
 
-_BUDGETS = ",".join(f"{budget:g}" for budget in CONTEXT_BUDGETS_GIB)
 _PAST = 0.0  # a deadline that leaves time for nothing but looking into the store
 
 
@@ -57,7 +58,7 @@ class Gate:
     announce: Callable[[str], None] = lambda line: None
     errors: dict[str, ForgeError] = field(default_factory=dict)
     _singles: dict[RunSpec, Outcome | None] = field(default_factory=dict)
-    _probes: dict[str, dict[str, Any] | None] = field(default_factory=dict)
+    _probes: dict[tuple[str, ...], dict[str, Any] | None] = field(default_factory=dict)
     _trials: dict[str, Trial | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -133,10 +134,11 @@ class Gate:
             for workload, arm in (*SINGLES, FP16) if name == "singles" else LADDER:
                 self._single(workload, arm, self.deadline)
         elif name == "ceiling":
-            self._probe("ceiling", self.deadline)
+            self._ceiling(self.deadline)
         else:
             for arm in (LEGACY, TRL, UNSLOTH):
-                self._probe(f"context_{arm.name}", self.deadline)
+                for budget_gib in CONTEXT_BUDGETS_GIB:
+                    self._context(arm, budget_gib, self.deadline)
 
     def _single(self, workload: str, arm: Arm, deadline: float | None) -> Outcome | None:
         spec = self.spec(workload, arm)
@@ -151,22 +153,36 @@ class Gate:
             )
         return self._singles[spec]
 
-    def _probe(self, name: str, deadline: float | None) -> dict[str, Any] | None:
-        if name not in self._probes:
-            module, _, told = name.partition("_")
-            arm = next((arm for arm in (LEGACY, TRL) if arm.name == told), UNSLOTH)
-            work = self.spec(CONTEXT_WORKLOAD, arm) if module == "context" else None
-            self._probes[name] = run_probe(
+    def _ceiling(self, deadline: float | None) -> dict[str, Any] | None:
+        return self._probe("ceiling", UNSLOTH, (), CEILING_SECONDS, deadline)
+
+    def _context(self, arm: Arm, budget_gib: float, deadline: float | None) -> dict[str, Any] | None:
+        work, seconds = self.spec(CONTEXT_WORKLOAD, arm), CONTEXT_SECONDS[budget_gib]
+        asked = (*work_arguments(work), "--budget", f"{budget_gib:g}", "--seconds", f"{seconds:g}")
+        return self._probe("context", arm, asked, seconds + CONTEXT_LOAD_SECONDS, deadline, work)
+
+    def _probe(
+        self,
+        module: str,
+        arm: Arm,
+        arguments: tuple[str, ...],
+        seconds: float,
+        deadline: float | None,
+        work: RunSpec | None = None,
+    ) -> dict[str, Any] | None:
+        asked = (module, arm.name, *arguments)
+        if self._probes.get(asked) is None:  # not there the last time: there may be time now
+            self._probes[asked] = run_probe(
                 module,
                 arm.backend,
-                () if work is None else (*work_arguments(work), "--budgets", _BUDGETS),
+                arguments,
                 self.store,
-                time_limit_seconds=PROBE_SECONDS[module],
+                time_limit_seconds=seconds,
                 deadline=deadline,
                 announce=self.announce,
                 work=work,
             )
-        return self._probes[name]
+        return self._probes[asked]
 
     # ----------------------------------------------------------------------------------------------------------------
     # What there is
@@ -196,9 +212,18 @@ class Gate:
             return self._singles.get(self.spec(workload, arm))
         return self._single(workload, arm, _PAST)
 
-    def probe(self, name: str) -> dict[str, Any] | None:
-        """A probe's answer, of this session or in the store; ``None`` where there is none."""
-        return self._probes.get(name) if name.partition("_")[0] in self.errors else self._probe(name, _PAST)
+    def ceiling(self) -> dict[str, Any] | None:
+        """The ceiling probe's answer, of this session or in the store; ``None`` where there is none."""
+        return None if "ceiling" in self.errors else self._ceiling(_PAST)
+
+    def context(self, arm: Arm, budget_gib: float) -> dict[str, Any] | None:
+        """The context probe's answer for a backend's arm in a budget, likewise."""
+        try:
+            return self._context(arm, budget_gib, _PAST)
+        except ForgeError:  # an arm that cannot even be asked what it would run
+            if "context" in self.errors:
+                return None
+            raise
 
     def why_missing(self, name: str) -> str:
         """Why an item of :data:`ORDER` has no result, for people."""

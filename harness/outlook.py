@@ -12,15 +12,19 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from forge.training.errors import ForgeError
+from forge.training.files import read_json_object
 from forge.training.plan import load_plan
 from forge.training.workload import load_workload
 from harness.agenda import EXPECTED_SECONDS, FP16, LADDER, LEGACY, ORDER, SINGLES, TRIALS, TRL, UNSLOTH, Arm
 from harness.identity import code_sha256
+from harness.probes import source_sha256
 from harness.store import Outcome, Store
 
-PROBE_SECONDS = {"ceiling": 10.0, "context": 300.0}  # what they take, not what they may
+CEILING_TAKES_SECONDS = 10.0
+CONTEXT_TAKES_SECONDS = {8.0: 60.0, 24.0: 120.0, 80.0: 250.0}
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Item:
 def outlook(store: Store) -> list[Item]:
     """Every item of :data:`ORDER`, in that order. Raises :class:`DataError` for a damaged store."""
     outcomes = [outcome for outcome in store.outcomes() if outcome.status != "refused"]
-    probes = [path.stem for path in (store.directory / "probes").glob("*.json")]
+    probes = [read_json_object(path) for path in (store.directory / "probes").glob("*.json")]
     seen: set[tuple[str, Arm]] = set()
     items = []
     for name in ORDER:
@@ -52,10 +56,14 @@ def outlook(store: Store) -> list[Item]:
             seen |= {(workload, _alike(arm)) for workload, arm in new}
             missing = [run for run in new if not any(map(_is_current, _runs_of(outcomes, *run)))]
             done, units = len(runs) - len(missing), [_seconds(outcomes, *run) for run in missing]
+        elif name == "ceiling":
+            done = int(any(_is_of("ceiling", probe) for probe in probes))
+            units = [CEILING_TAKES_SECONDS] * (1 - done)
         else:
-            arms = (UNSLOTH,) if name == "ceiling" else (LEGACY, TRL, UNSLOTH)
-            done = sum(any(stem.startswith(f"{name}-{arm.backend}-") for stem in probes) for arm in arms)
-            units = [PROBE_SECONDS[name]] * (len(arms) - done)
+            there = {(probe["backend"], probe["budget_gib"]) for probe in probes if _is_of("context", probe)}
+            asked = [(arm.backend, gib) for arm in (LEGACY, TRL, UNSLOTH) for gib in CONTEXT_TAKES_SECONDS]
+            done = len(there.intersection(asked))
+            units = [CONTEXT_TAKES_SECONDS[gib] for backend, gib in asked if (backend, gib) not in there]
         items.append(Item(name, done, tuple(units)))
     return items
 
@@ -93,6 +101,12 @@ def _is_current(outcome: Outcome) -> bool:
     spec, parts = outcome.spec, outcome.key_parts
     plan = load_plan(load_workload(spec.workload), spec.backend, spec.plan_overrides)
     return parts.get("plan") == plan.model_dump(mode="json") and parts.get("code") == code_sha256()
+
+
+def _is_of(module: str, probe: dict[str, Any]) -> bool:
+    """Whether it is an answer of today's probe of that name, by today's training code."""
+    wanted = {"probe": module, "source": source_sha256(module), "code": code_sha256()}
+    return all(probe.get("key_parts", {}).get(name) == value for name, value in wanted.items())
 
 
 def _seconds(outcomes: list[Outcome], workload: str, arm: Arm) -> float:

@@ -102,10 +102,10 @@ def probe(name: str, arguments: list[str]) -> int:
         print(json.dumps({"tflops": 700.0}))
         return 0
     backend = arguments[arguments.index("--backend") + 1]
-    budgets = [float(value) for value in arguments[arguments.index("--budgets") + 1].split(",")]
-    found = [{"budget_gib": b, "predicted_tokens": 1000, "tokens_fits": 985, "tokens_fails": 1015} for b in budgets]
+    found = {"predicted_tokens": 1000, "tokens_fits": 985, "tokens_fails": 1015}
+    found |= {"budget_gib": float(arguments[arguments.index("--budget") + 1]), "loaded_bytes": 5 << 30}
     points = [[8192, 8 << 30, 1.0], [32768, 12 << 30, 5.0]]
-    print(json.dumps({"backend": backend, "plan": {}, "points": points, "budgets": found}))
+    print(json.dumps({"backend": backend, "plan": {}, "points": points, "is_embedding_on_host": False, **found}))
     return 0
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from forge.training.errors import ForgeError, MachineError
-from forge.training.probes.bracket import GRAIN, MOST_TRIES, Points, bracket, predict
+from forge.training.errors import ForgeError
+from forge.training.probes.bracket import GRAIN, MOST_TRIES, bracket, measure, predict
 from harness import probes
 from harness.store import RunSpec, Store
 from tests.tiny_model import shared_base
@@ -32,10 +32,14 @@ class Card:
 
 
 def bracketed(
-    most_tokens: int, predicted: float, seconds: float = 60.0, pace: tuple[int, float] = (32_768, 0.0)
+    most_tokens: int,
+    predicted: float,
+    seconds: float = 60.0,
+    pace: tuple[int, float] = (32_768, 0.0),
+    known: tuple[int | None, int | None] = (None, None),
 ) -> tuple[dict[str, Any], Card]:
     card = Card(most_tokens)
-    result: dict[str, Any] = {"tokens_fits": None, "tokens_fails": None, "tries": []}
+    result: dict[str, Any] = {"tokens_fits": known[0], "tokens_fails": known[1], "tries": []}
     bracket(card, predicted, seconds, result, pace=pace)
     return result, card
 
@@ -49,9 +53,10 @@ def test_the_longest_length_is_between_one_that_fits_and_one_a_step_longer(error
     assert len(card.asked) <= MOST_TRIES
 
 
-def test_a_length_is_predicted_from_the_two_measured_nearest_to_it() -> None:
-    points = [(1_000, 10), (2_000, 20), (10_000, 60), (20_000, 160)]
-    assert [predict(points, cap) for cap in (5, 15, 40, 110, 260)] == [500, 1_500, 6_000, 15_000, 30_000]
+def test_a_length_is_predicted_from_the_last_two_that_fit() -> None:
+    points = [(1_000, 10, 0.0), (2_000, 20, 0.0), (10_000, 60, 0.0)]
+    assert predict(points[:2], 35) == 3_500
+    assert predict(points, 65) == 11_000
 
 
 @pytest.mark.parametrize("predicted", [25_000, 40_000, 65_000, 100_000])
@@ -70,8 +75,8 @@ def test_what_could_not_be_bracketed_is_said_and_no_number_is_made_up() -> None:
     assert len(card.asked) == MOST_TRIES
     result, card = bracketed(0, 800)
     assert (result["tokens_fits"], result["tokens_fails"]) == (None, GRAIN)
-    assert card.asked == [768, 704, 576, 320, GRAIN]
-    assert result["why"] == "5 tries did not bracket it"
+    assert card.asked == [768, 704, 576, 320, 128, GRAIN]
+    assert result["why"] == "6 tries did not bracket it"
 
 
 @pytest.mark.parametrize("most_tokens", [64, 700, 797, 1_000, 1_500])
@@ -91,32 +96,38 @@ class Slow(Card):
         return (got[0], num_tokens / 1024) if got else None
 
 
-def measured(card: Card, cap: int, most_seconds: float = 500.0) -> list[int]:
-    points = Points([512, 2_048, 8_192, 32_768, 131_072])
-    points.measure_beyond(card, cap, most_seconds=most_seconds)
-    assert all(peak == 100 * tokens for tokens, peak, _ in points.measured)
-    return [tokens for tokens, _, _ in points.measured]
+def measured(card: Card, seconds: float = 500.0) -> tuple[list[int], int | None]:
+    points, fails = measure(card, [512, 2_048, 8_192, 32_768, 131_072], seconds)
+    assert all(peak == 100 * tokens for tokens, peak, _ in points)
+    return [tokens for tokens, _, _ in points], fails
 
 
-def test_lengths_are_measured_as_far_as_a_budget_needs_them() -> None:
-    assert measured(Card(1 << 20), cap=10) == [512, 2_048], "a line takes two"
-    assert measured(Card(1 << 20), cap=300_000) == [512, 2_048, 8_192]
-    assert measured(Card(1 << 20), cap=1 << 40) == [512, 2_048, 8_192, 32_768, 131_072]
-    points, card = Points([512, 2_048, 8_192]), Card(1 << 20)
-    for cap in (100_000, 200_000, 300_000, 900_000):
-        points.measure_beyond(card, cap, most_seconds=1.0)
-    assert card.asked == [512, 2_048, 8_192], "a length was measured twice"
-
-
-def test_no_length_is_measured_that_does_not_fit_or_may_take_too_long() -> None:
-    assert measured(Slow(1 << 20), 1 << 40, most_seconds=513.0)[-1] == 131_072
+def test_lengths_are_measured_as_far_as_they_fit_and_time_allows() -> None:
+    assert measured(Card(1 << 20)) == ([512, 2_048, 8_192, 32_768, 131_072], None)
+    assert measured(Card(40_000)) == ([512, 2_048, 8_192, 32_768], 131_072)
+    assert measured(Card(1_000)) == ([512], 2_048)
+    assert measured(Card(100)) == ([], 512)
+    assert measured(Slow(1 << 20), seconds=513.0)[0][-1] == 131_072
     slow = Slow(1 << 20)
-    assert measured(slow, 1 << 40, most_seconds=511.0)[-1] == 32_768  # 32 s there, 16 times as much at four times
+    assert measured(slow, seconds=511.0) == ([512, 2_048, 8_192, 32_768], None)  # 32 s, 16 times as much at four times
     assert slow.asked[-1] == 32_768
-    card = Card(40_000)
-    assert (measured(card, 1 << 40)[-1], card.asked[-1]) == (32_768, 131_072)
-    with pytest.raises(MachineError, match="2048 tokens do not fit"):
-        measured(Card(1_000), 1 << 40)
+
+
+@pytest.mark.parametrize("predicted", [20_000, 32_900, 50_000, 100_000, 131_072, 400_000])
+def test_what_was_measured_before_bounds_the_search(predicted: float) -> None:
+    result, card = bracketed(50_000, predicted, known=(32_768, 131_072))
+    assert result["tokens_fits"] <= 50_000 < result["tokens_fails"]
+    assert result["tokens_fails"] - result["tokens_fits"] <= 0.03 * result["tokens_fails"]
+    assert all(32_768 < tokens < 131_072 for tokens in card.asked)
+    assert len(card.asked) <= MOST_TRIES
+    assert "why" not in result
+
+
+def test_nothing_is_tried_where_the_measured_lengths_bracket_it() -> None:
+    result, card = bracketed(500, 520, known=(448, 512))
+    assert card.asked == []
+    assert (result["tokens_fits"], result["tokens_fails"]) == (448, 512)
+    assert "why" not in result
 
 
 def test_no_step_is_begun_that_the_time_does_not_allow(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,13 +138,36 @@ def test_no_step_is_begun_that_the_time_does_not_allow(monkeypatch: pytest.Monke
     assert "may take 55 s and -10 s were left" in result["why"]
 
 
-def test_a_first_step_that_would_take_all_the_time_is_not_begun() -> None:
-    """80 GiB should hold some 400,000 tokens: at 6 s for 32,768, a quarter of an hour a step."""
-    result, card = bracketed(400_000, 400_000, seconds=240.0, pace=(32_768, 6.0))
-    assert card.asked == []
+class Clocked(Card):
+    """Six seconds for 32,768 tokens and the square of it beyond, on the clock that the search looks at."""
+
+    def __init__(self, most_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__(most_tokens)
+        self.now = 0.0
+        monkeypatch.setattr("forge.training.probes.bracket.time.perf_counter", lambda: self.now)
+
+    def step(self, num_tokens: int) -> tuple[int, float] | None:
+        self.now += 6.0 * (num_tokens / 32_768) ** 2
+        return super().step(num_tokens)
+
+
+def test_where_the_predicted_step_would_take_too_long_the_longest_that_may_is_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """80 GiB should hold some 400,000 tokens: a quarter of an hour a step."""
+    card = Clocked(1 << 20, monkeypatch)
+    result: dict[str, Any] = {"tokens_fits": 32_768, "tokens_fails": None, "tries": []}
+    bracket(card, 400_000, 240.0, result, pace=(32_768, 6.0))
+    assert card.asked == [207_232]  # 240 s
+    assert (result["tokens_fits"], result["tokens_fails"]) == (207_232, None)
+    assert result["why"].startswith("stopped: a step of ")
+    assert card.now <= 240.0
+    card = Clocked(200_000, monkeypatch)
+    result = {"tokens_fits": 196_608, "tokens_fails": None, "tries": []}
+    bracket(card, 400_000, 240.0, result, pace=(196_608, 216.0))
+    assert card.asked == []  # what the time allows is hardly longer than what fits
+    assert result["tokens_fits"] == 196_608
     assert result["why"].startswith("stopped: a step of 393,984 tokens may take 867 s and 240 s were left")
-    result, card = bracketed(100_000, 100_000, seconds=240.0, pace=(32_768, 6.0))
-    assert (result["tokens_fits"], result["tokens_fails"]) == (98_496, 101_440)
 
 
 def on_a_card(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -141,24 +175,48 @@ def on_a_card(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_the_real_trainer_is_bracketed_within_every_budget() -> None:
-    done = on_a_card()
+@pytest.mark.parametrize(("budget", "fits", "fails"), [("5", 256, 320), ("6", 320, 384), ("8", 512, 576)])
+def test_the_real_trainer_is_bracketed_on_a_card_of_that_size(budget: str, fits: int, fails: int) -> None:
+    done = on_a_card(budget)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    two, four, eight = found["budgets"]
-    assert (two["budget_gib"], four["budget_gib"], eight["budget_gib"]) == (2, 4, 8)
-    assert two["why"] == "weights and CUDA context alone take 2.0 GiB"
-    # a GiB is CUDA's and one is taken from the start, so 2 and 6 GiB are left: 204 and 614 tokens of 10 MiB
-    assert (four["predicted_tokens"], four["tokens_fits"], four["tokens_fails"]) == (204, 192, 256)
-    assert (eight["predicted_tokens"], eight["tokens_fits"], eight["tokens_fails"]) == (614, 576, 640)
-    assert [tokens for tokens, _, _ in found["points"]] == [64, 128, 256, 512, 1024]
-    taken = " ".join(map(str, found["taken"]))
-    assert f" 256 {GRAIN} " in taken, "no whole step after one that failed"
-    assert taken.endswith(f" 640 {GRAIN}"), "no whole step after one that failed"
+    gib = 1 << 30
+    # a GiB is CUDA's when the model is loaded and one and a half after the first step; one is taken from the start
+    assert found["told"] == [int(budget) * gib - 2 * gib, int(budget) * gib, 1.0], "what the backend could ask"
+    assert found["cap_bytes"] == int(budget) * gib - 3 * gib // 2
+    assert (found["tokens_fits"], found["tokens_fails"]) == (fits, fails)
+    most = (found["cap_bytes"] - gib) / (10 << 20)
+    assert fits <= most < fails
+    assert found["predicted_tokens"] == int(most)
+    lengths = [tokens for tokens, _, _ in found["points"]]
+    assert lengths == [n for n in (64, 128, 256, 512, 1024) if n <= most]
+    taken = found["taken"]
+    assert taken[1 : len(lengths) + 1] == lengths, "a first step, then the measured lengths"
+    failed = [place for place, tokens in enumerate(taken) if place and tokens > most]
+    assert failed
+    assert all(taken[place + 1] == GRAIN for place in failed), "no whole step after one that failed"
+    assert found["cap_at_the_end"] == 100 * gib, "the cap outlasts the probe"
+
+
+def test_a_card_that_does_not_hold_the_weights_is_an_answer() -> None:
+    done = on_a_card("2.6")
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["why"] == "the weights and a first step of short documents do not fit"
+    assert (found.get("tokens_fits"), found["points"]) == (None, [])
+
+
+def test_a_budget_beyond_the_gpu_is_measured_and_not_confirmed() -> None:
+    done = on_a_card("120")
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["why"] == "not confirmed: this GPU has 100.0 GiB in all"
+    assert (found["tokens_fits"], found["tries"]) == (1024, [])
+    assert found["predicted_tokens"] == 12_032
 
 
 def test_a_model_that_is_given_fewer_tokens_is_no_measurement() -> None:
-    done = on_a_card("100")
+    done = on_a_card("8", "100")
     assert done.returncode == 1
     assert "of 128 tokens the model was given 100" in done.stderr
 
@@ -167,9 +225,11 @@ def test_a_model_that_is_given_fewer_tokens_is_no_measurement() -> None:
     ("arguments", "code", "said"),
     [
         (["ceiling"], 4, "this machine shows none"),
-        (["context", "genome_full", "--backend", "trl", "--lengths", "8"], 2, "two or more rising lengths"),
-        (["context", "genome_full", "--backend", "trl", "--budgets", "eight"], 2, "take numbers"),
-        (["context", "nothing", "--backend", "trl"], 2, "no workload 'nothing'"),
+        (["context", "genome_full", "--backend", "trl", "--budget", "8", "--lengths", "8"], 2, "two or more rising"),
+        (["context", "genome_full", "--backend", "trl", "--budget", "0"], 2, "an amount above 0"),
+        (["context", "genome_full", "--backend", "trl", "--budget", "8", "--lengths", "8,x"], 2, "takes numbers"),
+        (["context", "nothing", "--backend", "trl", "--budget", "8"], 2, "no workload 'nothing'"),
+        (["context", "smoke", "--backend", "trl", "--budget", "8"], 4, "this machine shows none"),
     ],
 )
 def test_a_probe_says_what_is_wrong_in_one_line(arguments: list[str], code: int, said: str) -> None:

@@ -97,14 +97,16 @@ def test_what_fp16_does_in_the_legacy_stack_is_known(gate: Gate, benchmark: Any)
     )
 
 
+_FOUND = ("predicted_tokens", "tokens_fits", "tokens_fails", "loaded_bytes", "is_embedding_on_host", "why")
+
+
 @pytest.mark.benchmark(group="context", timer=CLOCK)
 @pytest.mark.parametrize("budget_gib", CONTEXT_BUDGETS_GIB, ids=lambda gib: f"{gib:g}GiB")
 @pytest.mark.parametrize("arm", [LEGACY, TRL, UNSLOTH], ids=lambda arm: arm.name)
 def test_the_longest_context_in_a_budget_is_known(gate: Gate, benchmark: Any, arm: Arm, budget_gib: float) -> None:
-    answer = gate.probe(f"context_{arm.name}")
-    if answer is None:
+    found = gate.context(arm, budget_gib)
+    if found is None:
         _not_run(benchmark, f"context of {arm.name} in {budget_gib:g} GiB", gate.why_missing("context"))
-    found = next(budget for budget in answer["budgets"] if budget["budget_gib"] == budget_gib)
     record_facts(
         benchmark,
         metric="tokens",
@@ -112,20 +114,20 @@ def test_the_longest_context_in_a_budget_is_known(gate: Gate, benchmark: Any, ar
         workload=CONTEXT_WORKLOAD,
         backend=arm.backend,
         arm=arm.name,
-        plan=answer["plan"],
-        probe=answer["key"],
-        points=[[tokens, peak] for tokens, peak, _ in answer["points"]],
-        **{key: found[key] for key in ("budget_gib", "predicted_tokens", "tokens_fits", "tokens_fails")},
-        why=found.get("why"),
+        plan=found["plan"],
+        probe=found["key"],
+        budget_gib=budget_gib,
+        points=[[tokens, peak] for tokens, peak, _ in found["points"]],
+        **{key: found.get(key) for key in _FOUND},
     )
-    fits, fails = found["tokens_fits"], found["tokens_fails"]
+    fits, fails = found.get("tokens_fits"), found.get("tokens_fails")
     assert found.get("why") or (fits and fails and fits < fails), "neither bracketed nor said why not"
 
 
 @pytest.mark.benchmark(group="ceiling", timer=CLOCK)
 @pytest.mark.parametrize("workload", ["genome_full", "legacy_256"])
 def test_the_use_of_the_gpus_arithmetic_is_known(gate: Gate, benchmark: Any, workload: str) -> None:
-    answer = gate.probe("ceiling")
+    answer = gate.ceiling()
     if answer is None:
         _not_run(benchmark, "matrix-product ceiling", gate.why_missing("ceiling"))
     warmup = gate.num_warmup_steps(workload)

@@ -12,6 +12,7 @@ from harness.report.plots import Reach, reaches
 from harness.report.quantities import GIB, count, tied
 from harness.report.source import Evidence
 
+_ON_HOST = "its input embedding on the host"
 _Tokens = Annotated[int, Field(ge=0)]
 
 
@@ -23,6 +24,7 @@ class Context(BaseModel):
     tokens_fits: _Tokens | None = None  # a probe of this length ran
     tokens_fails: _Tokens | None = None  # a probe of this length ran out of memory
     predicted_tokens: _Tokens | None = None
+    is_embedding_on_host: bool | None = None  # a library moved it there for want of room
     why: str | None = None  # no bracket was found
     points: list[tuple[Annotated[int, Field(gt=0)], Annotated[float, Field(gt=0, allow_inf_nan=False)]]] = []
 
@@ -44,7 +46,7 @@ def build(evidence: Evidence) -> Section | None:
     series = [
         Reach(
             backend,
-            tuple(sorted({(tokens, peak / GIB) for one in some for tokens, peak in one.points})),
+            tuple((tokens, peak / GIB) for tokens, peak in max(some, key=lambda one: one.budget_gib).points),
             {one.budget_gib: one.tokens_fits for one in some if one.tokens_fits},
         )
         for backend, some in by_backend.items()
@@ -61,27 +63,28 @@ def build(evidence: Evidence) -> Section | None:
                 count(one.tokens_fails),
             ),
             sources,
-            note=one.why,
+            note="; ".join(filter(None, (_ON_HOST if one.is_embedding_on_host else None, one.why))) or None,
         )
         for one, sources in found
     )
     points = tuple(
-        Row((backend, count(tokens), f"{peak:.2f}"))
-        for backend, reach in zip(by_backend, series, strict=True)
-        for tokens, peak in reach.points
+        Row((one.backend, f"{one.budget_gib:g}", count(tokens), f"{peak / GIB:.2f}"))
+        for one, _ in found
+        for tokens, peak in one.points
     )
     return Section(
         "context",
         "Context against memory",
         paragraphs=(
             "Tokens of one document in a training step, and what they need. The longest that fits is predicted from "
-            "two measured lengths and confirmed by a probe just below and one just above. Budgets cap the "
-            "allocator, less what the CUDA context takes. In the chart a broken line is a budget, a ring the "
-            "longest probe that fits.",
+            "two measured lengths and confirmed by a step just below and one just above. A budget is a card of that "
+            "size from before the model is loaded: the allocator is capped, less what the CUDA context takes, and "
+            "libraries that ask how much memory there is are told so. In the chart a broken line is a budget, a ring "
+            "the longest step that fits, a dot a peak in the largest budget.",
         ),
         parts=(
             *charts,
             Table("The longest context in each budget, tokens, by probes", columns, rows, is_beside=True),
-            Table("Measured lengths", ("Backend", "Tokens", "Peak GiB"), points, is_folded=True),
+            Table("Measured lengths", ("Backend", "Budget, GiB", "Tokens", "Peak GiB"), points, is_folded=True),
         ),
     )

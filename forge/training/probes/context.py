@@ -1,19 +1,16 @@
 """The longest document that a backend trains on in so much memory.
 
-    python -m forge.training.probes.context WORKLOAD --backend unsloth --budgets 8,24 [--set ...] [--plan ...]
+    python -m forge.training.probes.context WORKLOAD --backend unsloth --budget 8 [--set ...] [--plan ...]
 
-One process: the backend's own trainer takes one real step, so that adapter, optimizer state and kernels
-are there, and then single documents of random tokens forwards and backwards, as long as they fit and the time
-allows. The peaks of the two measured lengths nearest to a budget give a line; the line gives the length that the
-budget should hold; a run just below it and one just above confirm it, under a cap on the allocator
-(`torch.cuda.set_per_process_memory_fraction`) that is the budget less what CUDA itself took. No memory is
-filled up to simulate a smaller card, and libraries that ask how much is free are told what the budget
-leaves. Lengths beyond the base's own positions are allowed: memory does not depend on what RoPE is worth there.
+One process that from before the model is loaded has a card of that many GiB: the allocator is capped
+(`torch.cuda.set_per_process_memory_fraction`) at the budget less what CUDA itself took, and libraries that ask how
+much there is are told the same, since some move weights to the host or size buffers by the answer. No memory is
+filled up to simulate a smaller card.
 
-Budgets rise, and a length is measured when a budget's line needs it: staging buffers and position tables that a
-library keeps at the size of the longest document so far are then hardly longer than the budget's own. What is left
-of that, and what a library would move to the host when it loads on a smaller card, makes an answer too short, never
-too long.
+The backend's own trainer takes one real step over short documents, so that adapter, optimizer state and kernels are
+there, and then single documents of random tokens forwards and backwards: of rising lengths as long as they fit and
+the time allows, then, where the line through the last two peaks meets the cap, just below and just above. Lengths
+beyond the base's own positions are allowed: memory does not depend on what RoPE is worth there.
 """
 
 from __future__ import annotations
@@ -24,7 +21,8 @@ import json
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +30,66 @@ from forge.training.ending import translated
 from forge.training.errors import ConfigurationError, ForgeError, GpuMemoryError, MachineError
 from forge.training.files import read_json_object
 from forge.training.plan import BACKEND_NAMES, Backend, load_plan
-from forge.training.probes.bracket import GRAIN, Points, bracket, predict
+from forge.training.probes.bracket import GRAIN, bracket, measure, predict
 from forge.training.session import base_directory
-from forge.training.workload import Workload, load_workload
+from forge.training.signals import StopRequest
+from forge.training.workload import load_workload
 
 _GIB = 1 << 30
+_ALONE = (  # two steps are planned, the probe ends the run after the first, and nothing else is done
+    *("training.max_steps=2", "training.evaluate_every_steps=null", "training.early_stopping_patience=null"),
+    *("training.save_every_steps=null", "training.save_every_minutes=null", "report_to=[]"),
+    *("data.documents=null", "data.validation=null", "data.sample=null"),
+)
 
 
 class _Done(Exception):
     """The probe has what it wants of the training loop."""
+
+
+class Card:
+    """A GPU of ``budget_bytes``, the CUDA context included, within the real one; all of it where it is smaller."""
+
+    def __init__(self, budget_bytes: int) -> None:
+        import torch
+
+        self.budget_bytes = budget_bytes
+        self._real = torch.cuda.mem_get_info
+        self.total_bytes = self._real()[1]
+        self.is_whole = budget_bytes > self.total_bytes
+        self.limit()
+
+    def limit(self) -> None:
+        """Cap the allocator at what CUDA's context, which grows as kernels are loaded, leaves of the budget."""
+        import torch
+
+        free, _ = self._real()
+        overhead = self.total_bytes - free - torch.cuda.memory_reserved()
+        self.cap_bytes = self.budget_bytes - overhead
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, self.cap_bytes) / self.total_bytes))
+
+    def told(self, device: Any = None) -> tuple[int, int]:
+        """Free and total bytes, as `torch.cuda.mem_get_info` says them."""
+        import torch
+
+        free = max(0, self.cap_bytes - torch.cuda.memory_reserved())
+        return min(free, self._real(device)[0]), min(self.budget_bytes, self.total_bytes)
+
+
+@contextmanager
+def card_of(budget_bytes: int) -> Iterator[Card]:
+    """While it lasts, this process has such a card, and PyTorch says so to whoever asks."""
+    import torch
+
+    real = torch.cuda.mem_get_info, torch.cuda.get_per_process_memory_fraction
+    card = Card(budget_bytes)
+    torch.cuda.mem_get_info = card.told
+    torch.cuda.get_per_process_memory_fraction = lambda device=None: 1.0  # of what mem_get_info says there is
+    try:
+        yield card
+    finally:
+        torch.cuda.mem_get_info, torch.cuda.get_per_process_memory_fraction = real
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 class Prober:
@@ -82,9 +131,9 @@ class Prober:
         generator = torch.Generator().manual_seed(num_tokens)
         ids = torch.randint(100, self.vocabulary, (num_tokens,), generator=generator).tolist()
         batch = self.trainer.data_collator([{"input_ids": ids, "labels": list(ids)}])
-        device = next(self.model.parameters()).device
         try:
-            self.trainer.take_step(self.model, batch, torch.tensor(num_tokens - 1, device=device))
+            num_trained = torch.tensor(num_tokens - 1, device=self.trainer.args.device)
+            self.trainer.take_step(self.model, batch, num_trained)
             torch.cuda.synchronize()
         except RuntimeError as error:
             if not isinstance(translated(error, self.trainer.job, self.trainer.stop), GpuMemoryError):
@@ -105,93 +154,102 @@ class Prober:
         torch.cuda.empty_cache()
 
 
-def longest_within(prober: Prober, points: Points, budget_bytes: int, seconds: float) -> dict[str, Any]:
-    """The longest length that fits in ``budget_bytes``, and the shortest seen not to.
+def longest_within(prober: Prober, card: Card, lengths: list[int], seconds: float) -> dict[str, Any]:
+    """Peaks at ``lengths`` and the longest length that fits on ``card``, with the shortest seen not to.
 
-    ``points``: what this budget's line needs is measured first. ``seconds``: what may be spent.
+    ``seconds``: what may be spent.
     """
     import torch
 
     prober.clear()
     started = time.perf_counter()
-    free, total = torch.cuda.mem_get_info()
-    overhead = total - free - torch.cuda.memory_reserved()  # the CUDA context and what others hold
-    cap = budget_bytes - overhead
-    floor = torch.cuda.memory_allocated()
-    result: dict[str, Any] = {"budget_gib": budget_bytes / _GIB, "cap_bytes": cap, "tokens_fits": None}
-    result |= {"tokens_fails": None, "predicted_tokens": None, "tries": []}
-    points.measure_beyond(prober, cap, most_seconds=seconds / 2)
-    if cap <= floor:
-        return result | {"why": f"weights and CUDA context alone take {(floor + overhead) / _GIB:.1f} GiB"}
-    predicted = predict([(tokens, peak) for tokens, peak, _ in points.measured], cap)
-    result["predicted_tokens"] = max(0, int(predicted))
-    if predicted < GRAIN:
-        return result | {"why": f"not even {GRAIN} tokens fit"}
-    if budget_bytes > total:
-        return result | {"why": f"not confirmed: this GPU has {total / _GIB:.1f} GiB in all"}
-    torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total))
-    real = torch.cuda.mem_get_info
-
-    def capped(device: Any = None) -> tuple[int, int]:
-        here = max(0, cap - torch.cuda.memory_reserved())
-        return min(here, real(device)[0]), budget_bytes
-
-    torch.cuda.mem_get_info = capped
-    try:
-        left = seconds - (time.perf_counter() - started)
-        longest, _, longest_seconds = points.measured[-1]
-        bracket(prober, predicted, left, result, pace=(longest, longest_seconds))
-    finally:
-        torch.cuda.mem_get_info = real
-        torch.cuda.set_per_process_memory_fraction(1.0)
-    return result
+    card.limit()
+    embedding = prober.model.get_input_embeddings().weight
+    found: dict[str, Any] = {
+        "loaded_bytes": torch.cuda.memory_allocated(),
+        "is_embedding_on_host": embedding.device.type == "cpu",
+    }
+    measured, fails = measure(prober, lengths, seconds / 2)
+    prober.clear()
+    card.limit()  # long documents have kernels of their own
+    points = [point for point in measured if point[1] <= card.cap_bytes]
+    if len(points) < len(measured):
+        fails = measured[len(points)][0]
+    found |= {"cap_bytes": card.cap_bytes, "points": [list(point) for point in points], "tries": []}
+    found |= {"tokens_fits": points[-1][0] if points else None, "tokens_fails": fails}
+    if not points:
+        return found | {"why": f"not even {lengths[0]} tokens fit"}
+    predicted = predict(points, card.cap_bytes) if len(points) > 1 else points[0][0]
+    found["predicted_tokens"] = int(predicted)
+    if card.is_whole:
+        return found | {"why": f"not confirmed: this GPU has {card.total_bytes / _GIB:.1f} GiB in all"}
+    longest, _, longest_seconds = points[-1]
+    left = seconds - (time.perf_counter() - started)
+    bracket(prober, predicted, left, found, pace=(longest, longest_seconds))
+    return found
 
 
 def measure_context(
-    workload: Workload,
+    workload_name: str,
+    overrides: list[str],
     backend: Backend,
     plan_overrides: list[str],
     *,
-    budgets_gib: list[float],
+    budget_gib: float,
     lengths: list[int],
     seconds: float,
 ) -> dict[str, Any]:
-    """Peaks at ``lengths`` and the longest length in each budget. ``seconds``: for all budgets together."""
-    plan = load_plan(workload, backend, plan_overrides)
-    base = base_directory(workload)
-    from forge.training.backends import load_backend
-
-    module = load_backend(backend)
-    module.prepare(plan)
-    import torch
-    from transformers import TrainerCallback
-
-    from forge.training.data.inputs import prepare_inputs
-    from forge.training.job import TrainingJob
-
-    if not torch.cuda.is_available():
-        raise MachineError("context is measured on a CUDA GPU and this machine shows none")
-    found: dict[str, Any] = {"backend": backend, "plan": plan.model_dump(), "budgets": []}
-    points = Points(lengths)
+    """What :func:`longest_within` finds on a card of ``budget_gib``, with the plan. ``seconds``: without the load."""
     with tempfile.TemporaryDirectory() as name:
-        inputs = prepare_inputs(workload, base, Path(name) / "run")
-        vocabulary = int(read_json_object(base / "config.json")["vocab_size"])
-        trainer = module.build(TrainingJob(workload, plan, backend, base, Path(name) / "run", inputs.train, None))
+        folder = Path(name)
+        own = [f"data.train={_short_documents(folder)}", *_ALONE]
+        workload = load_workload(workload_name, [*overrides, *own])
+        plan = load_plan(workload, backend, plan_overrides)
+        base = base_directory(workload)
+        import torch
 
-        class Probe(TrainerCallback):  # type: ignore[misc]
-            def on_step_end(self, *_: Any, model: Any, **__: Any) -> None:
-                prober = Prober(trainer, model, vocabulary * 9 // 10)  # below the specials
-                deadline = time.perf_counter() + seconds
-                for gib in sorted(budgets_gib):
-                    left = deadline - time.perf_counter()
-                    found["budgets"].append(longest_within(prober, points, int(gib * _GIB), left))
-                found["points"] = [list(point) for point in points.measured]
-                raise _Done
+        if not torch.cuda.is_available():
+            raise MachineError("context is measured on a CUDA GPU and this machine shows none")
+        with card_of(int(budget_gib * _GIB)) as card:
+            from forge.training.backends import load_backend
 
-        trainer.add_callback(Probe())
-        with suppress(_Done):
-            trainer.train()
-    return found
+            module = load_backend(backend)
+            module.prepare(plan)
+            from transformers import TrainerCallback
+
+            from forge.training.data.inputs import prepare_inputs
+            from forge.training.job import TrainingJob
+
+            inputs = prepare_inputs(workload, base, folder / "run")
+            vocabulary = int(read_json_object(base / "config.json")["vocab_size"])
+            job = TrainingJob(workload, plan, backend, base, folder / "run", inputs.train, None)
+            found: dict[str, Any] = {}
+
+            class Probe(TrainerCallback):  # type: ignore[misc]
+                def on_step_end(self, *_: Any, model: Any, **__: Any) -> None:
+                    prober = Prober(trainer, model, vocabulary * 9 // 10)  # below the specials
+                    found.update(longest_within(prober, card, lengths, seconds))
+                    raise _Done
+
+            try:
+                trainer = module.build(job)
+                trainer.add_callback(Probe())
+                with suppress(_Done):
+                    trainer.train()
+            except RuntimeError as error:
+                if not isinstance(translated(error, job, StopRequest()), GpuMemoryError):
+                    raise
+                found = {"cap_bytes": card.cap_bytes, "points": [], "tries": []}
+                found["why"] = "the weights and a first step of short documents do not fit"
+    return {"backend": backend, "plan": plan.model_dump(), "budget_gib": budget_gib, **found}
+
+
+def _short_documents(folder: Path) -> Path:
+    """Enough for the first steps at any effective batch of a workload in use."""
+    path = folder / "short.jsonl"
+    rows = [{"instruction": f"Say {number}.", "input": "", "output": f"It is {number}."} for number in range(64)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
 def main() -> int:
@@ -201,23 +259,22 @@ def main() -> int:
     )
     parser.add_argument("workload")
     parser.add_argument("--backend", choices=BACKEND_NAMES, required=True)
-    parser.add_argument("--budgets", default="8,24,80", help="GiB, separated by commas")
-    parser.add_argument("--lengths", default="512,2048,8192,32768,131072", help="rising lengths to predict from")
-    parser.add_argument("--seconds", type=float, default=240.0, help="what all budgets together may take")
+    parser.add_argument("--budget", type=float, required=True, help="GiB")
+    parser.add_argument("--lengths", default="128,512,2048,8192,32768,131072", help="rising lengths to predict from")
+    parser.add_argument("--seconds", type=float, default=240.0, help="what may be spent after the load")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     parser.add_argument("--plan", action="append", default=[], dest="plan_overrides", metavar="KEY=VALUE")
     arguments = parser.parse_args()
     try:
-        budgets = [float(value) for value in arguments.budgets.split(",")]
         lengths = [int(value) for value in arguments.lengths.split(",")]
-        if len(lengths) < 2 or lengths != sorted({*lengths}) or min(*lengths, *budgets) <= 0:
-            raise ConfigurationError("--lengths takes two or more rising lengths, --budgets amounts above 0")
-        workload = load_workload(arguments.workload, [*arguments.overrides, "training.max_steps=2"])
+        if len(lengths) < 2 or lengths != sorted({*lengths}) or lengths[0] <= 0 or not arguments.budget > 0:
+            raise ConfigurationError("--lengths takes two or more rising lengths, --budget an amount above 0")
         found = measure_context(
-            workload,
+            arguments.workload,
+            arguments.overrides,
             arguments.backend,
             arguments.plan_overrides,
-            budgets_gib=budgets,
+            budget_gib=arguments.budget,
             lengths=lengths,
             seconds=arguments.seconds,
         )
@@ -226,7 +283,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except ValueError as error:
-        print(f"error: --budgets and --lengths take numbers: {error}", file=sys.stderr)
+        print(f"error: --lengths takes numbers: {error}", file=sys.stderr)
         return 2
     return 0
 
