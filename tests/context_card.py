@@ -1,4 +1,4 @@
-"""``python -m tests.context_card BASE BUDGET_GIB [CUT]``: the context probe, TRL's real trainer on a made-up GPU.
+"""``python -m tests.context_card BASE BUDGET_GIB|all [CUT]``: the context probe, TRL's real trainer on a made-up GPU.
 
 Only the allocator is made up: a GiB is taken from the start, another by CUDA, half of one more once kernels are loaded,
 and every token of a step takes 10 MiB.
@@ -84,7 +84,7 @@ def main() -> None:
         [f"model.path={base}"],
         "trl",
         [],
-        budget_gib=float(budget),
+        budget_gib=None if budget == "all" else float(budget),
         lengths=[64, 128, 256, 512, 1024],
         seconds=100.0,
     )

@@ -238,6 +238,7 @@ def whole_gate(directory: Path) -> Gate:
                 "points": points,
                 "probe": probe,
             }
+            context["is_embedding_on_host"] = (backend, budget) == ("unsloth", 8.0)
             fits, fails = longest // 256 * 256, longest // 256 * 256 + 512
             gate.entry(f"context/{backend}/{budget:g}", "context", **context, tokens_fits=fits, tokens_fails=fails)
     speeds = {"legacy": 9.1e13, "trl": 1.6e14, "unsloth": 3.0e14}

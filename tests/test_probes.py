@@ -206,13 +206,17 @@ def test_a_card_that_does_not_hold_the_weights_is_an_answer() -> None:
     assert (found.get("tokens_fits"), found["points"]) == (None, [])
 
 
-def test_a_budget_beyond_the_gpu_is_measured_and_not_confirmed() -> None:
-    done = on_a_card("120")
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+def test_a_budget_beyond_the_gpu_is_measured_and_not_confirmed_and_without_one_it_is_the_gpus_own() -> None:
+    beyond, own = (on_a_card(budget) for budget in ("120", "all"))
+    assert (beyond.returncode, own.returncode) == (0, 0), beyond.stderr[-2000:] + own.stderr[-2000:]
+    found = json.loads(beyond.stdout.splitlines()[-1])
     assert found["why"] == "not confirmed: this GPU has 100.0 GiB in all"
     assert (found["tokens_fits"], found["tries"]) == (1024, [])
     assert found["predicted_tokens"] == 12_032
+    found = json.loads(own.stdout.splitlines()[-1])
+    assert "why" not in found
+    assert found["budget_gib"] == 100.0
+    assert found["tokens_fits"] <= 9_984 < found["tokens_fails"]
 
 
 def test_a_model_that_is_given_fewer_tokens_is_no_measurement() -> None:
@@ -227,6 +231,7 @@ def test_a_model_that_is_given_fewer_tokens_is_no_measurement() -> None:
         (["ceiling"], 4, "this machine shows none"),
         (["context", "genome_full", "--backend", "trl", "--budget", "8", "--lengths", "8"], 2, "two or more rising"),
         (["context", "genome_full", "--backend", "trl", "--budget", "0"], 2, "an amount above 0"),
+        (["context", "genome_full", "--backend", "trl", "--budget", "nan"], 2, "an amount above 0"),
         (["context", "genome_full", "--backend", "trl", "--budget", "8", "--lengths", "8,x"], 2, "takes numbers"),
         (["context", "nothing", "--backend", "trl", "--budget", "8"], 2, "no workload 'nothing'"),
         (["context", "smoke", "--backend", "trl", "--budget", "8"], 4, "this machine shows none"),

@@ -152,6 +152,26 @@ def test_names_of_points_that_lie_together_are_moved_apart() -> None:
     assert min(abs(a - b) for a, b in combinations(heights, 2)) >= 12
 
 
+def test_a_context_stands_there_with_its_budget_and_where_the_embedding_was(tmp_path: Path) -> None:
+    gate = small_gate(tmp_path)
+    found = {"backend": "unsloth", "predicted_tokens": 5_000, "tokens_fits": 4_864, "tokens_fails": 4_992}
+    for budget, points in ((8.0, [[512, 6 << 30]]), (24.0, [[512, 7 << 30], [32_768, 12 << 30]])):
+        on_host = {"is_embedding_on_host": budget == 8.0, "why": "stopped: for want of time" if budget == 8.0 else None}
+        gate.entry(f"context/{budget:g}", "context", **found, **on_host, budget_gib=budget, points=points)
+    page, markdown = report_of(gate)
+    section = markdown.split("## Context against memory")[1].split("\n## ")[0].replace("\u00a0", " ")
+    assert (
+        "| unsloth, 8 GiB<br>its input embedding on the host; stopped: for want of time | 5,000 | 4,864 | 4,992 |"
+        in section
+    )
+    assert "| unsloth, 24 GiB | 5,000 |" in section
+    for row in ("| unsloth | 8 | 512 | 6.00 |", "| unsloth | 24 | 512 | 7.00 |", "| unsloth | 24 | 32,768 | 12.00 |"):
+        assert row in section
+    chart = page.split('id="context-memory"')[1] if 'id="context-memory"' in page else page
+    assert "7.00 GiB at 512 tokens" in chart
+    assert "6.00 GiB at 512 tokens" not in chart, "the line is the largest budget's"
+
+
 def test_what_was_not_run_is_said(tmp_path: Path) -> None:
     gate = small_gate(tmp_path)
     gate.run(ARMS["genome_full", "trl"], "genome_full", status="out_of_memory")

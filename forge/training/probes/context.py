@@ -1,10 +1,10 @@
 """The longest document that a backend trains on in so much memory.
 
-    python -m forge.training.probes.context WORKLOAD --backend unsloth --budget 8 [--set ...] [--plan ...]
+    python -m forge.training.probes.context WORKLOAD --backend unsloth [--budget 8] [--set ...] [--plan ...]
 
-One process that from before the model is loaded has a card of that many GiB: the allocator is capped
-(`torch.cuda.set_per_process_memory_fraction`) at the budget less what CUDA itself took, and libraries that ask how
-much there is are told the same, since some move weights to the host or size buffers by the answer. No memory is
+One process that from before the model is loaded has a card of that many GiB, or the GPU as it is: the allocator is
+capped (`torch.cuda.set_per_process_memory_fraction`) at the budget less what CUDA itself took, and libraries that ask
+how much there is are told the same, since some move weights to the host or size buffers by the answer. No memory is
 filled up to simulate a smaller card.
 
 The backend's own trainer takes one real step over short documents, so that adapter, optimizer state and kernels are
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import sys
 import tempfile
 import time
@@ -48,15 +49,18 @@ class _Done(Exception):
 
 
 class Card:
-    """A GPU of ``budget_bytes``, the CUDA context included, within the real one; all of it where it is smaller."""
+    """A GPU of ``budget_bytes`` within the real one, CUDA's context and what others hold included.
 
-    def __init__(self, budget_bytes: int) -> None:
+    ``None``: all of it.
+    """
+
+    def __init__(self, budget_bytes: int | None) -> None:
         import torch
 
-        self.budget_bytes = budget_bytes
         self._real = torch.cuda.mem_get_info
         self.total_bytes = self._real()[1]
-        self.is_whole = budget_bytes > self.total_bytes
+        self.budget_bytes = budget_bytes or self.total_bytes
+        self.is_real = self.budget_bytes <= self.total_bytes
         self.limit()
 
     def limit(self) -> None:
@@ -77,7 +81,7 @@ class Card:
 
 
 @contextmanager
-def card_of(budget_bytes: int) -> Iterator[Card]:
+def card_of(budget_bytes: int | None) -> Iterator[Card]:
     """While it lasts, this process has such a card, and PyTorch says so to whoever asks."""
     import torch
 
@@ -181,7 +185,7 @@ def longest_within(prober: Prober, card: Card, lengths: list[int], seconds: floa
         return found | {"why": f"not even {lengths[0]} tokens fit"}
     predicted = predict(points, card.cap_bytes) if len(points) > 1 else points[0][0]
     found["predicted_tokens"] = int(predicted)
-    if card.is_whole:
+    if not card.is_real:
         return found | {"why": f"not confirmed: this GPU has {card.total_bytes / _GIB:.1f} GiB in all"}
     longest, _, longest_seconds = points[-1]
     left = seconds - (time.perf_counter() - started)
@@ -195,11 +199,14 @@ def measure_context(
     backend: Backend,
     plan_overrides: list[str],
     *,
-    budget_gib: float,
+    budget_gib: float | None,
     lengths: list[int],
     seconds: float,
 ) -> dict[str, Any]:
-    """What :func:`longest_within` finds on a card of ``budget_gib``, with the plan. ``seconds``: without the load."""
+    """What :func:`longest_within` finds on a card of ``budget_gib``, by default the GPU, with the plan.
+
+    ``seconds``: without the load.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         own = [f"data.train={_short_documents(folder)}", *_ALONE]
@@ -210,7 +217,7 @@ def measure_context(
 
         if not torch.cuda.is_available():
             raise MachineError("context is measured on a CUDA GPU and this machine shows none")
-        with card_of(int(budget_gib * _GIB)) as card:
+        with card_of(int(budget_gib * _GIB) if budget_gib is not None else None) as card:
             from forge.training.backends import load_backend
 
             module = load_backend(backend)
@@ -241,7 +248,7 @@ def measure_context(
                     raise
                 found = {"cap_bytes": card.cap_bytes, "points": [], "tries": []}
                 found["why"] = "the weights and a first step of short documents do not fit"
-    return {"backend": backend, "plan": plan.model_dump(), "budget_gib": budget_gib, **found}
+    return {"backend": backend, "plan": plan.model_dump(), "budget_gib": card.budget_bytes / _GIB, **found}
 
 
 def _short_documents(folder: Path) -> Path:
@@ -259,7 +266,7 @@ def main() -> int:
     )
     parser.add_argument("workload")
     parser.add_argument("--backend", choices=BACKEND_NAMES, required=True)
-    parser.add_argument("--budget", type=float, required=True, help="GiB")
+    parser.add_argument("--budget", type=float, help="GiB, with what CUDA itself takes; default: this GPU's own")
     parser.add_argument("--lengths", default="128,512,2048,8192,32768,131072", help="rising lengths to predict from")
     parser.add_argument("--seconds", type=float, default=240.0, help="what may be spent after the load")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
@@ -267,8 +274,10 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         lengths = [int(value) for value in arguments.lengths.split(",")]
-        if len(lengths) < 2 or lengths != sorted({*lengths}) or lengths[0] <= 0 or not arguments.budget > 0:
-            raise ConfigurationError("--lengths takes two or more rising lengths, --budget an amount above 0")
+        if len(lengths) < 2 or lengths != sorted({*lengths}) or lengths[0] <= 0:
+            raise ConfigurationError("--lengths takes two or more rising lengths")
+        if arguments.budget is not None and not 0 < arguments.budget < math.inf:
+            raise ConfigurationError("--budget takes an amount above 0")
         found = measure_context(
             arguments.workload,
             arguments.overrides,
