@@ -102,6 +102,9 @@ def probe(name: str, arguments: list[str]) -> int:
         print(json.dumps({"tflops": 700.0}))
         return 0
     backend = arguments[arguments.index("--backend") + 1]
+    if os.environ.get("ARM_CONTEXT_FAILS") == backend:
+        print("error: planted", file=sys.stderr)
+        return 4
     found = {"predicted_tokens": 1000, "tokens_fits": 985, "tokens_fails": 1015}
     found |= {"budget_gib": float(arguments[arguments.index("--budget") + 1]), "loaded_bytes": 5 << 30}
     points = [[8192, 8 << 30, 1.0], [32768, 12 << 30, 5.0]]

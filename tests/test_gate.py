@@ -109,6 +109,17 @@ def test_a_candidate_out_of_memory_fails_and_a_baseline_gains_it_nothing(tmp_pat
     assert verdicts(tmp_path / "b")["genome_full_speed"] == "INCONCLUSIVE"
 
 
+def test_a_context_that_cannot_be_measured_leaves_the_others(tmp_path: Path, documents: Path) -> None:
+    done = gate(tmp_path, documents, "--gate-only", "context", "-k", "context", ARM_CONTEXT_FAILS="trl")
+    assert done.returncode == 1
+    assert "6 passed" in done.stdout
+    assert "3 failed" in done.stdout
+    assert "the context probe of trl failed: exit code 4" in done.stdout
+    assert len(list((tmp_path / "store" / "probes").glob("context-*.json"))) == 6
+    whole = {item.name: item for item in outlook(Store(tmp_path / "store"))}
+    assert (whole["context"].num_done, len(whole["context"].units)) == (6, 3)
+
+
 def test_a_session_without_time_is_incomplete_and_red(tmp_path: Path, documents: Path) -> None:
     done = gate(tmp_path, documents, "--gate-seconds", "0.001")
     assert done.returncode == 1

@@ -76,7 +76,7 @@ def bracket(
             allowed = _whole(pace[0] * math.sqrt(max(0.0, left) / pace[1]))
             if allowed < _LEAST_GAIN * max(fits, GRAIN):
                 result["why"] = (
-                    f"stopped: a step of {tokens:,} tokens may take {needed:.0f} s and {left:.0f} s were left"
+                    f"stopped: a step of {tokens:,} tokens may take {needed:,.0f} s and {left:.0f} s were left"
                 )
                 return
             tokens = allowed
