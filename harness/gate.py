@@ -17,9 +17,11 @@ from forge.training.errors import ConfigurationError, ForgeError
 from forge.training.workload import Workload, load_workload
 from harness.agenda import (
     CEILING_SECONDS,
+    CEILING_TAKES_SECONDS,
     CONTEXT_BUDGETS_GIB,
     CONTEXT_LOAD_SECONDS,
     CONTEXT_SECONDS,
+    CONTEXT_TAKES_SECONDS,
     CONTEXT_WORKLOAD,
     EXPECTED_SECONDS,
     FP16,
@@ -160,19 +162,20 @@ class Gate:
         return self._singles[spec]
 
     def _ceiling(self, deadline: float | None) -> dict[str, Any] | None:
-        return self._probe("ceiling", UNSLOTH, (), CEILING_SECONDS, deadline)
+        return self._probe("ceiling", UNSLOTH, (), (CEILING_TAKES_SECONDS, CEILING_SECONDS), deadline)
 
     def _context(self, arm: Arm, budget_gib: float, deadline: float | None) -> dict[str, Any] | None:
         work, seconds = self.spec(CONTEXT_WORKLOAD, arm), CONTEXT_SECONDS[budget_gib]
         asked = (*work_arguments(work), "--budget", f"{budget_gib:g}", "--seconds", f"{seconds:g}")
-        return self._probe("context", arm, asked, seconds + CONTEXT_LOAD_SECONDS, deadline, work)
+        expected = CONTEXT_TAKES_SECONDS[arm.backend][budget_gib]
+        return self._probe("context", arm, asked, (expected, seconds + CONTEXT_LOAD_SECONDS), deadline, work)
 
     def _probe(
         self,
         module: str,
         arm: Arm,
         arguments: tuple[str, ...],
-        seconds: float,
+        seconds: tuple[float, float],  # expected, at most
         deadline: float | None,
         work: RunSpec | None = None,
     ) -> dict[str, Any] | None:
@@ -183,7 +186,8 @@ class Gate:
                 arm.backend,
                 arguments,
                 self.store,
-                time_limit_seconds=seconds,
+                expected_seconds=seconds[0],
+                time_limit_seconds=seconds[1],
                 deadline=deadline,
                 announce=self.announce,
                 work=work,

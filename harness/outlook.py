@@ -18,13 +18,20 @@ from forge.training.errors import ForgeError
 from forge.training.files import read_json_object
 from forge.training.plan import load_plan
 from forge.training.workload import load_workload
-from harness.agenda import EXPECTED_SECONDS, FP16, LADDER, LEGACY, ORDER, SINGLES, TRIALS, TRL, UNSLOTH, Arm
+from harness.agenda import (
+    CEILING_TAKES_SECONDS,
+    CONTEXT_TAKES_SECONDS,
+    EXPECTED_SECONDS,
+    FP16,
+    LADDER,
+    ORDER,
+    SINGLES,
+    TRIALS,
+    Arm,
+)
 from harness.identity import code_sha256
 from harness.probes import source_sha256
 from harness.store import Outcome, Store
-
-CEILING_TAKES_SECONDS = 10.0
-CONTEXT_TAKES_SECONDS = {8.0: 60.0, 24.0: 120.0, 80.0: 250.0}
 
 
 @dataclass(frozen=True)
@@ -61,9 +68,13 @@ def outlook(store: Store) -> list[Item]:
             units = [CEILING_TAKES_SECONDS] * (1 - done)
         else:
             there = {(probe["backend"], probe["budget_gib"]) for probe in probes if _is_of("context", probe)}
-            asked = [(arm.backend, gib) for arm in (LEGACY, TRL, UNSLOTH) for gib in CONTEXT_TAKES_SECONDS]
-            done = len(there.intersection(asked))
-            units = [CONTEXT_TAKES_SECONDS[gib] for backend, gib in asked if (backend, gib) not in there]
+            takes = {
+                (backend, budget_gib): seconds
+                for backend, of_budget in CONTEXT_TAKES_SECONDS.items()
+                for budget_gib, seconds in of_budget.items()
+            }
+            done = len(takes.keys() & there)
+            units = [seconds for asked, seconds in takes.items() if asked not in there]
         items.append(Item(name, done, tuple(units)))
     return items
 
