@@ -217,11 +217,11 @@ def measure_context(
 
         if not torch.cuda.is_available():
             raise MachineError("context is measured on a CUDA GPU and this machine shows none")
-        with card_of(int(budget_gib * _GIB) if budget_gib is not None else None) as card:
-            from forge.training.backends import load_backend
+        from forge.training.backends import load_backend
 
-            module = load_backend(backend)
-            module.prepare(plan)
+        module = load_backend(backend)
+        module.prepare(plan)  # as a run does: before anything of CUDA begins
+        with card_of(int(budget_gib * _GIB) if budget_gib is not None else None) as card:
             from transformers import TrainerCallback
 
             from forge.training.data.inputs import prepare_inputs
