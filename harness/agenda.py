@@ -89,10 +89,10 @@ CONTEXT_SECONDS = {8.0: 60.0, 24.0: 240.0, 80.0: 330.0}
 CONTEXT_BUDGETS_GIB = tuple(CONTEXT_SECONDS)
 CONTEXT_LOAD_SECONDS = 120.0  # at most; imports and the load of 7B took 30 to 50
 # What such a probe is expected to take in all: the old stack's documents are short, and so are their steps.
-CONTEXT_TAKES_SECONDS: dict[Backend, dict[float, float]] = {
-    "legacy": {8.0: 50.0, 24.0: 60.0, 80.0: 120.0},
-    "trl": {8.0: 50.0, 24.0: 90.0, 80.0: 280.0},
-    "unsloth": {8.0: 60.0, 24.0: 240.0, 80.0: 400.0},
+CONTEXT_TAKES_SECONDS: dict[tuple[Backend, float], float] = {
+    **{("legacy", 8.0): 50.0, ("legacy", 24.0): 60.0, ("legacy", 80.0): 120.0},
+    **{("trl", 8.0): 50.0, ("trl", 24.0): 90.0, ("trl", 80.0): 280.0},
+    **{("unsloth", 8.0): 60.0, ("unsloth", 24.0): 240.0, ("unsloth", 80.0): 400.0},
 }
 
 # What to measure first. Names for --gate-only.

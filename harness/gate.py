@@ -162,32 +162,33 @@ class Gate:
         return self._singles[spec]
 
     def _ceiling(self, deadline: float | None) -> dict[str, Any] | None:
-        return self._probe("ceiling", UNSLOTH, (), (CEILING_TAKES_SECONDS, CEILING_SECONDS), deadline)
+        return self._probe("ceiling", UNSLOTH, (), CEILING_TAKES_SECONDS, CEILING_SECONDS, deadline)
 
     def _context(self, arm: Arm, budget_gib: float, deadline: float | None) -> dict[str, Any] | None:
         work, seconds = self.spec(CONTEXT_WORKLOAD, arm), CONTEXT_SECONDS[budget_gib]
         asked = (*work_arguments(work), "--budget", f"{budget_gib:g}", "--seconds", f"{seconds:g}")
-        expected = CONTEXT_TAKES_SECONDS[arm.backend][budget_gib]
-        return self._probe("context", arm, asked, (expected, seconds + CONTEXT_LOAD_SECONDS), deadline, work)
+        expected = CONTEXT_TAKES_SECONDS[arm.backend, budget_gib]
+        return self._probe("context", arm, asked, expected, seconds + CONTEXT_LOAD_SECONDS, deadline, work)
 
     def _probe(
         self,
         module: str,
         arm: Arm,
         arguments: tuple[str, ...],
-        seconds: tuple[float, float],  # expected, at most
+        expected_seconds: float,
+        most_seconds: float,
         deadline: float | None,
         work: RunSpec | None = None,
     ) -> dict[str, Any] | None:
         asked = (module, arm.name, *arguments)
-        if self._probes.get(asked) is None:  # not there the last time: there may be time now
+        if asked not in self._probes:
             self._probes[asked] = run_probe(
                 module,
                 arm.backend,
                 arguments,
                 self.store,
-                expected_seconds=seconds[0],
-                time_limit_seconds=seconds[1],
+                expected_seconds=expected_seconds,
+                time_limit_seconds=most_seconds,
                 deadline=deadline,
                 announce=self.announce,
                 work=work,

@@ -68,13 +68,8 @@ def outlook(store: Store) -> list[Item]:
             units = [CEILING_TAKES_SECONDS] * (1 - done)
         else:
             there = {(probe["backend"], probe["budget_gib"]) for probe in probes if _is_of("context", probe)}
-            takes = {
-                (backend, budget_gib): seconds
-                for backend, of_budget in CONTEXT_TAKES_SECONDS.items()
-                for budget_gib, seconds in of_budget.items()
-            }
-            done = len(takes.keys() & there)
-            units = [seconds for asked, seconds in takes.items() if asked not in there]
+            done = len(CONTEXT_TAKES_SECONDS.keys() & there)
+            units = [seconds for asked, seconds in CONTEXT_TAKES_SECONDS.items() if asked not in there]
         items.append(Item(name, done, tuple(units)))
     return items
 

@@ -60,9 +60,9 @@ def bracket(
     stride = max(GRAIN, _whole(predicted * STEP))
     tokens, before, is_between = _whole(predicted - stride / 2), None, False
     for _ in range(MOST_TRIES):
-        fits, fails = result["tokens_fits"] or 0, result["tokens_fails"] or math.inf
-        if fails < math.inf and fails - fits <= (max(GRAIN, STEP * fails) if fits else GRAIN):
+        if _is_bracketed(result) or result["tokens_fails"] == GRAIN:
             break
+        fits, fails = result["tokens_fits"] or 0, result["tokens_fails"] or math.inf
         middle = max(fits + GRAIN, _whole((fits + fails) / 2)) if fails < math.inf else math.inf
         if is_between:
             tokens = int(middle)
@@ -90,9 +90,13 @@ def bracket(
         before = got is None
         tokens += -stride if got is None else stride
         stride *= 2
-    fits, fails = result["tokens_fits"], result["tokens_fails"]
-    if not fits or not fails or fails - fits > max(GRAIN, STEP * fails):
+    if not _is_bracketed(result):
         result["why"] = f"{len(result['tries'])} tries did not bracket it"
+
+
+def _is_bracketed(result: dict[str, Any]) -> bool:
+    fits, fails = result["tokens_fits"], result["tokens_fails"]
+    return bool(fits and fails) and fails - fits <= max(GRAIN, STEP * fails)
 
 
 def _whole(tokens: float) -> int:
