@@ -85,6 +85,7 @@ def test_a_planted_speed_of_one_point_nine_is_caught(tmp_path: Path, documents: 
     assert "misses the bar of at least 2" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_planted_tenth_more_memory_is_caught(tmp_path: Path, documents: Path) -> None:
     most, only = int(0.19 * (70 << 30)), ("--gate-only", "genome_full", "-k", "test_claims and whole_documents")
     assert gate(tmp_path / "a", documents, *only, ARM_BYTES=json.dumps({"unsloth": most})).returncode == 0

@@ -206,6 +206,7 @@ def test_a_card_that_does_not_hold_the_weights_is_an_answer() -> None:
     assert (found.get("tokens_fits"), found["points"]) == (None, [])
 
 
+@pytest.mark.slow
 def test_a_budget_beyond_the_gpu_is_measured_and_not_confirmed_and_without_one_it_is_the_gpus_own() -> None:
     beyond, own = (on_a_card(budget) for budget in ("120", "all"))
     assert (beyond.returncode, own.returncode) == (0, 0), beyond.stderr[-2000:] + own.stderr[-2000:]
