@@ -37,8 +37,8 @@ test-browser: setup ## a report in Debian's chromium (apt-get install chromium)
 test-all: test test-browser test-slow ## every test that needs no GPU (about an hour)
 
 soak: setup ## kill training at every write, and training and export 50 times at random moments (runs/soak/soak.json)
-	CRASH_POINTS=all $(PYTEST) tests/test_interruptions.py -m slow -k at_any_write
-	$(PY) -m tests.soak
+	CRASH_POINTS=all $(PYTEST) tests/training/train/test_interruptions.py -m slow -k at_any_write
+	$(PY) -m tests.support.random_kills
 
 gate: ## the acceptance gate on this GPU: make gate TRAIN=corpus.train.jsonl [OUT=runs/gate] [SECONDS=N to go on later]
 	@test -n "$(TRAIN)" || { echo "error: name the documents: make gate TRAIN=corpus.train.jsonl" >&2; exit 2; }

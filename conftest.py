@@ -10,8 +10,8 @@ from contextlib import suppress
 import pytest
 from hypothesis import settings
 
-from forge.training.environment import has_cuda_gpu
-from harness.hooks import (  # noqa: F401 - hooks, found here by their names
+from forge.training.system.environment import has_cuda_gpu
+from harness.pytest_plugin import (  # noqa: F401 - hooks, found here by their names
     fail_instead_of_skip,
     order_rooms,
     prepare_json,
@@ -77,7 +77,7 @@ def pytest_runtest_makereport(
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """No process that a test starts talks to a network either, loopback included; the gate's runs are left alone."""
-    from tests.no_network import deny_network
+    from tests.support.no_network import deny_network
 
     if session.config.getoption("collectonly"):
         return
@@ -85,7 +85,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if len(kinds) == 2:
         raise pytest.UsageError("tests that need a network run alone, because no other may have one: add -m network")
     if kinds == {False} and not _asks_for_gpu(session.config):
-        with suppress(OSError):  # a kernel without such a filter: tests/test_house.py fails and says so
+        with suppress(OSError):  # a kernel without such a filter: tests/test_project.py fails and says so
             deny_network()
 
 

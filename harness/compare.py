@@ -21,9 +21,9 @@ from typing import Any
 
 from pydantic import BaseModel, FiniteFloat, ValidationError
 
-from forge.training.errors import CheckError, ConfigurationError, DataError, ForgeError
-from forge.training.files import atomic_file, read_json_object, refuse_existing, sha256_file
-from harness.hooks import NO_GPU, gpu_name
+from forge.training.system.errors import CheckError, ConfigurationError, DataError, ForgeError
+from forge.training.system.files import atomic_file, read_json_object, refuse_existing, sha256_file
+from harness.pytest_plugin import NO_GPU, gpu_name
 from harness.recorder import NO_UNIT
 
 ROOT = Path(__file__).resolve().parents[1]  # `pytest-benchmark compare` finds its hooks in ./conftest.py alone

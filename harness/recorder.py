@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from forge.training.environment import describe_gpu
+from forge.training.system.environment import describe_gpu
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture

@@ -2,7 +2,7 @@
 
 The process is the unit of replication: every value below comes from one fresh process, never from
 a step of one. Ratios are judged on their logarithms, where swapping the arms only changes a sign.
-How well the intervals keep their promises is simulated by ``harness/simulation.py``.
+How well the intervals keep their promises is simulated by ``harness/perf/simulation.py``.
 
 Wrong input (lengths that differ, values that are not finite, not positive) is a ``ValueError``.
 """

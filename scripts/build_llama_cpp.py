@@ -43,7 +43,7 @@ class BuildError(Exception):
 
 
 def cache_directory() -> Path:
-    """Where the parts are kept (the same rule as forge.training.files.cache_dir, which cannot be imported yet)."""
+    """Where the parts are kept (as forge.training.system.files.cache_dir, which cannot be imported yet)."""
     root = os.environ.get("FORGE_CACHE")
     base = Path(root).expanduser().absolute() if root else Path.home() / ".cache" / "forge"
     return base / f"llama_cpp_python-{VERSION}"

@@ -80,7 +80,7 @@ if [ -n "${STORE:-}" ] && [ ! -d "$work/store" ]; then
     if [ -d "$STORE" ]; then cp -r "$STORE" "$work/store"; else tar xzf "$STORE" -C "$work"; fi || exit 3
     note "going on from $(find "$work/store/runs" -name '*.json' | wc -l) runs"
 fi
-gpu=$(python3 -c 'from forge.training.environment import describe_gpu as gpu; print((gpu() or {}).get("name", ""))')
+gpu=$(python3 -c 'from forge.training.system.environment import describe_gpu as gpu; print((gpu() or {}).get("name", ""))')
 others=$(grep -rhoE '"gpu": "[^"]+"' "$work/store" 2>/dev/null | sort -u)
 if [ -n "$gpu" ] && [ -n "$others" ] && [ -z "${OTHER_GPU:-}" ] && ! grep -qF "\"$gpu\"" <<<"$others"; then
     note "this GPU is \"$gpu\", the store is of ${others//$'\n'/, }: nothing in it would count (OTHER_GPU=1 measures anew)"

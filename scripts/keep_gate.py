@@ -17,10 +17,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from forge.training.errors import ForgeError
-from forge.training.files import read_json_object, write_json
+from forge.training.system.errors import ForgeError
+from forge.training.system.files import read_json_object, write_json
 from harness.compare import read_results
-from harness.hooks import gpu_name
+from harness.pytest_plugin import gpu_name
 
 ROOT = Path(__file__).resolve().parent.parent
 MEASURED = ("runs", "probes")  # never change once they are there

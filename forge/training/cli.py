@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from forge.training.command import carry_out, print_json, restore_stdout
+from forge.training.system.command import carry_out, print_json, restore_stdout
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -76,8 +76,8 @@ def dataset(
     as_json: Json = False,
 ) -> None:
     """Turn a repository into instruction/input/output records, documents whole."""
+    from forge.training.config.workload import load_workload
     from forge.training.data.corpus import build_corpus, print_report
-    from forge.training.workload import load_workload
 
     rules = load_workload(workload).data.instructions if workload else ()
     more: dict[str, Any] = {"rules": rules} if rules else {}
@@ -92,7 +92,7 @@ def base(
     offline: Annotated[bool | None, typer.Option("--offline/--online", help="Never / always ask the hub.")] = None,
 ) -> None:
     """Make or find a base model and print its directory."""
-    from forge.training.models.standin import resolve_base
+    from forge.training.models.base import resolve_base
 
     console = logs()
     found = resolve_base(path, offline=offline, revision=revision, progress=lambda line: console.print(line))
@@ -107,10 +107,10 @@ def preview(
     as_json: Json = False,
 ) -> None:
     """Show what would be trained: token counts, lengths, what is cut, what is masked."""
+    from forge.training.config.workload import load_workload
     from forge.training.data.inputs import refuse_unusable_sources
     from forge.training.data.preview import preview_workload, print_preview
-    from forge.training.session import base_directory
-    from forge.training.workload import load_workload
+    from forge.training.train.run import base_directory
 
     loaded = load_workload(workload, overrides or [])
     refuse_unusable_sources(loaded)
@@ -128,9 +128,9 @@ def check(
     """Say everything that can be known before hours are spent: ok, warning or error, and what to do."""
     from dataclasses import asdict
 
-    from forge.training.check import check_workload, exit_code, print_findings
-    from forge.training.session import choose_backend
-    from forge.training.workload import load_workload
+    from forge.training.checks.check import check_workload, exit_code, print_findings
+    from forge.training.config.workload import load_workload
+    from forge.training.train.run import choose_backend
 
     findings = check_workload(load_workload(workload, overrides or []), choose_backend(backend.value))
     print_json([asdict(f) for f in findings]) if as_json else print_findings(findings, results())
@@ -152,14 +152,14 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train an adapter. The same command again goes on where a run was stopped, and leaves a complete one as it is."""
-    from forge.training.attempt import Listener
-    from forge.training.errors import GpuMemoryError
-    from forge.training.plan import load_plan
-    from forge.training.progress import TrainingDisplay
-    from forge.training.resume import smaller_micro_batch
-    from forge.training.session import choose_backend
-    from forge.training.session import train as train_run
-    from forge.training.workload import load_workload
+    from forge.training.config.plan import load_plan
+    from forge.training.config.workload import load_workload
+    from forge.training.system.errors import GpuMemoryError
+    from forge.training.train.attempt import Listener
+    from forge.training.train.display import TrainingDisplay
+    from forge.training.train.resume import smaller_micro_batch
+    from forge.training.train.run import choose_backend
+    from forge.training.train.run import train as train_run
 
     loaded, chosen = load_workload(workload, overrides or []), choose_backend(backend.value)
     run_dir = (out or Path("runs") / f"{loaded.name}-{chosen}").absolute()
@@ -186,8 +186,8 @@ def _become_with(plan: str) -> NoReturn:
 @app.command()
 def status(run: RunArgument, as_json: Json = False) -> None:
     """Say where a run stands, and whether the process that worked on it is still there."""
-    from forge.training.progress import describe_status_line
-    from forge.training.status import describe_status
+    from forge.training.train.display import describe_status_line
+    from forge.training.train.status import describe_status
 
     found = describe_status(run)
     print_json(found) if as_json else results().print(describe_status_line(found), markup=False)
@@ -205,7 +205,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Held-out loss by document, facts and ROUGE of base, adapter and merged model."""
-    from forge.training.evaluate import evaluate_run, print_evaluation
+    from forge.training.evaluation.evaluate import evaluate_run, print_evaluation
 
     console = logs()
     evaluation = evaluate_run(
@@ -236,7 +236,7 @@ def export(
 ) -> None:
     """Merge, convert, quantise and verify: GGUF files, Modelfile, model card, SHA256SUMS."""
     from forge.training.export.export import export_run, print_export
-    from forge.training.record import completed_record
+    from forge.training.train.record import completed_record
 
     console = logs()
     asked = tuple(q.strip() for q in quantizations.split(",") if q.strip()) if quantizations else None
@@ -283,9 +283,9 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Everything in order, resumable at each step: check, train, evaluate, export, ask the GGUF."""
+    from forge.training.config.workload import load_workload
     from forge.training.pipeline import print_outcome, run_pipeline
-    from forge.training.session import choose_backend
-    from forge.training.workload import load_workload
+    from forge.training.train.run import choose_backend
 
     loaded, chosen = load_workload(workload, overrides or []), choose_backend(backend.value)
     run_dir = (out or Path("runs") / f"{loaded.name}-{chosen}").absolute()
@@ -305,7 +305,7 @@ def run(
 @app.command()
 def schema() -> None:
     """Print the workload's JSON schema, for editors."""
-    from forge.training.workload import Workload
+    from forge.training.config.workload import Workload
 
     print_json(Workload.model_json_schema())
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from forge.training.errors import CheckError, ConfigurationError, ForgeError
-from forge.training.files import write_json
-from forge.training.plan import Backend
-from forge.training.record import read_record
-from forge.training.signals import run_following
-from forge.training.workload import Workload, changed_keys, load_workload
+from forge.training.config.plan import Backend
+from forge.training.config.workload import Workload, changed_keys, load_workload
+from forge.training.system.errors import CheckError, ConfigurationError, ForgeError
+from forge.training.system.files import write_json
+from forge.training.system.signals import run_following
+from forge.training.train.record import read_record
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -32,5 +32,5 @@ CLAIMS: tuple[Claim, ...] = (
     Claim("template", "tokens", contents.judge_template),
     Claim("specials", "tokens", contents.judge_specials),
     Claim("modelfile", "tokens", contents.judge_modelfile),
-    Claim("lineage", "lineage", contents.judge_lineage),
+    Claim("lineage", "provenance", contents.judge_lineage),
 )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from forge.training.errors import MachineError
-from harness.agenda import MODEL
+from forge.training.system.errors import MachineError
 from harness.export.exports import Exports
-from harness.hooks import announcer, gate_deadline, gate_documents, room_measures
-from harness.parity.agenda import CANDIDATE, WORKLOAD
-from harness.parity.ladder import Ladder
-from harness.store import RunSpec, Store
+from harness.measurement.results import RunSpec, Store
+from harness.parity.session import Ladder
+from harness.parity.suite import CANDIDATE, WORKLOAD
+from harness.perf.suite import MODEL
+from harness.pytest_plugin import announcer, gate_deadline, gate_documents, room_measures
 
 SEED = 42
 

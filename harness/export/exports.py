@@ -14,22 +14,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from forge.training.environment import ROOT, describe_gpu
-from forge.training.errors import DataError, ForgeError
-from forge.training.files import read_json_object, sha256_json, write_json
-from forge.training.plan import Backend
-from forge.training.record import completed_record
-from forge.training.workload import load_workload
-from harness.arms import EVALUATOR, environment, interpreter, train_command
-from harness.claims import Status
+from forge.training.config.plan import Backend
+from forge.training.config.workload import load_workload
+from forge.training.system.environment import ROOT, describe_gpu
+from forge.training.system.errors import DataError, ForgeError
+from forge.training.system.files import read_json_object, sha256_json, write_json
+from forge.training.train.record import completed_record
 from harness.export.claims import CLAIMS
 from harness.export.findings import Finding, stated
-from harness.identity import TRAINING, code_sha256_of, identify
-from harness.monitor import machine_id, wait_until_free
-from harness.portable import log_tail
-from harness.probes import run_probe
-from harness.process import run_process
-from harness.store import RunSpec, Store
+from harness.measurement.environment import EVALUATOR, environment, interpreter, train_command
+from harness.measurement.gpu_monitor import machine_id, wait_until_free
+from harness.measurement.key import TRAINING, code_sha256_of, identify
+from harness.measurement.probe import run_probe
+from harness.measurement.process import run_process
+from harness.measurement.redact import log_tail
+from harness.measurement.results import RunSpec, Store
+from harness.perf.claims import Status
 
 _ELSEWHERE = (2, 4, 6, 9)  # exit codes: arguments, environment, disk, a lock
 KINDS = ("f16", "q8_0", "q4_k_m")
@@ -46,7 +46,7 @@ STEP_SECONDS: dict[Step, tuple[float, float]] = {
 PROBE_SECONDS = {
     "merge": (300.0, 40.0),
     "tokens": (300.0, 40.0),
-    "lineage": (600.0, 80.0),
+    "provenance": (600.0, 80.0),
     "divergence": (1500.0, 240.0),
 }
 
@@ -98,7 +98,7 @@ class Exports:
         if answered is not None:
             return answered[probe]
         run_dir = self.exported(self.spec)
-        if run_dir is None or (probe == "lineage" and not self._evaluated(run_dir)):
+        if run_dir is None or (probe == "provenance" and not self._evaluated(run_dir)):
             return None
         record = completed_record(run_dir)
         key, adapter = self._key(self.spec), str(record.adapter_sha256)
@@ -116,11 +116,11 @@ class Exports:
         more = {
             "divergence": ("--gguf", *files, "--controls", f"--documents={NUM_DOCUMENTS}", f"--tokens={MOST_TOKENS}"),
             "tokens": ("--gguf", files[0]),
-            "lineage": ("--remake",),
+            "provenance": ("--remake",),
             "merge": (),
         }[probe]
         return run_probe(
-            probe,
+            f"harness.export.probes.{probe}",
             EVALUATOR,
             (str(run_dir), *more, "--expect", str(note["adapter_sha256"])),
             self.store,
@@ -228,8 +228,8 @@ class Exports:
     def _key(self, spec: RunSpec) -> str:
         """Of everything that can change the run, its export or, beside a probe's own code, what a probe says of it."""
         if spec not in self._keys:
-            files = [TRAINING / "evaluate.py"]
-            for folder in ("export", "evaluation"):
+            files = []
+            for folder in ("adapter", "evaluation", "export", "llamacpp"):
                 files += sorted((TRAINING / folder).glob("*.py"))
             code = [[path.relative_to(TRAINING).as_posix(), code_sha256_of(path)] for path in files]
             self._keys[spec] = sha256_json([identify(spec).key, code])

@@ -6,8 +6,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from harness.claims import Status
 from harness.export.statements import STATEMENTS
+from harness.perf.claims import Status
 
 
 class Finding(BaseModel):

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from harness.claims import CONFIDENCE, Status
 from harness.export.findings import Finding, by_faults, stated
 from harness.export.statements import BARS
+from harness.perf.claims import CONFIDENCE, Status
 
 # Merging rounds every changed weight to 16 bits: no more may be lost by it than by the finest quantisation.
 MERGE_BAR = BARS["q8_0"]

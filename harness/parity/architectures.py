@@ -6,20 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forge.training.errors import ForgeError
-from forge.training.files import sha256_json
-from harness.claims import Status
+from forge.training.system.errors import ForgeError
+from forge.training.system.files import sha256_json
 from harness.parity.bases import make_base_as
-from harness.parity.first_step import find_checks, first_steps, step_equivalence, summed_up
-from harness.parity.ladder import Ladder
-from harness.parity.step_checks import differing_inputs
-from harness.parity.steps import (
+from harness.parity.first_step.checks import differing_inputs
+from harness.parity.first_step.judge import find_checks, first_steps, step_equivalence, summed_up
+from harness.parity.first_step.measure import (
     CandidateFailed,
     NotMeasured,
     measure_inputs,
     prefetch_steps,
     quantizations,
 )
+from harness.parity.session import Ladder
+from harness.perf.claims import Status
 
 ARCHITECTURES = ("llama", "qwen3")
 LAYOUTS = ("8x1:none", "1x8:none")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from forge.training.environment import ROOT
-from forge.training.errors import ForgeError, MachineError
-from harness.arms import EVALUATOR, environment, interpreter
-from harness.process import run_process
+from forge.training.system.environment import ROOT
+from forge.training.system.errors import ForgeError, MachineError
+from harness.measurement.environment import EVALUATOR, environment, interpreter
+from harness.measurement.process import run_process
 
 BASE_SECONDS = 900.0
 
@@ -30,7 +30,7 @@ def make_base_as(base: Path, model_type: str, directory: Path) -> None:
 def _run(probe: str, *arguments: str) -> tuple[int, str]:
     """Exit code and last line of a probe in the evaluator's interpreter."""
     ended = run_process(
-        [interpreter(EVALUATOR), "-m", f"forge.training.probes.{probe}", *arguments],
+        [interpreter(EVALUATOR), "-m", f"harness.parity.probes.{probe}", *arguments],
         environment=environment(EVALUATOR),
         directory=ROOT,
         time_limit_seconds=BASE_SECONDS,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from harness.hooks import announcer, gate_deadline, gate_documents, room_measures
-from harness.parity.ladder import Ladder
-from harness.store import Store
+from harness.measurement.results import Store
+from harness.parity.session import Ladder
+from harness.pytest_plugin import announcer, gate_deadline, gate_documents, room_measures
 
 
 @pytest.fixture(scope="session")

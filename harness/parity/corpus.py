@@ -9,9 +9,9 @@ from typing import Any
 
 from forge.training.data.overlap import find_overlap
 from forge.training.data.records import Message, Record
-from forge.training.environment import ROOT
-from forge.training.errors import DataError
-from forge.training.files import disk_errors, write_text
+from forge.training.system.environment import ROOT
+from forge.training.system.errors import DataError
+from forge.training.system.files import disk_errors, write_text
 
 NUM_TRAIN_DOCUMENTS = 160
 NUM_HELD_OUT_DOCUMENTS = 48

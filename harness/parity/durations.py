@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from forge.training.plan import load_plan
-from forge.training.workload import load_workload
-from harness.parity.agenda import (
+from forge.training.config.plan import load_plan
+from forge.training.config.workload import load_workload
+from harness.measurement.results import Outcome, RunSpec, Store
+from harness.parity.suite import (
     EVALUATION_EXPECTED_SECONDS,
     MICRO_BATCH_EXPECTED_SECONDS,
     RUN_EXPECTED_SECONDS,
     WORKLOAD,
 )
-from harness.store import Outcome, RunSpec, Store
 
 
 def micro_batch(spec: RunSpec) -> int:

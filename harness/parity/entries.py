@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness.parity.agenda import WORKLOAD
-from harness.parity.ladder import Ladder
+from harness.parity.session import Ladder
+from harness.parity.suite import WORKLOAD
 from harness.recorder import record_facts
 
 

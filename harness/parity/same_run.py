@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from harness.store import Outcome
-from harness.work import WorkMismatch, check_same_work, training_steps
+from harness.measurement.metrics import WorkMismatch, check_same_work, training_steps
+from harness.measurement.results import Outcome
 
 _RELATIVE = 1e-9  # schedules are computed in float64, by the same formula
 

@@ -2,7 +2,7 @@
 
 A small model's process keeps a GPU busy for a tenth of its time: the rest is imports, and kernels being launched one
 after the other. Nothing that a process computes depends on its neighbours, so a ladder of some forty processes takes a
-quarter of the time. Speed and memory are never measured so (harness/trial.py).
+quarter of the time. Speed and memory are never measured so (harness/measurement/trial.py).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from forge.training.errors import ForgeError
+from forge.training.system.errors import ForgeError
 
 Result = TypeVar("Result")
 

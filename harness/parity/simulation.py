@@ -2,7 +2,7 @@
 
 ``python -m harness.parity.simulation`` prints the figures of ARCHITECTURE.md as Markdown (minutes, one core, seeded).
 It calls the functions that judge real runs. ``--recorded FILE``: also the share of real faults, weakened, that the
-bands of recorded runs would see (tests/parity_trajectories.json).
+bands of recorded runs would see (tests/data/parity_trajectories.json).
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from forge.training.workload import load_workload
-from harness.parity.agenda import LAYOUTS, MOST_SEEDS, PILOT_SEEDS, WORKLOAD
-from harness.parity.bands import LARGER_ROUNDING, Band, draw_band, hold_against
-from harness.parity.outcome import judge_differences, plan_seeds
-from harness.parity.trajectory import FALSE_ALARM
+from forge.training.config.workload import load_workload
+from harness.parity.outcome.judge import judge_differences, plan_seeds
+from harness.parity.suite import LAYOUTS, MOST_SEEDS, PILOT_SEEDS, WORKLOAD
+from harness.parity.trajectory.bands import LARGER_ROUNDING, Band, draw_band, hold_against
+from harness.parity.trajectory.judge import FALSE_ALARM
 
 SEED = 20261125
 NUM_STEPS = 150
@@ -105,7 +105,7 @@ def seen(bands: list[Band], sound: list[np.ndarray], effects: list[np.ndarray], 
 
 def recorded_power(path: Path, strengths: Iterable[float]) -> dict[str, list[float]]:
     """By fault, the share of recorded runs that show it at each strength; each run against the band of the others."""
-    from harness.parity.recorded import read_recorded
+    from harness.parity.trajectory.recorded import read_recorded
 
     recorded = read_recorded(path)
     shares: dict[str, list[float]] = {}

@@ -11,7 +11,7 @@ import pytest
 
 from harness.parity.architectures import ARCHITECTURES, judge_architecture
 from harness.parity.entries import hold, record
-from harness.parity.ladder import Ladder
+from harness.parity.session import Ladder
 from harness.recorder import CLOCK
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(0)]  # the first test of a rung waits for its runs

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from harness.agenda import MODEL, ORDER
-from harness.gate import Gate
-from harness.hooks import OTHER_ROOMS, announcer, gate_deadline, gate_documents, gate_only
-from harness.store import Store
-from harness.worker import TIME_LIMIT_SECONDS
+from harness.measurement.results import Store
+from harness.measurement.runner import TIME_LIMIT_SECONDS
+from harness.perf.session import Gate
+from harness.perf.suite import MODEL, ORDER
+from harness.pytest_plugin import OTHER_ROOMS, announcer, gate_deadline, gate_documents, gate_only
 
 
 @pytest.fixture(scope="session")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from harness.measurement.metrics import Metric
+from harness.measurement.results import Outcome
+from harness.measurement.trial import measure
 from harness.recorder import Unit, record_metric
-from harness.store import Outcome
-from harness.trial import measure
-from harness.work import Metric
 
 METRICS: dict[Metric, Unit] = {
     "measured_seconds": "seconds",

@@ -6,13 +6,13 @@ from typing import Any, cast
 
 import pytest
 
-from harness.agenda import TRIALS
-from harness.claims import CLAIMS, Claim
-from harness.gate import Gate
+from harness.measurement.metrics import Metric
+from harness.measurement.trial import measure
+from harness.perf.claims import CLAIMS, Claim
 from harness.perf.entries import METRICS, identity
+from harness.perf.session import Gate
+from harness.perf.suite import TRIALS
 from harness.recorder import CLOCK, record_facts, record_metric
-from harness.trial import measure
-from harness.work import Metric
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(0)]  # the first test waits for the measuring
 

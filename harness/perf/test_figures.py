@@ -6,7 +6,11 @@ from typing import Any, NoReturn
 
 import pytest
 
-from harness.agenda import (
+from harness.measurement.metrics import Metric, check_same_work, training_steps
+from harness.measurement.utilisation import model_flops_per_second
+from harness.perf.entries import METRICS, record_runs
+from harness.perf.session import Gate
+from harness.perf.suite import (
     CONTEXT_BUDGETS_GIB,
     CONTEXT_WORKLOAD,
     FP16,
@@ -18,11 +22,7 @@ from harness.agenda import (
     UNSLOTH,
     Arm,
 )
-from harness.gate import Gate
-from harness.perf.entries import METRICS, record_runs
 from harness.recorder import CLOCK, record_facts
-from harness.utilisation import model_flops_per_second
-from harness.work import Metric, check_same_work, training_steps
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(0)]  # the first test waits for the measuring
 

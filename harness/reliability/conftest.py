@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from harness.agenda import MODEL
-from harness.hooks import announcer, gate_deadline, gate_documents, room_measures
-from harness.reliability.survival import Survival
-from harness.store import Store
+from harness.measurement.results import Store
+from harness.perf.suite import MODEL
+from harness.pytest_plugin import announcer, gate_deadline, gate_documents, room_measures
+from harness.reliability.claims import Survival
 
 
 @pytest.fixture(scope="session")

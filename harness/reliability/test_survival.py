@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from forge.training.plan import Backend
+from forge.training.config.plan import Backend
 from harness.recorder import CLOCK, record_facts
-from harness.reliability.survival import BACKENDS, Survival
+from harness.reliability.claims import BACKENDS, Survival
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(0), pytest.mark.parametrize("backend", BACKENDS)]
 

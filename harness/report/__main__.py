@@ -10,11 +10,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from forge.training.errors import ForgeError
-from forge.training.files import atomic_file, disk_errors
-from harness.report.gather import gather
-from harness.report.render import render_html, render_markdown
-from harness.report.source import read_evidence
+from forge.training.system.errors import ForgeError
+from forge.training.system.files import atomic_file, disk_errors
+from harness.report.build import gather
+from harness.report.evidence import read_evidence
+from harness.report.page.render import render_html, render_markdown
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from harness.report.quantities import NONE, Spread, spread
+from harness.report.evidence import Entry, Evidence
+from harness.report.page.numbers import NONE, Spread, spread
 from harness.report.run import Run
-from harness.report.source import Entry, Evidence
 
 BACKENDS = ("legacy", "trl", "unsloth")
 BASELINE = "legacy"

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from harness.export import claims as export
 from harness.export.statements import STATEMENTS as EXPORT_STATEMENTS
 from harness.parity.architectures import ARCHITECTURES
-from harness.parity.verdicts import NAMES, STATEMENTS
-from harness.reliability import survival
+from harness.parity.claims import NAMES, STATEMENTS
+from harness.reliability import claims as survival
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from forge.training.errors import DataError
-from harness.claims import Claim, Verdict, judge
-from harness.report.source import Evidence
-from harness.store import TrialState
+from forge.training.system.errors import DataError
+from harness.measurement.results import TrialState
+from harness.perf.claims import Claim, Verdict, judge
+from harness.report.evidence import Evidence
 
 _ROUNDING = 1e-6  # equal but for JSON and the order of sums
 

@@ -8,12 +8,12 @@ from typing import Any, cast, get_args
 
 from pydantic import ValidationError
 
-from forge.training.errors import CheckError, DataError
-from forge.training.plan import memory_floor_bytes
-from forge.training.record import RunRecord
-from forge.training.workload import Workload
-from harness.store import Outcome
-from harness.work import Metric, measure, training_steps
+from forge.training.config.plan import memory_floor_bytes
+from forge.training.config.workload import Workload
+from forge.training.system.errors import CheckError, DataError
+from forge.training.train.record import RunRecord
+from harness.measurement.metrics import Metric, measure, training_steps
+from harness.measurement.results import Outcome
 
 _RATES = {"documents_per_second": "documents", "tokens_per_second": "tokens"}
 

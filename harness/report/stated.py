@@ -8,12 +8,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from forge.training.errors import DataError
-from harness.claims import Status
-from harness.report.content import Row, Table
+from forge.training.system.errors import DataError
+from harness.perf.claims import Status
+from harness.report.evidence import REMEDY, Entry, Evidence
 from harness.report.expected import EXPECTED, Expected
-from harness.report.quantities import NONE
-from harness.report.source import REMEDY, Entry, Evidence
+from harness.report.page.content import Row, Table
+from harness.report.page.numbers import NONE
 
 ROOMS = {"parity": "accuracy", "export": "export", "reliability": "reliability"}  # record_kind -> for people
 

@@ -1,7 +1,7 @@
 """The training stacks: each prepares its process and builds its own SFTTrainer from one job.
 
 ``prepare()`` runs before anything imports torch or transformers; ``build(job)`` returns the
-trainer, ready to train, an instance of :func:`forge.training.loop.forge_trainer`'s class.
+trainer, ready to train, an instance of :func:`forge.training.backends.trainer.forge_trainer`'s class.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from types import ModuleType
 
-from forge.training.plan import Backend
+from forge.training.config.plan import Backend
 
 
 def load_backend(name: Backend) -> ModuleType:

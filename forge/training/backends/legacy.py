@@ -6,9 +6,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from forge.training.backends import trl as modern
-from forge.training.errors import ConfigurationError, MachineError
-from forge.training.job import TrainingJob
-from forge.training.plan import Plan
+from forge.training.backends.job import TrainingJob
+from forge.training.config.plan import Plan
+from forge.training.system.errors import ConfigurationError, MachineError
 
 PINS = {
     "trl": "0.26.2",
@@ -42,7 +42,7 @@ def build(job: TrainingJob) -> Any:
     """The trainer for ``job``, in the owner's layout. Raises :class:`ConfigurationError` for another plan."""
     from trl import SFTConfig, SFTTrainer
 
-    from forge.training.loop import forge_trainer
+    from forge.training.backends.trainer import forge_trainer
 
     if job.plan.gradient_checkpointing == "offload" or job.plan.padding == "none":
         raise ConfigurationError(

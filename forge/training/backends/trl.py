@@ -6,9 +6,9 @@ import os
 import sys
 from typing import Any
 
-from forge.training.errors import ConfigurationError, MachineError
-from forge.training.job import TrainingJob
-from forge.training.plan import Plan
+from forge.training.backends.job import TrainingJob
+from forge.training.config.plan import Plan
+from forge.training.system.errors import ConfigurationError, MachineError
 
 
 def prepare(plan: Plan) -> None:
@@ -36,7 +36,7 @@ def build(job: TrainingJob) -> Any:
     import torch
     from trl import SFTConfig, SFTTrainer
 
-    from forge.training.loop import forge_trainer
+    from forge.training.backends.trainer import forge_trainer
 
     trainer_class = SFTTrainer if torch.cuda.is_available() else _with_models_own_loss(SFTTrainer)
     config = make_config(SFTConfig, job)
@@ -61,7 +61,7 @@ def make_config(config_class: Any, job: TrainingJob) -> Any:
     """SFTConfig for TRL, on the GPU if there is one."""
     import torch
 
-    from forge.training.sft_config import make_sft_config
+    from forge.training.backends.sft_config import make_sft_config
 
     return make_sft_config(config_class, job, use_cpu=not torch.cuda.is_available())
 

@@ -7,10 +7,10 @@ import sys
 from importlib.util import find_spec
 from typing import Any
 
-from forge.training.errors import ConfigurationError, MachineError
-from forge.training.files import cache_dir
-from forge.training.job import TrainingJob
-from forge.training.plan import Plan
+from forge.training.backends.job import TrainingJob
+from forge.training.config.plan import Plan
+from forge.training.system.errors import ConfigurationError, MachineError
+from forge.training.system.files import cache_dir
 
 
 def prepare(plan: Plan) -> None:
@@ -44,8 +44,8 @@ def build(job: TrainingJob) -> Any:
     from trl import SFTConfig, SFTTrainer
     from unsloth import FastLanguageModel
 
-    from forge.training.loop import forge_trainer
-    from forge.training.sft_config import make_sft_config
+    from forge.training.backends.sft_config import make_sft_config
+    from forge.training.backends.trainer import forge_trainer
 
     workload, plan = job.workload, job.plan
     if workload.model.dtype == "float32":

@@ -1,1 +1,1 @@
-"""The parts of ``check``: configuration, data, model and tokenizer, packages, machine."""
+"""What can be known before hours are spent."""

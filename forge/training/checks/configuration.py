@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 
 from forge.training.checks.finding import Finding, failure, ok, warning
-from forge.training.errors import ConfigurationError, MachineError
-from forge.training.plan import Backend, load_plan
-from forge.training.workload import Workload
+from forge.training.config.plan import Backend, load_plan
+from forge.training.config.workload import Workload
+from forge.training.system.errors import ConfigurationError, MachineError
 
 _TRACKERS = {
     "tensorboard": ("tensorboard", "tensorboardX"),

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from forge.training.checks.finding import Finding, ok, warning
-from forge.training.errors import DataError
-from forge.training.workload import Workload
+from forge.training.config.workload import Workload
+from forge.training.system.errors import DataError
 
 if TYPE_CHECKING:
     from forge.training.data.records import Record
@@ -64,7 +64,7 @@ def _check_records(workload: Workload) -> Iterator[Finding]:
 
 def _check_secrets(records: Sequence[Record], path: str) -> Iterator[Finding]:
     """What `dataset` would have left out; a model can recite it. The detector is no part of the legacy stack."""
-    from forge.training.data.secrets import find_secrets
+    from forge.training.system.secrets import find_secrets
 
     if find_spec("detect_secrets") is None:
         return

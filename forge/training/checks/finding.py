@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from forge.training.errors import ForgeError
+from forge.training.system.errors import ForgeError
 
 if TYPE_CHECKING:
     from rich.console import Console

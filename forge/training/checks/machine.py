@@ -12,12 +12,12 @@ from typing import Any
 
 from forge.training.checks.finding import Finding, failure, ok, warning
 from forge.training.checks.model import is_made
-from forge.training.environment import available_ram_bytes, is_wsl
-from forge.training.errors import DiskError, GpuMemoryError, MachineError
-from forge.training.export.weights import ModelWeights
-from forge.training.files import cache_dir
-from forge.training.plan import Backend, memory_floor_bytes
-from forge.training.workload import Workload
+from forge.training.config.plan import Backend, memory_floor_bytes
+from forge.training.config.workload import Workload
+from forge.training.models.weights import ModelWeights
+from forge.training.system.environment import available_ram_bytes, is_wsl
+from forge.training.system.errors import DiskError, GpuMemoryError, MachineError
+from forge.training.system.files import cache_dir
 
 _GIB = 2**30
 _ALARMING = ("hardware slowdown", "thermal, software", "thermal, hardware", "power brake")
@@ -115,9 +115,9 @@ def check_memory(workload: Workload, base: ModelWeights, gpu: dict[str, Any] | N
 
 def check_disk(workload: Workload, base: ModelWeights, directory: Path) -> Iterator[Finding]:
     """Room for the run and its export beside ``directory``, and for the base where it must be made yet."""
-    from forge.training.checkpoint import size_bytes
-    from forge.training.export.space import peak_disk_bytes
-    from forge.training.saving import KEPT
+    from forge.training.export.disk_space import peak_disk_bytes
+    from forge.training.train.checkpoint import size_bytes
+    from forge.training.train.saving import KEPT
 
     adapter = _adapter_bytes(workload, base)
     export = peak_disk_bytes(
@@ -169,7 +169,7 @@ def check_wsl(gpu: dict[str, Any] | None) -> Iterator[Finding]:
 
 def check_llama_cpp() -> Iterator[Finding]:
     """Raises :class:`MachineError` where the export could not work."""
-    from forge.training.export.llama_cpp import llama_cpp_status
+    from forge.training.llamacpp.install import llama_cpp_status
 
     status = llama_cpp_status()
     if status.problem is not None:

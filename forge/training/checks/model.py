@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from forge.training.checks.finding import Finding, failure, ok, warning
-from forge.training.errors import ConfigurationError, DataError, MachineError
-from forge.training.export.weights import ModelWeights, Shard, Tensor, read_weights
-from forge.training.files import cache_dir
-from forge.training.models.standin import QWEN2_7B, SMALL, STANDINS, TINY, resolve_base
-from forge.training.workload import Workload
+from forge.training.config.workload import Workload
+from forge.training.models.base import QWEN2_7B, SMALL, STANDINS, TINY, resolve_base
+from forge.training.models.weights import ModelWeights, Shard, Tensor, read_weights
+from forge.training.system.errors import ConfigurationError, DataError, MachineError
+from forge.training.system.files import cache_dir
 
 _SHAPES = {"tiny": TINY, "small": SMALL, "qwen2-7b": QWEN2_7B}
 _MAKING = {  # measured: two CPU cores; one H200
@@ -28,7 +28,7 @@ def find_base(workload: Workload, has_gpu: bool) -> tuple[ModelWeights | None, l
     """The base's weights as its headers describe them, without making or fetching anything.
 
     A stand-in that is not made yet is described by its shape. Raises the errors of
-    :func:`~forge.training.models.standin.resolve_base`.
+    :func:`~forge.training.models.base.resolve_base`.
     """
     path = workload.model.path
     if path in STANDINS:
@@ -136,7 +136,7 @@ def _token(value: Any) -> str | None:
 
 def check_export(workload: Workload, base: ModelWeights) -> Iterator[Finding]:
     """Whether llama.cpp knows the architecture and can hold its matrices in the types asked for."""
-    from forge.training.export.space import check_architecture, check_row_sizes
+    from forge.training.export.disk_space import check_architecture, check_row_sizes
 
     check_architecture(base)
     asked = workload.export.quantizations

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 
 from forge.training.checks.finding import Finding, failure, ok, warning
-from forge.training.environment import ROOT, package_version
-from forge.training.errors import MachineError
-from forge.training.plan import Backend
-from forge.training.workload import Workload
+from forge.training.config.plan import Backend
+from forge.training.config.workload import Workload
+from forge.training.system.environment import ROOT, package_version
+from forge.training.system.errors import MachineError
 
 # What the training stack is made of; the rest of a requirements file only supports it.
 _STACK = (

@@ -1,1 +1,1 @@
-"""From documents to examples: discovery, corpus, records, token ids and labels."""
+"""Documents become examples, and examples become micro-batches."""

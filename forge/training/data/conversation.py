@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from forge.training.data.records import Message
-from forge.training.errors import ConfigurationError, DataError
+from forge.training.system.errors import ConfigurationError, DataError
 
 IGNORED = -100  # torch's ignore_index: a label that carries no loss
 

@@ -13,14 +13,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from forge.training.config.workload import InstructionRule
 from forge.training.data.corpus_report import CorpusReport, Folder, MarkerCount, Output, print_report, reasons
 from forge.training.data.discovery import Skipped, discover, read_text
 from forge.training.data.duplicates import deduplicate
-from forge.training.data.secrets import Secret, find_secrets
 from forge.training.data.split import hold_out
-from forge.training.errors import ConfigurationError, DataError, DiskError
-from forge.training.files import atomic_file, refuse_existing, sha256_file
-from forge.training.workload import InstructionRule
+from forge.training.system.errors import ConfigurationError, DataError, DiskError
+from forge.training.system.files import atomic_file, refuse_existing, sha256_file
+from forge.training.system.secrets import Secret, find_secrets
 
 __all__ = [
     "DEFAULT_RULES",

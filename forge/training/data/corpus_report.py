@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from forge.training.data.discovery import Skipped
 from forge.training.data.duplicates import Duplicate
-from forge.training.data.secrets import Secret
+from forge.training.system.secrets import Secret
 
 if TYPE_CHECKING:
     from rich.console import Console

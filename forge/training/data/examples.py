@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
+from forge.training.config.workload import DataSection
 from forge.training.data.conversation import IGNORED, Encoder, encode_conversation
 from forge.training.data.division import divide
 from forge.training.data.records import Message, Record, bad_lines
-from forge.training.errors import DataError
-from forge.training.files import staged_directory, write_json
-from forge.training.workload import DataSection
+from forge.training.system.errors import DataError
+from forge.training.system.files import staged_directory, write_json
 
 MIN_ANSWER_TOKENS = 32  # a part shorter than this is not worth its prompt
 

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from forge.training.config.workload import Workload
 from forge.training.data.conversation import Encoder
 from forge.training.data.examples import Examples, encode_records, sample_examples, save_examples
 from forge.training.data.overlap import describe_overlap, find_overlap
-from forge.training.errors import ConfigurationError, DataError
-from forge.training.files import read_json_object, sha256_file
 from forge.training.models.tokenizers import load_tokenizer
-from forge.training.record import Inputs
-from forge.training.workload import Workload
+from forge.training.system.errors import ConfigurationError, DataError
+from forge.training.system.files import read_json_object, sha256_file
+from forge.training.train.record import Inputs
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def prepare_inputs(workload: Workload, base_dir: Path, run_dir: Path) -> Prepare
     :class:`DataError` for unusable data.
     """
     from forge.training.data.records import read_both
-    from forge.training.models.identity import base_sha256, tokenizer_sha256
+    from forge.training.models.digests import base_sha256, tokenizer_sha256
 
     limit = read_json_object(base_dir / "config.json").get("max_position_embeddings")
     if limit and workload.data.max_length > limit:

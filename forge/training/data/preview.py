@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from forge.training.config.plan import num_steps
+from forge.training.config.workload import Workload
 from forge.training.data.conversation import IGNORED, Encoder
 from forge.training.data.examples import Examples, encode_records
 from forge.training.data.inputs import corpus_paths
 from forge.training.data.overlap import describe_overlap, find_overlap
 from forge.training.data.records import read_both
 from forge.training.models.tokenizers import load_tokenizer
-from forge.training.plan import num_steps
-from forge.training.workload import Workload
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from forge.training.errors import DataError
+from forge.training.system.errors import DataError
 
 MAX_LINE_BYTES = 64 << 20  # a novel has one; `dataset` writes at most 4 MiB of a file
 _NUM_ERRORS_SHOWN = 10

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from forge.training.errors import DataError
+from forge.training.system.errors import DataError
 
 _SALT = b"forge held-out documents 1\0"
 

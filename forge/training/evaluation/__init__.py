@@ -1,1 +1,1 @@
-"""The parts of ``evaluate``: neutral models, likelihoods, greedy answers, ROUGE, the record."""
+"""What a model knows: held-out loss, facts and ROUGE, judged by one neutral evaluator."""

@@ -9,14 +9,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from forge.training.config.workload import Workload
 from forge.training.data.examples import Examples, load_examples
-from forge.training.errors import DataError
 from forge.training.evaluation.answers import Prompt, document_prompts, greedy_answer, question_ids
 from forge.training.evaluation.likelihood import Document, group_documents, measure_nats
 from forge.training.evaluation.neutral_model import NeutralModel
 from forge.training.evaluation.record import DocumentAnswer, DocumentResult, FactAnswer, SubjectResult
-from forge.training.record import RunRecord
-from forge.training.workload import Workload
+from forge.training.system.errors import DataError
+from forge.training.train.record import RunRecord
 
 _LN2 = 0.6931471805599453
 

@@ -16,8 +16,8 @@ import numpy as np
 
 from forge.training.data.conversation import IGNORED
 from forge.training.data.examples import Examples
-from forge.training.errors import DataError, MachineError
 from forge.training.evaluation.neutral_model import NeutralModel
+from forge.training.system.errors import DataError, MachineError
 
 NUM_LOGIT_ROWS = 1024  # tokens whose logits exist at once
 _NUM_PROBE_TOKENS = 64

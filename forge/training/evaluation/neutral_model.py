@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forge.training.environment import available_ram_bytes
-from forge.training.errors import ConfigurationError, MachineError
-from forge.training.export.weights import ModelWeights
+from forge.training.models.weights import ModelWeights
+from forge.training.system.environment import available_ram_bytes
+from forge.training.system.errors import ConfigurationError, MachineError
 
 _HOST_MARGIN = 1.15  # of the weights, for what loading needs beside them
 
@@ -128,7 +128,7 @@ def with_adapter(model: NeutralModel, adapter_dir: Path, placement: Placement) -
     """
     from peft import LoraConfig, PeftModel
 
-    from forge.training.export.adapter_config import read_adapter_config
+    from forge.training.adapter.adapter_config import read_adapter_config
 
     more: dict[str, Any] = {}
     if placement.max_memory is not None:

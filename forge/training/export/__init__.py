@@ -2,5 +2,5 @@
 
 ``export.export_run`` walks the whole way; the other modules are its steps. Everything that runs
 llama.cpp's native code, its converter or a GGUF parser does so in a child process
-(:mod:`~forge.training.export.child_process`), because a bad file can crash or hang it.
+(:mod:`~forge.training.llamacpp.parent`), because a bad file can crash or hang it.
 """

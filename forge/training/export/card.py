@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from forge.training.evaluation.record import Evaluation
-from forge.training.files import read_json_object
-from forge.training.record import RunRecord
+from forge.training.system.files import read_json_object
+from forge.training.train.record import RunRecord
 
 if TYPE_CHECKING:
     from forge.training.export.export_record import ExportRecord

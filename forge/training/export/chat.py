@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from forge.training.errors import DataError
-from forge.training.export.child_process import Child, Progress, time_limit_seconds
 from forge.training.export.gguf import check_header, memory_limit_bytes
+from forge.training.llamacpp.parent import Child, Progress, time_limit_seconds
+from forge.training.system.errors import DataError
 
 CONTEXT_TOKENS = 2048
 _SECONDS_PER_TOKEN = 5.0  # a 7B model in 16 bits on two cores makes about one token a second

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from forge.training.files import read_json_object
+from forge.training.system.files import read_json_object
 
 _USER = {"role": "user", "content": "a"}
 _TALK = [

@@ -11,18 +11,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from forge.training.errors import CheckError
-from forge.training.export import gguf, space
+from forge.training.adapter.merge import usable_merge
+from forge.training.adapter.provenance import read_own_base, require_own_adapter
+from forge.training.export import disk_space as space
+from forge.training.export import gguf
 from forge.training.export.card import read_evaluation, write_card
 from forge.training.export.chat_template import chatml_default_system, read_chat_template
-from forge.training.export.child_process import Answer, Progress, run_child, time_limit_seconds
 from forge.training.export.export_record import ExportRecord, Step, print_export
-from forge.training.export.llama_cpp import require_llama_cpp
-from forge.training.export.merge import usable_merge
 from forge.training.export.modelfile import CHATML_STOPS, chatml_template, write_modelfile
-from forge.training.export.origin import read_own_base, require_own_adapter
-from forge.training.export.weights import ModelWeights
-from forge.training.files import (
+from forge.training.llamacpp.install import require_llama_cpp
+from forge.training.llamacpp.parent import Answer, Progress, run_child, time_limit_seconds
+from forge.training.models.weights import ModelWeights
+from forge.training.system.errors import CheckError
+from forge.training.system.files import (
     clear_leftovers,
     locked,
     refuse_existing,
@@ -31,7 +32,7 @@ from forge.training.files import (
     write_json,
     write_text,
 )
-from forge.training.record import RunRecord, completed_record
+from forge.training.train.record import RunRecord, completed_record
 
 __all__ = ["export_run", "print_export"]
 _INTERMEDIATE = "intermediate.f16.gguf"

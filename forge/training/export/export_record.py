@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from forge.training.export.gguf import GgufReport
-from forge.training.export.llama_cpp import COMMIT, VERSION
+from forge.training.llamacpp.install import COMMIT, VERSION
 
 if TYPE_CHECKING:
     from rich.console import Console

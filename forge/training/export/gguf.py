@@ -17,11 +17,11 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, Literal
 
-from forge.training.errors import CheckError, ConfigurationError, DataError
-from forge.training.export.child_process import Answer, run_child, time_limit_seconds
-from forge.training.export.lora import check_adapter, write_canonical_adapter
-from forge.training.files import disk_errors, refuse_existing, sha256_file
+from forge.training.adapter.lora import check_adapter, write_canonical_adapter
+from forge.training.llamacpp.parent import Answer, run_child, time_limit_seconds
 from forge.training.models.safety import refuse_unsafe_files
+from forge.training.system.errors import CheckError, ConfigurationError, DataError
+from forge.training.system.files import disk_errors, refuse_existing, sha256_file
 
 ConvertedType = Literal["f32", "f16", "bf16", "q8_0"]
 QuantizedType = Literal["q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k"]

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from forge.training.errors import CheckError, ConfigurationError
+from forge.training.system.errors import CheckError, ConfigurationError
 
 CHATML_STOPS = ("<|im_end|>", "<|endoftext|>")
 

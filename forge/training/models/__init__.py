@@ -1,1 +1,1 @@
-"""Base models: made on the spot, or found and checked."""
+"""The base model: found, fetched or made; its tokenizer, weights and digests."""

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forge.training.errors import DiskError
-from forge.training.files import write_json
 from forge.training.models.text import docstrings, documentation
 from forge.training.models.tokenizers import DEFAULT_SYSTEM_PROMPT
+from forge.training.system.errors import DiskError
+from forge.training.system.files import write_json
 
 Say = Callable[[str], None]
 SHARD_BYTES = 4_000_000_000

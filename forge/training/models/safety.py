@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from forge.training.errors import DataError
-from forge.training.files import read_json_object
+from forge.training.system.errors import DataError
+from forge.training.system.files import read_json_object
 
 _CODE_KEYS = ("auto_map", "_attn_implementation_internal")
 _FILES = ("config.json", "generation_config.json", "tokenizer_config.json")

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from forge.training.errors import DataError, MachineError
-from forge.training.files import write_json
+from forge.training.system.errors import DataError, MachineError
+from forge.training.system.files import write_json
 
 # How Qwen2 splits text before merging bytes: contractions, words, single digits, punctuation, blanks.
 SPLIT_PATTERN = (
@@ -70,8 +70,8 @@ def rebuild_qwen2_tokenizer() -> Any:
     """
     from tokenizers import AddedToken, Tokenizer, models
 
-    from forge.training.export.llama_cpp import llama_cpp_tree
-    from forge.training.export.native import import_gguf
+    from forge.training.llamacpp.install import llama_cpp_tree
+    from forge.training.llamacpp.native import import_gguf
 
     path = llama_cpp_tree() / "models" / "ggml-vocab-qwen2.gguf"
     if not path.is_file():

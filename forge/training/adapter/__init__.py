@@ -1,0 +1,1 @@
+"""A LoRA adapter on disk: its config, its tensors, merging it, where it came from."""

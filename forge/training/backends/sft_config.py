@@ -1,0 +1,110 @@
+"""Every field of SFTConfig, passed explicitly to every backend.
+
+Importing Unsloth replaces ``trl.SFTConfig`` by a class whose defaults differ in silence (seed
+3407, 8-bit AdamW, weight decay, ...), and defaults move between TRL's releases. So the
+constructor is given every field it knows: what the workload and plan say, and TRL's own default,
+read from TRL's own class, for the rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from forge.training.backends.job import TrainingJob
+
+
+def sft_fields(job: TrainingJob) -> dict[str, Any]:
+    """The fields that the workload and the plan decide, by their names in TRL 1.15."""
+    workload, plan = job.workload, job.plan
+    optimizer, training = workload.optimizer, workload.training
+    evaluates = training.evaluate_every_steps is not None and job.validation is not None
+    return {
+        "output_dir": str(job.run_dir / "checkpoints"),
+        "per_device_train_batch_size": plan.micro_batch,
+        "per_device_eval_batch_size": 1,
+        "gradient_accumulation_steps": job.accumulation,
+        "max_steps": job.num_steps,
+        "num_train_epochs": 1.0,  # the sampler's stream already holds every epoch
+        "learning_rate": optimizer.learning_rate,
+        "lr_scheduler_type": optimizer.schedule,
+        "warmup_steps": math.ceil(optimizer.warmup_ratio * job.num_steps),
+        "optim": optimizer.name,
+        "weight_decay": optimizer.weight_decay,
+        "adam_beta1": optimizer.adam_beta1,
+        "adam_beta2": optimizer.adam_beta2,
+        "adam_epsilon": optimizer.adam_epsilon,
+        "max_grad_norm": optimizer.max_grad_norm,
+        "label_smoothing_factor": 0.0,
+        "bf16": workload.model.dtype == "bfloat16",
+        "fp16": workload.model.dtype == "float16",
+        "seed": training.seed,
+        "data_seed": training.seed,
+        "full_determinism": False,
+        "gradient_checkpointing": plan.gradient_checkpointing != "none",
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if plan.gradient_checkpointing == "full" else None,
+        "use_cache": False,
+        "max_length": None,  # examples are cut or divided when they are made
+        "packing": False,
+        "padding_free": plan.padding == "none",
+        "pad_to_multiple_of": None,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "remove_unused_columns": False,
+        "completion_only_loss": False,  # the labels say what is trained
+        "assistant_only_loss": False,
+        "loss_type": "nll",
+        "average_tokens_across_devices": True,
+        "dataloader_num_workers": 0,
+        "dataloader_drop_last": False,
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        "logging_first_step": False,
+        "logging_nan_inf_filter": False,  # True shows a NaN step as a loss of zero
+        "log_level": "error",
+        "disable_tqdm": True,
+        "report_to": list(workload.report_to) or "none",
+        "run_name": job.run_dir.name,
+        "eval_strategy": "steps" if evaluates else "no",
+        "eval_steps": training.evaluate_every_steps if evaluates else None,
+        "eval_on_start": False,
+        "prediction_loss_only": True,
+        "save_strategy": "steps" if training.save_every_steps else "no",
+        "save_steps": training.save_every_steps or 500,
+        "save_total_limit": None,  # retention is checkpoint.py's: it never deletes the last good one
+        "save_only_model": False,
+        "load_best_model_at_end": False,  # the best adapter is kept by loop.py
+        "push_to_hub": False,
+        "hub_token": None,
+        "neftune_noise_alpha": None,
+        "torch_compile": False,
+        "torch_empty_cache_steps": None,
+        "auto_find_batch_size": False,
+        "skip_memory_metrics": True,
+    }
+
+
+def make_sft_config(config_class: Any, job: TrainingJob, **changes: Any) -> Any:
+    """Build ``config_class`` with every field given. ``changes`` are a backend's own fields.
+
+    A field that this release does not know is left out only if it is one of ours that a newer
+    release introduced; ``changes`` must be known (``TypeError`` otherwise).
+    """
+    original = next(c for c in config_class.__mro__ if c.__name__ == "SFTConfig" and c.__module__.startswith("trl."))
+    known = {f.name: f for f in dataclasses.fields(original) if f.init}
+    values = {name: _default(f) for name, f in known.items() if _has_default(f)}
+    ours = {name: value for name, value in sft_fields(job).items() if name in known}
+    unknown = set(changes) - {f.name for f in dataclasses.fields(config_class)}
+    if unknown:
+        raise TypeError(f"SFTConfig has no field {sorted(unknown)}")
+    return config_class(**{**values, **ours, **changes})
+
+
+def _has_default(field: dataclasses.Field[Any]) -> bool:
+    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default

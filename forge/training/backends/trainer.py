@@ -1,0 +1,158 @@
+"""The trainer subclass around each backend's own SFTTrainer.
+
+Import only after the backend's ``prepare()``: this module imports transformers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PrinterCallback
+from transformers.utils.logging import disable_progress_bar
+
+from forge.training.backends.job import TrainingJob
+from forge.training.config.plan import LONG_DOCUMENT_TOKENS
+from forge.training.data.batching import StepBatches, largest_micro_batch, longest_document, to_dataset
+from forge.training.data.conversation import IGNORED
+from forge.training.models.tokenizers import load_tokenizer
+from forge.training.system.signals import StopRequest
+from forge.training.train.metrics import Meter
+from forge.training.train.saving import Saver
+
+disable_progress_bar()  # progress.py shows one bar, of steps
+
+
+def initialise_adapter(model: Any, seed: int) -> None:
+    """Set every LoRA A from its own seeded stream and B to zero, so that all backends start equal.
+
+    A is uniform in +-1/sqrt(in_features): PEFT's Kaiming initialisation with a = sqrt(5).
+    """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_A." in name:
+                module = name.split(".lora_A.")[0].split("model.layers.")[-1]
+                digest = hashlib.sha256(f"{seed}:{module}".encode()).digest()
+                generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+                bound = parameter.shape[1] ** -0.5
+                values = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
+                parameter.copy_(values.to(parameter.dtype))
+            elif ".lora_B." in name:
+                parameter.zero_()
+
+
+def forge_trainer(base: Any) -> Callable[..., Any]:
+    """A subclass of a backend's SFTTrainer, taking ``(job, model, config, **sft_trainer_arguments)``."""
+
+    class ForgeTrainer(base):  # type: ignore[misc]
+        def __init__(self, job: TrainingJob, model: Any, config: Any, **more: Any) -> None:
+            self.job = job
+            self.meter: Meter | None = None
+            self.saver: Saver | None = None
+            self.stop = StopRequest()
+            length = job.workload.data.max_length
+            evaluates = config.eval_strategy != "no" and job.validation is not None
+            super().__init__(
+                model=model,
+                args=config,
+                train_dataset=to_dataset(job.train, length),
+                eval_dataset=to_dataset(job.validation, length) if evaluates and job.validation else None,
+                processing_class=load_tokenizer(job.base_dir),
+                **more,
+            )
+            self.remove_callback(PrinterCallback)
+            initialise_adapter(self.model, job.workload.training.seed)
+
+        def _collate(self, rows: list[dict[str, Any]]) -> Any:
+            batch = self.data_collator(rows)
+            if self.meter is not None:
+                self.meter.fetched(batch)
+            return batch
+
+        def get_train_dataloader(self) -> Any:
+            loader = torch.utils.data.DataLoader(
+                self.train_dataset,
+                batch_sampler=StepBatches(self.job),
+                collate_fn=self._collate,
+                pin_memory=torch.cuda.is_available(),
+            )
+            return self.accelerator.prepare(loader)
+
+        def take_step(self, model: Any, batch: dict[str, Any], num_trained_tokens: Any) -> None:
+            """Forward and backward of a collated micro-batch that is no part of the run: not metered, not logged."""
+            self._choose_attention(batch)
+            super().training_step(model, batch, num_trained_tokens)
+            getattr(self, "_metrics", {}).get("train", {}).clear()
+
+        def _choose_attention(self, batch: dict[str, Any]) -> None:
+            if self.job.plan.attention == "mixed" and torch.cuda.is_available():
+                torch.backends.cuda.enable_cudnn_sdp(longest_document(batch) >= LONG_DOCUMENT_TOKENS)
+
+        def rehearse(self, model: Any) -> float:
+            """Take the largest micro-batch through once and forget it. Returns its seconds.
+
+            The random state is put back and no optimizer step taken, so the run that follows is the
+            same to the bit. Raises ``torch.OutOfMemoryError`` where the run could not have ended.
+            """
+            started = time.perf_counter()
+            rows = [self.train_dataset[i] for i in largest_micro_batch(self.job)]
+            trained = sum(int((np.asarray(row["labels"][1:]) != IGNORED).sum()) for row in rows)
+            before = torch.get_rng_state(), torch.cuda.get_rng_state_all()
+            self.take_step(model, self.data_collator(rows), torch.tensor(trained, device=self.args.device))
+            model.zero_grad(set_to_none=True)
+            torch.set_rng_state(before[0])
+            torch.cuda.set_rng_state_all(before[1])
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            return time.perf_counter() - started
+
+        def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            self._choose_attention(inputs)
+            loss = super().training_step(model, inputs, *args, **kwargs)
+            if self.meter is not None:
+                self.meter.add_loss(loss.detach())
+            return loss
+
+        def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+            """Token-weighted held-out loss: transformers' own is a mean over batches of unequal size."""
+            total, count = 0.0, 0
+            self.model.eval()
+            for row in self.eval_dataset:
+                if self.stop.number is not None and self.state.global_step < self.job.num_steps:
+                    # a stop does not wait for it: the resume evaluates before its first step
+                    self.control.should_save = self.control.should_training_stop = True
+                    self.model.train()
+                    return {}
+                trained = int((np.asarray(row["labels"][1:]) != IGNORED).sum())
+                batch = self._prepare_inputs(self.data_collator([row]))
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    total += float(self.compute_loss(self.model, batch)) * trained
+                count += trained
+            getattr(self, "_metrics", {}).get("eval", {}).clear()  # TRL's averages over those batches
+            metrics = {"eval_loss": total / count}
+            self.log(dict(metrics))
+            self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            self.model.train()
+            return metrics
+
+        def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+            """PEFT (0.18 to 0.21) loads an adapter as float32; with a 4-bit base TRL trains it in bfloat16."""
+            trained = {name: value.dtype for name, value in self.model.named_parameters() if value.requires_grad}
+            super()._load_from_checkpoint(*args, **kwargs)
+            for name, value in self.model.named_parameters():
+                if name in trained:
+                    value.data = value.data.to(trained[name])
+
+        def create_model_card(self, *_: Any, **__: Any) -> None:
+            """Nothing: TRL writes one at every checkpoint; the export writes the model's."""
+
+        def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+            assert self.saver is not None
+            with self.saver.saving(self.state.global_step):
+                super()._save_checkpoint(*args, **kwargs)
+
+    return ForgeTrainer

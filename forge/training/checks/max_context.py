@@ -1,0 +1,301 @@
+"""The longest document that a backend trains on in so much memory.
+
+    python -m forge.training.checks.max_context WORKLOAD --backend unsloth [--budget 8] [--set ...] [--plan ...]
+
+One process that from before the model is loaded has a card of that many GiB, or the GPU as it is: the allocator is
+capped (`torch.cuda.set_per_process_memory_fraction`) at the budget less what CUDA itself took, and libraries that ask
+how much there is are told the same, since some move weights to the host or size buffers by the answer. No memory is
+filled up to simulate a smaller card.
+
+The backend's own trainer takes one real step over short documents, so that adapter, optimizer state and kernels are
+there, and then single documents of random tokens forwards and backwards: of rising lengths as long as they fit and
+the time allows, then, where the line through the last two peaks meets the cap, just below and just above. Lengths
+beyond the base's own positions are allowed: memory does not depend on what RoPE is worth there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from forge.training.checks.bracket import GRAIN, bracket, measure, predict
+from forge.training.config.plan import BACKEND_NAMES, Backend, load_plan
+from forge.training.config.workload import load_workload
+from forge.training.system.errors import ConfigurationError, ForgeError, GpuMemoryError, MachineError
+from forge.training.system.files import read_json_object
+from forge.training.system.signals import StopRequest
+from forge.training.train.ending import translated
+from forge.training.train.run import base_directory
+
+_GIB = 1 << 30
+_ALONE = (  # two steps are planned, the probe ends the run after the first, and nothing else is done
+    *("training.max_steps=2", "training.evaluate_every_steps=null", "training.early_stopping_patience=null"),
+    *("training.save_every_steps=null", "training.save_every_minutes=null", "report_to=[]"),
+    *("data.documents=null", "data.validation=null", "data.sample=null"),
+)
+
+
+class _Done(Exception):
+    """The probe has what it wants of the training loop."""
+
+
+class Card:
+    """A GPU of ``budget_bytes`` within the real one, CUDA's context and what others hold included.
+
+    ``None``: all of it.
+    """
+
+    def __init__(self, budget_bytes: int | None) -> None:
+        import torch
+
+        self._real = torch.cuda.mem_get_info
+        self.total_bytes = self._real()[1]
+        self.budget_bytes = budget_bytes or self.total_bytes
+        self.is_real = self.budget_bytes <= self.total_bytes
+        self.limit()
+
+    def limit(self) -> None:
+        """Cap the allocator at what CUDA's context, which grows as kernels are loaded, leaves of the budget."""
+        import torch
+
+        free, _ = self._real()
+        overhead = self.total_bytes - free - torch.cuda.memory_reserved()
+        self.cap_bytes = self.budget_bytes - overhead
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, self.cap_bytes) / self.total_bytes))
+
+    def told(self, device: Any = None) -> tuple[int, int]:
+        """Free and total bytes, as `torch.cuda.mem_get_info` says them."""
+        import torch
+
+        free = max(0, self.cap_bytes - torch.cuda.memory_reserved())
+        return min(free, self._real(device)[0]), min(self.budget_bytes, self.total_bytes)
+
+
+@contextmanager
+def card_of(budget_bytes: int | None) -> Iterator[Card]:
+    """While it lasts, this process has such a card, and PyTorch says so to whoever asks."""
+    import torch
+
+    real = torch.cuda.mem_get_info, torch.cuda.get_per_process_memory_fraction
+    card = Card(budget_bytes)
+    torch.cuda.mem_get_info = card.told
+    torch.cuda.get_per_process_memory_fraction = lambda device=None: 1.0  # of what mem_get_info says there is
+    try:
+        yield card
+    finally:
+        torch.cuda.mem_get_info, torch.cuda.get_per_process_memory_fraction = real
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+class Prober:
+    """Takes documents of any length through a trainer's step. Lives inside a training loop."""
+
+    def __init__(self, trainer: Any, model: Any, vocabulary: int) -> None:
+        self.trainer, self.model, self.vocabulary = trainer, model, vocabulary
+        self.seen = 0
+        model.get_input_embeddings().register_forward_hook(self._look)
+        configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+        bounds = [(config, "max_position_embeddings") for config in configs.values()]
+        bounds += [(module, "max_seq_length") for module in model.modules()]  # Unsloth cuts what is longer
+        self._bounds = [(owner, name, getattr(owner, name)) for owner, name in bounds if hasattr(owner, name)]
+
+    def step(self, num_tokens: int) -> tuple[int, float] | None:
+        """Peak reserved bytes and seconds of one document's step; ``None``: it does not fit.
+
+        Raises :class:`MachineError` where the model was given other than ``num_tokens``.
+        """
+        import torch
+
+        self.clear()
+        for owner, name, bound in self._bounds:
+            setattr(owner, name, max(bound, num_tokens))
+        torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
+        if not self._take(num_tokens):
+            self.clear()
+            self._take(GRAIN)  # a whole step: a library that counts layers as they pass begins anew
+            return None
+        if self.seen != num_tokens:
+            raise MachineError(f"of {num_tokens} tokens the model was given {self.seen}")
+        return torch.cuda.max_memory_reserved(), time.perf_counter() - started
+
+    def _take(self, num_tokens: int) -> bool:
+        """Forwards and backwards; whether the memory was enough."""
+        import torch
+
+        generator = torch.Generator().manual_seed(num_tokens)
+        ids = torch.randint(100, self.vocabulary, (num_tokens,), generator=generator).tolist()
+        batch = self.trainer.data_collator([{"input_ids": ids, "labels": list(ids)}])
+        try:
+            num_trained = torch.tensor(num_tokens - 1, device=self.trainer.args.device)
+            self.trainer.take_step(self.model, batch, num_trained)
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            if not isinstance(translated(error, self.trainer.job, self.trainer.stop), GpuMemoryError):
+                raise
+            return False
+        finally:
+            self.model.zero_grad(set_to_none=True)
+        return True
+
+    def _look(self, _module: Any, _inputs: Any, embedded: Any) -> None:
+        self.seen = embedded.shape[0] * embedded.shape[1]
+
+    def clear(self) -> None:
+        """Give back what no tensor holds."""
+        import torch
+
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def longest_within(prober: Prober, card: Card, lengths: list[int], seconds: float) -> dict[str, Any]:
+    """Peaks at ``lengths`` and the longest length that fits on ``card``, with the shortest seen not to.
+
+    ``seconds``: what may be spent.
+    """
+    import torch
+
+    prober.clear()
+    started = time.perf_counter()
+    card.limit()
+    embedding = prober.model.get_input_embeddings().weight
+    found: dict[str, Any] = {
+        "loaded_bytes": torch.cuda.memory_allocated(),
+        "is_embedding_on_host": embedding.device.type == "cpu",
+    }
+    measured, fails = measure(prober, lengths, seconds / 2)
+    prober.clear()
+    card.limit()  # long documents have kernels of their own
+    points = [point for point in measured if point[1] <= card.cap_bytes]
+    if len(points) < len(measured):
+        fails = measured[len(points)][0]
+    found |= {"cap_bytes": card.cap_bytes, "points": [list(point) for point in points], "tries": []}
+    found |= {"tokens_fits": points[-1][0] if points else None, "tokens_fails": fails}
+    if not points:
+        return found | {"why": f"not even {lengths[0]} tokens fit"}
+    predicted = predict(points, card.cap_bytes) if len(points) > 1 else points[0][0]
+    found["predicted_tokens"] = int(predicted)
+    if not card.is_real:
+        return found | {"why": f"not confirmed: this GPU has {card.total_bytes / _GIB:.1f} GiB in all"}
+    longest, _, longest_seconds = points[-1]
+    left = seconds - (time.perf_counter() - started)
+    bracket(prober, predicted, left, found, pace=(longest, longest_seconds))
+    return found
+
+
+def measure_context(
+    workload_name: str,
+    overrides: list[str],
+    backend: Backend,
+    plan_overrides: list[str],
+    *,
+    budget_gib: float | None,
+    lengths: list[int],
+    seconds: float,
+) -> dict[str, Any]:
+    """What :func:`longest_within` finds on a card of ``budget_gib``, by default the GPU, with the plan.
+
+    ``seconds``: without the load.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        own = [f"data.train={_short_documents(folder)}", *_ALONE]
+        workload = load_workload(workload_name, [*overrides, *own])
+        plan = load_plan(workload, backend, plan_overrides)
+        base = base_directory(workload)
+        import torch
+
+        if not torch.cuda.is_available():
+            raise MachineError("context is measured on a CUDA GPU and this machine shows none")
+        from forge.training.backends import load_backend
+
+        module = load_backend(backend)
+        module.prepare(plan)  # as a run does: before anything of CUDA begins
+        with card_of(int(budget_gib * _GIB) if budget_gib is not None else None) as card:
+            from transformers import TrainerCallback
+
+            from forge.training.backends.job import TrainingJob
+            from forge.training.data.inputs import prepare_inputs
+
+            inputs = prepare_inputs(workload, base, folder / "run")
+            vocabulary = int(read_json_object(base / "config.json")["vocab_size"])
+            job = TrainingJob(workload, plan, backend, base, folder / "run", inputs.train, None)
+            found: dict[str, Any] = {}
+
+            class Probe(TrainerCallback):  # type: ignore[misc]
+                def on_step_end(self, *_: Any, model: Any, **__: Any) -> None:
+                    prober = Prober(trainer, model, vocabulary * 9 // 10)  # below the specials
+                    found.update(longest_within(prober, card, lengths, seconds))
+                    raise _Done
+
+            try:
+                trainer = module.build(job)
+                trainer.add_callback(Probe())
+                with suppress(_Done):
+                    trainer.train()
+            except RuntimeError as error:
+                if not isinstance(translated(error, job, StopRequest()), GpuMemoryError):
+                    raise
+                found = {"cap_bytes": card.cap_bytes, "points": [], "tries": []}
+                found["why"] = "the weights and a first step of short documents do not fit"
+    return {"backend": backend, "plan": plan.model_dump(), "budget_gib": card.budget_bytes / _GIB, **found}
+
+
+def _short_documents(folder: Path) -> Path:
+    """Enough for the first steps at any effective batch of a workload in use."""
+    path = folder / "short.jsonl"
+    rows = [{"instruction": f"Say {number}.", "input": "", "output": f"It is {number}."} for number in range(64)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def main() -> int:
+    """Print the measurement as JSON; errors as everywhere in Forge."""
+    parser = argparse.ArgumentParser(
+        prog="forge.training.checks.max_context", description="The longest document that fits."
+    )
+    parser.add_argument("workload")
+    parser.add_argument("--backend", choices=BACKEND_NAMES, required=True)
+    parser.add_argument("--budget", type=float, help="GiB, with what CUDA itself takes; default: this GPU's own")
+    parser.add_argument("--lengths", default="128,512,2048,8192,32768,131072", help="rising lengths to predict from")
+    parser.add_argument("--seconds", type=float, default=240.0, help="what may be spent after the load")
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
+    parser.add_argument("--plan", action="append", default=[], dest="plan_overrides", metavar="KEY=VALUE")
+    arguments = parser.parse_args()
+    try:
+        lengths = [int(value) for value in arguments.lengths.split(",")]
+        if len(lengths) < 2 or lengths != sorted({*lengths}) or lengths[0] <= 0:
+            raise ConfigurationError("--lengths takes two or more rising lengths")
+        if arguments.budget is not None and not 0 < arguments.budget < math.inf:
+            raise ConfigurationError("--budget takes an amount above 0")
+        found = measure_context(
+            arguments.workload,
+            arguments.overrides,
+            arguments.backend,
+            arguments.plan_overrides,
+            budget_gib=arguments.budget,
+            lengths=lengths,
+            seconds=arguments.seconds,
+        )
+        print(json.dumps(found))
+    except ForgeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except ValueError as error:
+        print(f"error: --lengths takes numbers: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What a user writes: the config, its plan, overrides on the command line, strict YAML."""

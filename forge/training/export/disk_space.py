@@ -1,0 +1,86 @@
+"""What an export will need and whether it can work, known before it begins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from forge.training.export.gguf import CONVERTED_TYPES, QUANTIZED_TYPES
+from forge.training.llamacpp.install import supported_architectures
+from forge.training.models.weights import ModelWeights
+from forge.training.system.errors import ConfigurationError, MachineError
+from forge.training.system.files import require_free_bytes
+
+_BITS_PER_WEIGHT = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5}
+_BITS_PER_WEIGHT |= {"q6_k": 6.6, "q5_k_m": 5.9, "q4_k_m": 5.1, "q3_k_m": 4.2, "q2_k": 3.6}  # with larger embeddings
+_MARGIN_BYTES = 64 << 20  # tokenizer, records, file system
+_MARGIN_SHARE = 0.02
+
+
+def check_quantizations(quantizations: Sequence[str]) -> None:
+    """Raise :class:`ConfigurationError` unless each is known and stands once."""
+    known = (*CONVERTED_TYPES, *QUANTIZED_TYPES)
+    unknown = [name for name in quantizations if name not in known]
+    if unknown or not quantizations:
+        message = f"unknown quantisation {unknown[0]!r}" if unknown else "no quantisation was asked for"
+        raise ConfigurationError(message, remedy=f"choose from {', '.join(known)}")
+    if len(set(quantizations)) != len(quantizations):
+        raise ConfigurationError(f"a quantisation stands twice: {', '.join(quantizations)}")
+
+
+def check_architecture(base: ModelWeights) -> None:
+    """Raise :class:`MachineError` if llama.cpp's converter does not know the model's architecture."""
+    names = base.config.get("architectures") or ["(none)"]
+    known = supported_architectures()
+    if names[0] not in known:
+        raise MachineError(
+            f"llama.cpp's converter does not know the architecture {names[0]} of {base.directory}",
+            remedy="train from a base of an architecture that llama.cpp knows, such as Qwen2ForCausalLM",
+        )
+
+
+def check_row_sizes(base: ModelWeights, quantizations: Sequence[str]) -> None:
+    """Raise :class:`ConfigurationError` where rows do not divide into a type's blocks.
+
+    llama.cpp would then store those tensors in larger types, in silence, under the asked name.
+    """
+    for quantization in quantizations:
+        block = 256 if "_k" in quantization else 32 if quantization == "q8_0" else 1
+        names = [name for name, tensor in base.tensors.items() if len(tensor.shape) == 2 and tensor.shape[1] % block]
+        if names:
+            width = base.tensors[names[0]].shape[1]
+            raise ConfigurationError(
+                f"{quantization} needs rows of a multiple of {block} weights; {len(names)} tensors do not have them, "
+                f"such as {names[0]} with {width}: llama.cpp would fall back to larger types",
+                remedy="leave it out, choose q8_0 or f16, or accept the larger types with --allow-fallback",
+            )
+
+
+def file_bytes(base: ModelWeights, quantization: str) -> int:
+    """About how long a GGUF file of the base's size and of this type is."""
+    return int(base.num_parameters * _BITS_PER_WEIGHT[quantization] / 8)
+
+
+def peak_disk_bytes(
+    base: ModelWeights, quantizations: Sequence[str], *, adapter_bytes: int, writes_merged: bool, keeps_merged: bool
+) -> int:
+    """The most bytes on disk at any time during an export, beside what is there already."""
+    converted = [name for name in quantizations if name in CONVERTED_TYPES]
+    if any(name in QUANTIZED_TYPES for name in quantizations) and "f16" not in converted:
+        converted.append("f16")
+    merged = base.num_bytes if writes_merged else 0
+    while_converting = merged + sum(file_bytes(base, name) for name in converted)
+    in_the_end = while_converting - (0 if keeps_merged else merged)
+    in_the_end += sum(file_bytes(base, name) for name in quantizations if name in QUANTIZED_TYPES)
+    return with_margin(max(while_converting, in_the_end)) + 3 * adapter_bytes
+
+
+def with_margin(num_bytes: int) -> int:
+    """Room for a write of about so many bytes: the estimate's error, tokenizer, records, the file system's own."""
+    return int(num_bytes * (1 + _MARGIN_SHARE)) + _MARGIN_BYTES
+
+
+def require_space(directory: Path, num_bytes: int, what: str) -> None:
+    """Raise :class:`DiskError` with both numbers if a write of ``num_bytes`` does not fit where ``directory`` is."""
+    remedy = "free space, choose another place with --out, or ask for fewer quantisations"
+    require_free_bytes(directory, num_bytes, what, remedy)

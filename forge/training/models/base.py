@@ -1,0 +1,214 @@
+"""A base model's directory: made on the spot under a short name, a local one checked, or one of the hub.
+
+A stand-in is made once a machine and kept under ``cache_dir()/models``, its name ending in the
+digest of how it was made: another recipe, or a Python with other documentation, is another base.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from forge.training.models.digests import refuse_strange_sizes
+from forge.training.models.qwen2 import Recipe, Shape, training_texts, write_configs, write_random, write_trained
+from forge.training.models.safety import refuse_unsafe_files
+from forge.training.models.tokenizers import CONTROL_TOKENS, rebuild_qwen2_tokenizer, save_tokenizer, train_tokenizer
+from forge.training.models.weights import read_weights
+from forge.training.system.errors import ConfigurationError, DataError, MachineError
+from forge.training.system.files import (
+    cache_dir,
+    disk_errors,
+    read_json_object,
+    sha256_json,
+    staged_directory,
+    write_json,
+)
+
+Say = Callable[[str], None]
+
+TINY = Shape(
+    hidden_size=256,
+    intermediate_size=768,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=4096,
+    max_position_embeddings=4096,
+)
+TINY_RECIPE = Recipe(num_steps=220, batch=8, sequence=256, learning_rate=3e-3)
+SMALL = Shape(
+    hidden_size=512,
+    intermediate_size=1536,
+    num_hidden_layers=8,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    vocab_size=152064,
+    max_position_embeddings=32768,
+)
+SMALL_RECIPE = Recipe(num_steps=1200, batch=32, sequence=512, learning_rate=1e-3)
+QWEN2_7B = Shape(
+    hidden_size=3584,
+    intermediate_size=18944,
+    num_hidden_layers=28,
+    num_attention_heads=28,
+    num_key_value_heads=4,
+    vocab_size=152064,
+    max_position_embeddings=32768,
+)
+STANDINS = ("tiny", "small", "qwen2-7b")
+SUPPORTED = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM")
+_FORMAT = 2  # of the directory: configuration and tokenizer files
+_HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+
+
+def resolve_base(
+    path: str, *, offline: bool | None = None, revision: str | None = None, progress: Say | None = None
+) -> Path:
+    """The absolute directory of a base model, made or fetched where it is not there yet.
+
+    ``offline``: never ask the hub; by default what ``HF_HUB_OFFLINE`` says. Raises
+    :class:`ConfigurationError`, :class:`DataError` for an unusable model and :class:`MachineError`
+    where a GPU or the hub is needed and not there.
+    """
+    say = progress or (lambda _: None)
+    if path in STANDINS:
+        return _standin(path, say)
+    if Path(path).is_dir():
+        return check_base(Path(path).absolute())
+    if path.startswith(("/", ".", "~")) or path.count("/") != 1:
+        raise ConfigurationError(
+            f"model.path: no directory {path}",
+            remedy=f"name a model directory, a hub name (OWNER/NAME) or one of {', '.join(STANDINS)}",
+        )
+    return check_base(_fetched(path, offline, revision))
+
+
+def _standin(name: str, say: Say) -> Path:
+    makers: dict[str, Callable[[Path, Say], None]] = {"tiny": _make_tiny, "small": _make_small, "qwen2-7b": _make_7b}
+    recipes: dict[str, Any] = {
+        "tiny": [asdict(TINY), asdict(TINY_RECIPE), _text_version()],
+        "small": [asdict(SMALL), asdict(SMALL_RECIPE), _text_version()],
+        "qwen2-7b": [asdict(QWEN2_7B), "normal 0.02, seed 42"],
+    }
+    directory = cache_dir() / "models" / f"{name}-{sha256_json([_FORMAT, recipes[name]])[:12]}"
+    if directory.is_dir():
+        return directory
+    if name == "small" and not _has_cuda():
+        raise MachineError("the base `small` is trained on a GPU and this machine shows none", remedy="use tiny")
+    with _one_maker(directory):
+        if not directory.is_dir():
+            say(f"making the base `{name}`: once on this machine")
+            with staged_directory(directory) as staging:
+                makers[name](staging, say)
+    return directory
+
+
+@contextmanager
+def _one_maker(directory: Path) -> Iterator[None]:
+    """Let one process at a time make ``directory``; a second waits and finds the first one's model.
+
+    What a killed process left half-made is removed first: of a 7B model it can be 15 GB.
+    """
+    with disk_errors(directory, "make"):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        handle = open(f"{directory}.lock", "a", encoding="utf-8")  # noqa: SIM115 - held until the end
+    with handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        for left_over in directory.parent.glob(f".{directory.name}.*.part"):
+            shutil.rmtree(left_over, ignore_errors=True)
+        yield
+
+
+def _text_version() -> str:
+    return ".".join(map(str, sys.version_info[:3]))  # the standard library's text changes with each release
+
+
+def _make_tiny(directory: Path, say: Say) -> None:
+    _make_trained(TINY, TINY_RECIPE, None, directory, say)
+
+
+def _make_small(directory: Path, say: Say) -> None:
+    _make_trained(SMALL, SMALL_RECIPE, rebuild_qwen2_tokenizer(), directory, say)
+
+
+def _make_trained(shape: Shape, recipe: Recipe, tokenizer: Any, directory: Path, say: Say) -> None:
+    texts = training_texts()
+    if tokenizer is None:
+        tokenizer = train_tokenizer(texts, shape.vocab_size)
+    save_tokenizer(tokenizer, directory, shape.max_position_embeddings)
+    write_configs(shape, _control_ids(tokenizer), directory)
+    device = "cuda" if shape is not TINY and _has_cuda() else "cpu"  # tiny: the same bits with and without a GPU
+    loss = write_trained(shape, recipe, tokenizer, texts, directory, device=device, say=say)
+    write_json(directory / "standin.json", {"recipe": asdict(recipe), "loss_nats_per_token": loss, "device": device})
+    say(f"made: loss {loss:.3f} nats per token")
+
+
+def _make_7b(directory: Path, say: Say) -> None:
+    tokenizer = rebuild_qwen2_tokenizer()
+    save_tokenizer(tokenizer, directory, QWEN2_7B.max_position_embeddings)
+    write_configs(QWEN2_7B, _control_ids(tokenizer), directory)
+    write_random(QWEN2_7B, directory, seed=42, say=say)
+
+
+def _control_ids(tokenizer: Any) -> dict[str, int]:
+    return {token: tokenizer.token_to_id(token) for token in CONTROL_TOKENS}
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
+def _fetched(name: str, offline: bool | None, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    local_only = os.environ.get("HF_HUB_OFFLINE") == "1" if offline is None else offline
+    try:
+        found = snapshot_download(name, revision=revision, allow_patterns=list(_HUB_FILES), local_files_only=local_only)
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        how = "offline, and it is not in the local cache" if local_only else str(error).partition("\n")[0]
+        raise MachineError(
+            f"the model {name} cannot be had from the hub: {how}",
+            remedy="name a local directory with --set model.path=..., or a stand-in such as tiny",
+        ) from error
+    return Path(found)
+
+
+def check_base(directory: Path) -> Path:
+    """A local model directory that Forge can train and export; returned as it is.
+
+    Refused with :class:`DataError` or :class:`ConfigurationError`: no config, another architecture,
+    remote code, pickled or quantised weights, a tokenizer that reaches outside the folder.
+    """
+    config = read_json_object(directory / "config.json")
+    refuse_unsafe_files(directory)
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or not architectures or architectures[0] not in SUPPORTED:
+        raise ConfigurationError(
+            f"{directory}/config.json: the architecture {architectures} is not supported",
+            remedy=f"use a model with one of {', '.join(SUPPORTED)}",
+        )
+    refuse_strange_sizes(directory / "config.json", config)
+    if config.get("quantization_config"):
+        raise ConfigurationError(
+            f"{directory} holds quantised weights; adapters are merged into 16-bit ones",
+            remedy="name the original model and set model.quantization=nf4",
+        )
+    if not any(directory.glob("*.safetensors")):
+        pickled = any(directory.glob("*.bin")) or any(directory.glob("*.pt"))
+        what = "only pickled weights, which Forge does not read" if pickled else "no safetensors file"
+        raise DataError(f"{directory} holds {what}", remedy="convert it to safetensors, or download those")
+    read_weights(directory)  # every file that the index names is there and as long as its header says
+    if not (directory / "tokenizer.json").is_file():
+        raise DataError(f"{directory} has no tokenizer.json", remedy="save the model with its fast tokenizer")
+    read_json_object(directory / "tokenizer_config.json")
+    return directory

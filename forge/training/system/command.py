@@ -1,0 +1,113 @@
+"""Running one command: what it was asked for goes to stdout, everything else to stderr, every end has its exit code.
+
+With ``--json`` stdout is one JSON document whatever happens, a failure included, and whatever a
+library, a child process or native code prints meanwhile.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from forge.training.system.errors import ForgeError
+from forge.training.system.files import as_disk_error
+from forge.training.system.signals import StopRequest, follow_parent
+
+_BUG = "this is a bug in Forge: please report it with the lines above"
+
+
+class _Stdout:
+    """The process's own stdout, kept aside while file descriptor 1 leads to stderr."""
+
+    kept: int | None = None
+    has_result = False
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout. ``value``: a pydantic model, a dataclass or plain data."""
+    from dataclasses import asdict, is_dataclass
+
+    if hasattr(value, "model_dump"):
+        value = value.model_dump(mode="json")
+    elif is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    text = json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n"
+    # half of a surrogate pair, from a file name that is not UTF-8, becomes JSON's own escape of it
+    raw = text.encode("utf-8", "backslashreplace")
+    sys.stdout.flush()
+    handle = 1 if _Stdout.kept is None else _Stdout.kept
+    while raw:
+        raw = raw[os.write(handle, raw) :]
+    _Stdout.has_result = True
+
+
+def carry_out(app: Callable[..., Any], arguments: list[str]) -> int:
+    """Run ``app`` and return its exit code; every error is one message, and with ``--json`` one document too."""
+    as_json = "--json" in arguments
+    if as_json:
+        _keep_stdout()
+    message = remedy = None
+    stop = StopRequest()
+    try:
+        follow_parent()
+        with stop.caught():
+            code = app(args=arguments, standalone_mode=False) or 0
+    except ForgeError as error:
+        code, message, remedy = error.exit_code, error.message, error.remedy
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(bool(ended.code))
+    except KeyboardInterrupt:  # where the command line does not look for one
+        code = 130
+    except Exception as error:
+        code, message, remedy = (130, None, None) if stop.caused(error) else _described(error)
+    if code and message is None and stop.number is not None:  # the command line's own code is 130 for either signal
+        interruption = stop.interrupted("; nothing is left half done")
+        code, message = interruption.exit_code, interruption.message
+    if code == 130 and message is None:  # typer makes it of a Ctrl-C that no command caught
+        message = "interrupted"
+    if message is not None:
+        sys.stderr.write(_printable(f"error: {message}" + (f"\n  -> {remedy}" if remedy else "") + "\n"))
+    if as_json and code and not _Stdout.has_result:
+        print_json({"error": message or f"exit code {code}", "remedy": remedy, "exit_code": code})
+    restore_stdout()
+    return int(code)
+
+
+def restore_stdout() -> None:
+    """Give file descriptor 1 back, before another program takes this process over or it ends."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if _Stdout.kept is not None:
+        os.dup2(_Stdout.kept, 1)
+        _Stdout.kept = None
+
+
+def _keep_stdout() -> None:
+    sys.stdout.flush()
+    _Stdout.kept = os.dup(1)
+    os.dup2(2, 1)
+
+
+def _described(error: Exception) -> tuple[int, str | None, str | None]:
+    """Exit code, message and remedy of what is no ForgeError: wrong usage, the disk's end, a bug."""
+    if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # click's, which typer carries a copy of
+        if type(error).__name__ == "NoArgsIsHelpError":
+            sys.stderr.write(f"{error.format_message()}\n")
+            return int(error.exit_code), None, None
+        context = getattr(error, "ctx", None)
+        usage = context.get_usage() if context is not None else ""
+        return int(error.exit_code), error.format_message(), usage.strip() or None
+    disk = as_disk_error(error, getattr(error, "filename", None) or "a file")
+    if disk is not None:
+        return disk.exit_code, disk.message, disk.remedy
+    traceback.print_exc()
+    return 1, f"{type(error).__name__}: {error}", _BUG
+
+
+def _printable(text: str) -> str:
+    """Names and texts from elsewhere may hold anything; what is not printable could command the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

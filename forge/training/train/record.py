@@ -1,0 +1,170 @@
+"""RunRecord: what a run was, did and measured. Written as ``run.json`` in the run directory.
+
+Units are in the names. Every digest is a hex SHA-256. Values not measured are ``None``: never
+a guess, never zero.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from forge.training.config.overrides import listed, shown, validation_errors
+from forge.training.config.workload import Workload
+from forge.training.system.errors import DataError
+from forge.training.system.files import is_there, read_json_object, write_json
+
+SCHEMA_VERSION = 1
+Status = Literal["running", "completed", "interrupted", "diverged", "out_of_memory", "failed"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class Inputs(_Part):
+    """What went in, by content."""
+
+    base_sha256: str
+    tokenizer_sha256: str
+    corpus_sha256: str | None = None
+    validation_corpus_sha256: str | None = None
+    train_examples_sha256: str
+    validation_examples_sha256: str | None = None
+    num_train_examples: int
+    num_validation_examples: int
+    num_train_tokens: int  # of the examples, once, not times the epochs
+    num_trained_tokens: int  # of those, tokens that carry a loss
+    # of all examples before data.sample, to project a whole run's time from a sample's
+    num_corpus_examples: int | None = None
+    num_corpus_tokens: int | None = None
+    corpus_tokens_squared: int | None = None  # sum over examples of tokens^2: attention's share
+    # documents left out and why, records with nothing to train, texts on both sides of the split
+    notes: list[str] = Field(default_factory=list)
+
+
+class Trainable(_Part):
+    """The adapter's parameters: ``names_sha256`` is over sorted (name, shape) pairs."""
+
+    num_parameters: int
+    names_sha256: str
+    dtype: str
+
+
+class MemoryPhase(_Part):
+    """Peaks up to the end of a phase, counted from the start of the process."""
+
+    phase: str
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    device_used_bytes: int | None = None
+
+
+class Timing(_Part):
+    """Wall-clock seconds. ``steady_*`` leave out the first steps, which compile and warm up."""
+
+    load_seconds: float | None = None
+    rehearsal_seconds: float | None = None  # the largest micro-batch, once before the first step; not in train steps
+    train_seconds: float | None = None
+    steady_step_seconds_median: float | None = None
+    documents_per_second: float | None = None
+    tokens_per_second: float | None = None  # non-padding tokens
+    num_warmup_steps_left_out: int = 0
+
+
+class Losses(_Part):
+    """Nats per trained token. ``first``/``last`` train loss are means of up to five steps."""
+
+    first_train_loss: float | None = None
+    last_train_loss: float | None = None
+    first_validation_loss: float | None = None
+    best_validation_loss: float | None = None
+    best_step: int | None = None
+    last_validation_loss: float | None = None
+
+
+class Resume(_Part):
+    """The run went on at ``at`` from ``step``, ``after`` it ended as that status says (running: killed)."""
+
+    at: str  # UTC, ISO 8601
+    step: int
+    after: Status
+    changes: list[str] = Field(default_factory=list)  # of plan and packages, old -> new
+
+
+class RunRecord(_Part):
+    """One backend x one workload x one seed in one process."""
+
+    schema_version: int = SCHEMA_VERSION
+    status: Status
+    message: str | None = None  # why, where status is not "completed"
+    backend: Literal["legacy", "trl", "unsloth"]
+    workload: dict[str, Any]
+    workload_sha256: str
+    plan: dict[str, Any]
+    seed: int
+    base_path: str
+    started_at: str  # UTC, ISO 8601
+    num_steps: int
+    num_planned_steps: int
+    inputs: Inputs
+    model_shape: dict[str, Any] | None = None  # the base's config.json: sizes only
+    trainable: Trainable | None = None
+    timing: Timing = Timing()
+    losses: Losses = Losses()
+    memory: list[MemoryPhase] = Field(default_factory=list)
+    environment: dict[str, Any] = Field(default_factory=dict)
+    adapter_sha256: str | None = None
+    batch_digests: list[str] = Field(default_factory=list)  # labels as they reach the model, a step each
+    notes: list[str] = Field(default_factory=list)  # what was unusual: spikes of the loss
+    resumes: list[Resume] = Field(default_factory=list)
+
+    @field_validator("environment")
+    @classmethod
+    def _has_sections(cls, environment: dict[str, Any]) -> dict[str, Any]:
+        for name in ("cpu", "git", "gpu", "packages", "settings", "torch"):
+            if not isinstance(environment.get(name), dict | None):
+                raise ValueError(f"environment.{name} is no object")
+        return environment
+
+    def write(self, run_dir: Path) -> None:
+        """Write ``run.json`` atomically."""
+        write_json(run_dir / "run.json", self.model_dump(mode="json"))
+
+
+def read_record(run_dir: Path | str) -> RunRecord:
+    """Read a run directory's record. Raises :class:`DataError` if it is absent or not one."""
+    path = Path(run_dir) / "run.json"
+    if not is_there(path):
+        raise DataError(f"{run_dir} is not a run: it has no run.json", remedy="name a directory that `train` wrote")
+    content = read_json_object(path, finite=True)
+    version = content.get("schema_version", SCHEMA_VERSION)
+    if version != SCHEMA_VERSION:
+        raise DataError(
+            f"{path} is a run record of schema {shown(version)}, and this Forge reads schema {SCHEMA_VERSION}",
+            remedy="read it with the Forge that wrote it, or train again",
+        )
+    try:
+        return RunRecord.model_validate_json(json.dumps(content), strict=True)
+    except ValidationError as invalid:
+        errors = listed(validation_errors(RunRecord, invalid))
+        raise DataError(f"{path} is not a run record of schema {SCHEMA_VERSION}:\n{errors}") from invalid
+
+
+def completed_record(run_dir: Path | str) -> RunRecord:
+    """Like :func:`read_record`, but refuses a run that did not complete or whose workload is none."""
+    record = read_record(run_dir)
+    if record.status != "completed":
+        raise DataError(
+            f"{run_dir} is {record.status} at step {record.num_steps} of {record.num_planned_steps}",
+            remedy="finish it first: python -m forge.training train ... --resume",
+        )
+    try:
+        Workload.model_validate(record.workload)
+    except ValidationError as invalid:
+        errors = listed(validation_errors(Workload, invalid, "workload."))
+        raise DataError(f"{run_dir}/run.json holds no workload that this Forge knows:\n{errors}") from invalid
+    return record

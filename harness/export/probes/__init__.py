@@ -1,0 +1,1 @@
+"""Instruments of the export suite, each a process of its own."""

@@ -1,0 +1,194 @@
+"""What an export's fidelity is measured on: a run's held-out text, its models in float32, its GGUF files.
+
+Everything is computed on the CPU: a GPU's float32 products may be TF32, and llama.cpp is built for CPUs here.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from forge.training.adapter.merge import RECORD, merge_adapter
+from forge.training.data.conversation import IGNORED
+from forge.training.data.examples import Examples, load_examples
+from forge.training.evaluation.likelihood import group_documents
+from forge.training.evaluation.neutral_model import Placement, load_model
+from forge.training.export.gguf import check_header, memory_limit_bytes
+from forge.training.llamacpp.parent import Child, time_limit_seconds
+from forge.training.models.weights import read_weights
+from forge.training.system.errors import DataError
+from forge.training.system.files import read_json_object, sha256_file, sha256_json
+from forge.training.train.record import RunRecord
+
+FLOAT32 = Placement("cpu", "float32", None)
+_SECONDS_PER_TOKEN = 5.0  # a 7B model in 16 bits on two cores
+
+
+@dataclass(frozen=True)
+class Text:
+    """One example of a held-out document. ``rows``: the positions whose next token is trained; ``targets``: that."""
+
+    document: str
+    ids: np.ndarray  # int32 of shape (length,)
+    labels: np.ndarray  # int32 of shape (length,)
+    rows: np.ndarray  # int64 of shape (trained,)
+    targets: np.ndarray  # int64 of shape (trained,)
+
+
+def held_out_examples(run: RunRecord, run_dir: Path) -> Examples:
+    """The examples that a run held out, exactly those. Raises :class:`DataError`."""
+    expected = run.inputs.validation_examples_sha256
+    if expected is None:
+        raise DataError(
+            f"{run_dir} held nothing out: there is no text to compare on",
+            remedy="train with data.validation or data.validation_share",
+        )
+    examples = load_examples(run_dir / "examples" / "validation")
+    if examples.sha256 != expected:
+        raise DataError(f"{run_dir / 'examples' / 'validation'} are not the examples of this run (digest differs)")
+    return examples
+
+
+def held_out_texts(examples: Examples, tokenizer: Any, num_documents: int | None, most_tokens: int) -> list[Text]:
+    """The first documents, each cut after ``most_tokens`` of its examples; what has no trained token is left out."""
+    texts = []
+    for document in group_documents(examples, tokenizer, num_documents):
+        left = most_tokens
+        for index in document.examples:
+            ids, labels = examples.input_ids[index][:left], examples.labels[index][:left]
+            left -= len(ids)
+            rows = np.nonzero(labels[1:] != IGNORED)[0]
+            if len(rows):
+                texts.append(Text(document.name, ids, labels, rows, labels[1:][rows].astype(np.int64)))
+    return texts
+
+
+class Reference:
+    """A transformers model in float32, with its adapter switched on or off where it has one."""
+
+    def __init__(self, directory: Path, adapter_dir: Path | None = None) -> None:
+        self.causal = load_model(directory, FLOAT32).causal
+        self._layers: list[Any] = []
+        if adapter_dir is not None:
+            from peft import PeftModel
+            from peft.tuners.tuners_utils import BaseTunerLayer
+
+            adapted = PeftModel.from_pretrained(self.causal, str(adapter_dir), is_trainable=False)
+            self.causal = adapted.get_base_model().eval()
+            self._layers = [layer for layer in self.causal.modules() if isinstance(layer, BaseTunerLayer)]
+
+    def logits(self, text: Text, *, with_adapter: bool = True) -> Any:
+        """Float32 of shape (trained, vocabulary)."""
+        import torch
+
+        for layer in self._layers:
+            layer.enable_adapters(with_adapter)
+        with torch.inference_mode():
+            ids = torch.from_numpy(text.ids.astype(np.int64))[None]
+            return self.causal(input_ids=ids, use_cache=False, logits_to_keep=torch.from_numpy(text.rows)).logits[0]
+
+    def continue_greedily(
+        self, ids: Sequence[int], num_tokens: int, end_ids: set[int]
+    ) -> tuple[list[int], list[float]]:
+        """As llama.cpp's side does it; beside each token (the end too) its logit's lead over the second."""
+        import torch
+
+        produced: list[int] = []
+        leads: list[float] = []
+        step, cache = torch.tensor([list(ids)]), None
+        with torch.inference_mode():
+            while len(produced) < num_tokens:
+                out = self.causal(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                cache = out.past_key_values
+                best = out.logits[0, -1].topk(2)
+                leads.append(float(best.values[0] - best.values[1]))
+                token = int(best.indices[0])
+                if token in end_ids:
+                    break
+                produced.append(token)
+                step = torch.tensor([[token]])
+        return produced, leads
+
+
+@contextmanager
+def merged_model(run: RunRecord, run_dir: Path, stated_sha256: str | None) -> Iterator[Path]:
+    """The merged weights' directory: ``run_dir/merged``, else merged for the occasion.
+
+    Raises :class:`DataError` if they are not those of ``stated_sha256``, which the files compared were made from.
+    """
+    with tempfile.TemporaryDirectory(prefix="forge-merged-") as scratch:
+        directory = run_dir / "merged"
+        if (directory / RECORD).is_file():
+            shards = read_weights(directory).shards
+            found = sha256_json({shard.path.name: sha256_file(shard.path) for shard in shards})
+        else:
+            directory = Path(scratch) / "merged"
+            base_dir, expected = Path(run.base_path), run.inputs.base_sha256
+            found = merge_adapter(base_dir, run_dir / "adapter", directory, expected_base_sha256=expected).merged_sha256
+        if stated_sha256 is not None and found != stated_sha256:
+            raise DataError(
+                f"the merged weights of {run_dir} have SHA-256 {found[:12]}, export.json says {stated_sha256[:12]}",
+                remedy="export again, with --keep-merged if it was done on another machine",
+            )
+        yield directory
+
+
+def stated_merge(gguf: Path) -> str | None:
+    """The digest of the merged weights that the export around a GGUF file names, ``None`` outside an export."""
+    record = gguf.parent / "export.json"
+    return str(read_json_object(record)["merged_sha256"]) if record.is_file() else None
+
+
+class GgufModel:
+    """A GGUF file in a child process that may crash; a context manager."""
+
+    def __init__(self, path: Path, context_tokens: int, *, lora: Path | None = None, cache: str = "f32") -> None:
+        check_header(path)
+        self.path, self._num_bytes = path, path.stat().st_size
+        self._child = Child(memory_limit_bytes=memory_limit_bytes(self._num_bytes) + (64 << 30))
+        self._opening = {
+            "path": str(path.absolute()),
+            "lora": str(lora.absolute()) if lora else None,
+            "context_tokens": context_tokens,
+            "cache": cache,
+        }
+        self._file = tempfile.NamedTemporaryFile(prefix="forge-logits-")  # noqa: SIM115 - closed in __exit__
+
+    def __enter__(self) -> GgufModel:
+        self._child.__enter__()
+        try:
+            limit = time_limit_seconds(self._num_bytes)
+            answer = self._child.ask("open_logits", self._opening, doing=f"load {self.path}", limit_seconds=limit)
+        except BaseException:
+            self.__exit__()
+            raise
+        self.vocabulary = int(answer.value["vocabulary"])
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._child.__exit__()
+        self._file.close()
+
+    def logits(self, text: Text) -> Any:
+        """Float32 of shape (trained, vocabulary), as torch has it."""
+        import torch
+
+        arguments = {"ids": text.ids.tolist(), "rows": text.rows.tolist(), "target": self._file.name}
+        self._ask("write_logits", arguments, len(text.ids))
+        found = np.fromfile(self._file.name, dtype="<f4").reshape(len(text.rows), self.vocabulary)
+        return torch.from_numpy(found)
+
+    def continue_greedily(self, ids: Sequence[int], num_tokens: int, end_ids: set[int]) -> list[int]:
+        """The greedy continuation's ids, the end left out."""
+        arguments = {"ids": list(ids), "num_tokens": num_tokens, "end_ids": sorted(end_ids)}
+        return list(self._ask("continue_greedily", arguments, len(ids) + num_tokens)["ids"])
+
+    def _ask(self, task: str, arguments: dict[str, Any], num_tokens: int) -> dict[str, Any]:
+        limit = time_limit_seconds(self._num_bytes) + _SECONDS_PER_TOKEN * num_tokens
+        return self._child.ask(task, arguments, doing=f"evaluate {self.path}", limit_seconds=limit).value

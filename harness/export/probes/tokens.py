@@ -1,0 +1,192 @@
+"""Does llama.cpp read text as the tokenizer does?
+
+    python -m harness.export.probes.tokens RUN --gguf FILE [--modelfile FILE] [--expect SHA256]
+
+A few hundred awkward strings, made here (:mod:`~harness.export.probes.tokenizer_strings`), go through the base's
+tokenizer and through the vocabulary in the GGUF file: once with control tokens taken for what they name,
+once as plain text. Known exceptions, each counted and checked to be one: text that is not in normal form
+NFC, which the tokenizer composes and llama.cpp does not (equal again once composed), and ordinary text that
+llama.cpp takes for the end of a turn (``</s>`` in Qwen2's vocabulary). Then the chat template on a few
+conversations, by transformers, by the GGUF file and by the Modelfile's template, text and ids; and the
+special tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+from forge.training.data.conversation import Encoder
+from forge.training.export.gguf import check_header, memory_limit_bytes
+from forge.training.export.modelfile import parse_modelfile
+from forge.training.llamacpp.parent import Child, time_limit_seconds
+from forge.training.models.tokenizers import load_tokenizer
+from forge.training.system.errors import ConfigurationError, DataError, ForgeError
+from forge.training.train.record import completed_record
+from harness.export.probes.go_template import render_chat
+from harness.export.probes.tokenizer_strings import CONVERSATIONS, awkward_strings
+
+_MOST_SHOWN = 20  # differences
+
+
+def compare_tokens(run_dir: Path, gguf: Path, modelfile: Path | None = None) -> dict[str, Any]:
+    """The comparison described above, as plain JSON values. Raises :class:`CheckError` where llama.cpp dies."""
+    run = completed_record(run_dir)
+    tokenizer = load_tokenizer(run.base_path)
+    encoder = Encoder(tokenizer)
+    strings = awkward_strings(encoder.control)
+    check_header(gguf)
+    num_bytes = gguf.stat().st_size
+    limit = time_limit_seconds(num_bytes)
+    with Child(memory_limit_bytes=memory_limit_bytes(num_bytes)) as child:
+
+        def ask(task: str, arguments: dict[str, Any]) -> dict[str, Any]:
+            return child.ask(task, arguments, doing=f"use the vocabulary of {gguf}", limit_seconds=limit).value
+
+        opened = ask("open_vocabulary", {"path": str(gguf.absolute())})
+        ends = [text for text in opened["ends"].values() if text not in encoder.control]
+        modes = {}
+        for mode, special in (("control tokens named", True), ("plain text", False)):
+
+            def ids_here(texts: list[str], special: bool = special) -> list[list[int]]:
+                if special:
+                    return [list(tokenizer(text)["input_ids"]) for text in texts]
+                return [encoder.ids_and_ends(text, plain=True)[0].tolist() for text in texts]
+
+            def ids_there(texts: list[str], special: bool = special) -> list[list[int]]:
+                return list(ask("tokenize", {"texts": texts, "special": special})["ids"])
+
+            modes[mode] = _compare_strings(strings, ids_here, ids_there, ends)
+        conversations = _compare_conversations(tokenizer, ask)
+    return {
+        "run": {"adapter_sha256": run.adapter_sha256, "tokenizer_sha256": run.inputs.tokenizer_sha256},
+        "file": {"name": gguf.name, "pre_tokenizer": opened["pre_tokenizer"]},
+        "strings": modes,
+        "template_is_equal": opened["chat_template"] == tokenizer.chat_template,
+        "conversations": conversations,
+        "specials": _specials(tokenizer, encoder, opened),
+        "modelfile": None if modelfile is None else _modelfile(tokenizer, modelfile, gguf),
+    }
+
+
+def _compare_strings(strings: dict[str, list[str]], ids_here: Any, ids_there: Any, ends: list[str]) -> dict[str, Any]:
+    """By kind of string: how many, how many equal; and what differs without being a known exception."""
+    by_kind: dict[str, dict[str, int]] = {}
+    differences: list[dict[str, Any]] = []
+    num_differing = 0
+    for kind, texts in strings.items():
+        composed = [unicodedata.normalize("NFC", text) for text in texts]
+        here, there = ids_here(texts), ids_there(texts)
+        there_composed = ids_there(composed)
+        row = {"num_strings": len(texts), "num_equal": 0, "num_not_nfc": 0, "num_end_of_turn": 0}
+        for text, nfc, wanted, found, found_composed in zip(texts, composed, here, there, there_composed, strict=True):
+            if wanted == found:
+                row["num_equal"] += 1
+            elif text != nfc and wanted == found_composed:
+                row["num_not_nfc"] += 1
+            elif any(end in text for end in ends) and _equal_between(nfc, ends, ids_here, ids_there):
+                row["num_end_of_turn"] += 1
+            else:
+                num_differing += 1
+                differences.append(
+                    {"kind": kind, "text": ascii(text)[:120], "wanted": wanted[:24], "found": found[:24]}
+                )
+        by_kind[kind] = row
+    return {"by_kind": by_kind, "num_differing": num_differing, "differences": differences[:_MOST_SHOWN]}
+
+
+def _equal_between(text: str, ends: list[str], ids_here: Any, ids_there: Any) -> bool:
+    """Whether both read the text alike where what llama.cpp takes for an end of turn is cut out of it."""
+    pieces = re.split("|".join(map(re.escape, ends)), text)
+    return bool(ids_here(pieces) == ids_there(pieces))
+
+
+def _compare_conversations(tokenizer: Any, ask: Any) -> list[dict[str, Any]]:
+    """Each conversation up to the answer, by transformers and by the GGUF file's own template."""
+    talks = list(CONVERSATIONS.values())
+    found = ask("render", {"conversations": talks})
+    rows = []
+    for name, talk, text, ids in zip(CONVERSATIONS, talks, found["texts"], found["ids"], strict=True):
+        wanted = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+        wanted_ids = list(tokenizer(wanted, add_special_tokens=False)["input_ids"])
+        rows.append({"name": name, "text_is_equal": text == wanted, "ids_are_equal": ids == wanted_ids})
+    return rows
+
+
+def _specials(tokenizer: Any, encoder: Encoder, opened: dict[str, Any]) -> dict[str, Any]:
+    """BOS, EOS and padding as the tokenizer has them, as the file says them and as llama.cpp uses them."""
+    ends = {int(index): text for index, text in opened["ends"].items()}
+    return {
+        "tokenizer": {
+            "bos": tokenizer.bos_token_id,
+            "eos": tokenizer.eos_token_id,
+            "padding": tokenizer.pad_token_id,
+        },
+        "written": opened["written"],
+        "used": opened["used"],
+        "tokenizer_adds_bos": bool(tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]),
+        "llama_cpp_adds_bos": opened["adds_bos"],
+        "tokenizer_adds_eos": bool(tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]),
+        "llama_cpp_adds_eos": opened["adds_eos"],
+        "ends_of_turn": sorted(ends.values()),
+        "eos_ends_a_turn": tokenizer.eos_token_id in ends,
+        "ordinary_text_that_ends_a_turn": sorted(text for text in ends.values() if text not in encoder.control),
+    }
+
+
+def _modelfile(tokenizer: Any, modelfile: Path, gguf: Path) -> dict[str, Any]:
+    """The Modelfile by a parser of Ollama's grammar, and its template by Go's rules. Raises :class:`CheckError`."""
+    try:
+        commands = parse_modelfile(modelfile.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"cannot read {modelfile}: {error.strerror}") from error
+    values: dict[str, list[str]] = {}
+    for command in commands:
+        values.setdefault(command.name, []).append(command.value)
+    template, system = values.get("template", [None])[0], values.get("system", [None])[0]
+    rows = []
+    for name, talk in CONVERSATIONS.items():
+        if template is None:
+            break
+        if system and talk[0]["role"] != "system":  # as Ollama puts a Modelfile's SYSTEM in front
+            talk = [{"role": "system", "content": system}, *talk]
+        wanted = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+        rows.append({"name": name, "text_is_equal": render_chat(template, talk) == wanted})
+    target = (modelfile.parent / values["model"][0]).resolve()
+    return {
+        "model": values["model"][0],
+        "model_exists": target.is_file(),
+        "has_template": template is not None,
+        "stops": values.get("stop", []),
+        "stops_at_eos": tokenizer.eos_token in values.get("stop", []),
+        "conversations": rows,
+    }
+
+
+def main() -> int:
+    """Print the comparison as JSON; errors as everywhere in Forge."""
+    parser = argparse.ArgumentParser(prog="harness.export.probes.tokens", description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--gguf", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--modelfile", type=Path, metavar="FILE", help="default: the one beside the GGUF file")
+    parser.add_argument("--expect", metavar="SHA256", help="refuse a run with another adapter")
+    arguments = parser.parse_args()
+    try:
+        if arguments.expect not in (None, completed_record(arguments.run).adapter_sha256):
+            raise ConfigurationError(f"{arguments.run} has another adapter than expected", remedy="name the run meant")
+        beside = arguments.gguf.parent / "Modelfile"
+        modelfile = arguments.modelfile or (beside if beside.is_file() else None)
+        print(json.dumps(compare_tokens(arguments.run, arguments.gguf, modelfile), allow_nan=False))
+    except ForgeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""One run or probe in a fresh process: started, watched, keyed, stored."""

@@ -1,0 +1,114 @@
+"""What two outcomes are compared on: that they did the same work, and the metrics of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from forge.training.system.errors import CheckError
+from harness.measurement.results import Outcome
+
+Metric = Literal[
+    "measured_seconds",
+    "seconds_per_document",
+    "peak_allocated_bytes",
+    "peak_reserved_bytes",
+    "device_used_bytes",
+    "last_train_loss",
+]
+
+_SAME_IN_RECORD = (
+    *("workload_sha256", "seed", "num_steps"),
+    *("inputs.base_sha256", "inputs.tokenizer_sha256", "inputs.train_examples_sha256"),
+    *("trainable.names_sha256", "trainable.num_parameters"),
+)
+
+
+class WorkMismatch(CheckError):
+    """Two runs did not do the same work, so no ratio of theirs means anything. Exit code 8."""
+
+
+def check_same_work(outcome_a: Outcome, outcome_b: Outcome) -> None:
+    """Raise :class:`WorkMismatch` naming every value that differs, of both sides, unless both did the same work.
+
+    The same: workload, seed, number of steps, base weights, tokenizer, examples, names, shapes and number of
+    trainable parameters, and at every step the labels as they reached the model, the documents, their tokens
+    without padding and the trained ones. A value that a side lacks is a difference too, and so is one that both lack.
+    """
+    differing = []
+    for name in _SAME_IN_RECORD:
+        a, b = _value(outcome_a.record, name), _value(outcome_b.record, name)
+        if a != b or a is None:
+            differing.append(f"  {name}: {a} | {b}")
+    per_step: list[tuple[str, Callable[[Outcome], list[Any]]]] = [
+        ("batch_digests", lambda outcome: list(_value(outcome.record, "batch_digests") or [])),
+        *((name, _of_steps(name)) for name in ("documents", "tokens", "trained_tokens")),
+    ]
+    for name, values in per_step:
+        a, b = values(outcome_a), values(outcome_b)
+        differing += _differing_steps(name, a, b)
+    if differing:
+        sides = [f"{outcome.spec.label()} [{outcome.run_id}]" for outcome in (outcome_a, outcome_b)]
+        raise WorkMismatch(
+            f"not the same work: {sides[0]} | {sides[1]}\n" + "\n".join(differing),
+            remedy="give both arms one workload, data set and base; what was measured of them cannot be compared",
+        )
+
+
+def _of_steps(name: str) -> Callable[[Outcome], list[Any]]:
+    return lambda outcome: [line.get(name) for line in training_steps(outcome)]
+
+
+def _differing_steps(name: str, a: list[Any], b: list[Any]) -> list[str]:
+    if not a or len(a) != len(b):
+        return [f"  {name}: {len(a)} steps | {len(b)} steps"]
+    steps = [i for i, (left, right) in enumerate(zip(a, b, strict=True)) if left != right or left is None]
+    more = f" (and {len(steps) - 1} further steps)" if len(steps) > 1 else ""
+    return [f"  {name}, step {i + 1}: {a[i]} | {b[i]}{more}" for i in steps[:1]]
+
+
+def _value(record: dict[str, Any] | None, name: str) -> Any:
+    node: Any = record
+    for part in name.split("."):
+        node = node.get(part) if isinstance(node, dict) else None
+    return node
+
+
+def training_steps(outcome: Outcome) -> list[dict[str, Any]]:
+    """The step log's lines of optimizer steps, in order; its other lines are evaluations."""
+    return [line for line in outcome.steps if "seconds" in line]
+
+
+def measure(outcome: Outcome, metric: str, *, num_warmup_steps: int) -> float:
+    """One figure of one run, a :data:`Metric`; lower is better in all. Raises :class:`CheckError` where it is missing.
+
+    ``measured_seconds``: the sum over all steps after the first ``num_warmup_steps``, so that one long
+    document counts as long as it takes. ``peak_*``: of the whole process, loading included.
+    ``device_used_bytes``: what NVML saw at the peak less what was in use before. ``last_train_loss`` in nats.
+    """
+    value = _measured(outcome, metric, num_warmup_steps)
+    if value is None:
+        raise CheckError(
+            f"{metric} was not measured in run {outcome.run_id} ({outcome.spec.label()}, {outcome.status})",
+            remedy="more steps than warm-up steps, and for memory a GPU, are needed",
+        )
+    return float(value)
+
+
+def _measured(outcome: Outcome, metric: str, num_warmup_steps: int) -> float | None:
+    if metric in ("measured_seconds", "seconds_per_document"):
+        steps = training_steps(outcome)[num_warmup_steps:]
+        if not steps:
+            return None
+        seconds = sum(line["seconds"] for line in steps)
+        return float(seconds if metric == "measured_seconds" else seconds / sum(line["documents"] for line in steps))
+    if metric in ("peak_allocated_bytes", "peak_reserved_bytes"):
+        phases = _value(outcome.record, "memory") or []
+        return max((phase[metric] for phase in phases), default=None)
+    if metric == "device_used_bytes":
+        before, peak = outcome.monitor.device_used_before_bytes, outcome.monitor.device_used_peak_bytes
+        return None if before is None or peak is None else peak - before
+    if metric == "last_train_loss":
+        loss = _value(outcome.record, "losses.last_train_loss")
+        return None if loss is None else float(loss)
+    raise ValueError(f"no metric {metric!r}")

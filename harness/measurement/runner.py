@@ -1,0 +1,272 @@
+"""One run in one fresh process, and what became of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from forge.training.system.environment import ROOT, describe_gpu
+from forge.training.system.errors import DataError
+from forge.training.system.files import disk_errors, read_json_object
+from forge.training.train.record import RunRecord, read_record
+from harness.measurement.environment import EVALUATOR, environment, evaluate_command, train_command
+from harness.measurement.gpu_monitor import GpuMonitor, Probe, machine_id, wait_until_free
+from harness.measurement.key import explain, identify
+from harness.measurement.process import Ended, run_process
+from harness.measurement.redact import log_tail, portable, without_paths
+from harness.measurement.results import Monitor, Outcome, RunSpec, Status, Store
+
+Command = Callable[[RunSpec, Path], list[str]]
+
+TIME_LIMIT_SECONDS = 900.0
+_LARGEST_FILE_BYTES = 64 << 20  # of what a run leaves; a real one is a thousandth of it
+
+_BY_EXIT_CODE: dict[int, Status] = {
+    **{2: "refused", 3: "refused", 4: "refused", 6: "refused", 9: "refused"},
+    **{5: "out_of_memory", 7: "diverged"},
+}
+
+# How PyTorch, CUDA's libraries, NumPy and Python say it when nobody catches it.
+_OUT_OF_MEMORY = re.compile(
+    r"CUDA out of memory|CUDA error: out of memory|OutOfMemoryError|CUBLAS_STATUS_ALLOC_FAILED"
+    r"|DefaultCPUAllocator: can't allocate memory|^(\w+\.)*_?(Array)?MemoryError\b",
+    re.MULTILINE,
+)
+
+
+def run_once(
+    spec: RunSpec,
+    *,
+    store: Store,
+    time_limit_seconds: float = TIME_LIMIT_SECONDS,
+    command: Command = train_command,
+    evaluation_command: Callable[[Path], list[str]] = evaluate_command,
+    probe: Probe = describe_gpu,
+    grace_seconds: float = 10.0,
+    is_alone: bool = True,
+) -> Outcome:
+    """Run ``spec`` once, add its outcome to the store and return it; its files are deleted.
+
+    Where the spec asks for it, the adapter is evaluated first, in a second process that nobody monitors; a run
+    whose evaluation fails is not completed. ``is_alone`` is False where others are made side by side with it (the
+    store's lock is then held around all of them): the GPU is not monitored, and a failure, which may be
+    their doing, is a refusal.
+
+    ``command`` makes the command line from the spec and the directory that must receive ``run.json`` and
+    ``steps.jsonl``; it is started in the repository's root. Whatever becomes of the child is an outcome.
+    Raises, storing nothing: :class:`MachineError` where the GPU is in use or the arm has no interpreter,
+    :class:`ConfigurationError` or :class:`DataError` for a spec that cannot be read, :class:`LockedError`
+    where another process measures into the store, ``KeyboardInterrupt``.
+    """
+    identity = identify(spec)
+    with store.lock(), _scratch(store, None if is_alone else identity.key) as scratch:
+        run_dir = scratch / "run"
+        run_dir.mkdir()
+        before = wait_until_free(probe) if is_alone else None
+        started_at = datetime.now(UTC).isoformat(timespec="seconds")
+        with GpuMonitor(probe if is_alone else _no_gpu, before=before) as monitor:
+            ended = run_process(
+                command(spec, run_dir),
+                environment=environment(spec.backend),
+                directory=ROOT,
+                time_limit_seconds=time_limit_seconds,
+                grace_seconds=grace_seconds,
+            )
+        record, why_not = _record_of(run_dir)
+        log, seen = log_tail(ended.output), monitor.summary()
+        is_whole = ended.exit_code == 0 and not ended.timed_out and record is not None and record.status == "completed"
+        evaluated = None
+        if spec.evaluate and is_whole:
+            evaluated = _evaluate(evaluation_command(run_dir), run_dir, time_limit_seconds, grace_seconds)
+        changed = explain(identity.parts, identify(spec).parts)
+        status, message = _judge(ended, record, why_not, log, seen, changed, time_limit_seconds)
+        if evaluated is not None and status == "completed":
+            status, message = evaluated.status, evaluated.message
+        if not is_alone and status not in ("completed", "refused"):
+            status, message = "refused", f"beside others: {status}" + (f": {message}" if message else "")
+        with store.numbering:
+            outcome = Outcome(
+                run_id=store.new_run_id(identity.key),
+                key=identity.key,
+                key_parts=identity.parts,
+                spec=spec.portable(),
+                status=status,
+                message=without_paths(message)[:1000] if message else None,
+                exit_code=ended.exit_code,
+                started_at=started_at,
+                wall_seconds=ended.wall_seconds + (evaluated.wall_seconds if evaluated else 0.0),
+                machine=machine_id(),
+                monitor=seen,
+                log_tail=log,
+                record=_finite(portable(record.model_dump(mode="json"))) if record else None,
+                steps=_steps_of(run_dir),
+                evaluation=evaluated.content if evaluated else None,
+            )
+            store.append(outcome)
+        return outcome
+
+
+def _no_gpu() -> None:
+    """A probe that sees none."""
+
+
+@contextmanager
+def _scratch(store: Store, key: str | None = None) -> Iterator[Path]:
+    """A directory for one run of a store that is locked: what a killed gate left of its last is cleared.
+
+    ``key``: of a run that has others beside it, each with a directory of its own.
+    """
+    place = hashlib.sha256(str(store.directory).encode()).hexdigest()[:12]
+    path = Path(tempfile.gettempdir()) / f"forge-gate-{os.getuid()}-{place}"
+    if key is not None:
+        path = path.with_name(f"{path.name}-{key[:12]}")
+    for left in [path] if key is not None else path.parent.glob(f"{path.name}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    with disk_errors(path):
+        path.mkdir(mode=0o700)  # refuses what is not ours: it would be there still
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _judge(
+    ended: Ended,
+    record: RunRecord | None,
+    why_no_record: str,
+    log: str,
+    seen: Monitor,
+    changed: list[str],
+    time_limit_seconds: float,
+) -> tuple[Status, str | None]:
+    """Status and message: first what spoils any measurement, then how the process ended."""
+    if seen.num_foreign_processes_max:
+        return "refused", f"met a foreign process on the GPU (at most {seen.num_foreign_processes_max} at a time)"
+    if changed:
+        return "refused", "what is measured was changed during the run: " + "; ".join(changed)
+    if ended.timed_out:
+        return "timeout", f"stopped after {time_limit_seconds:g} seconds"
+    code = ended.exit_code
+    if code == 0:
+        if record is not None and record.status == "completed":
+            return "completed", None
+        return "no_record", f"its record says {record.status}" if record is not None else why_no_record
+    said = (record.message if record else None) or _last_error(log)
+    if code in _BY_EXIT_CODE:
+        return _BY_EXIT_CODE[code], said
+    if _OUT_OF_MEMORY.search(log):
+        return "out_of_memory", said
+    return "crashed", f"{_ending(code)}{f': {said}' if said else ''}"
+
+
+@dataclass(frozen=True)
+class _Evaluated:
+    """What became of an evaluation; ``content`` is there if and only if it completed."""
+
+    status: Status
+    message: str | None
+    content: dict[str, Any] | None
+    wall_seconds: float
+
+
+def _evaluate(command: list[str], run_dir: Path, time_limit_seconds: float, grace_seconds: float) -> _Evaluated:
+    """Evaluate the run in ``run_dir``.
+
+    What cannot be judged (exit code 3: a damaged adapter, a loss that is not finite) is the run's fault, unlike a
+    full disk or a missing interpreter.
+    """
+    (run_dir / "evaluation.json").unlink(missing_ok=True)
+    ended = run_process(
+        command,
+        environment=environment(EVALUATOR),
+        directory=ROOT,
+        time_limit_seconds=time_limit_seconds,
+        grace_seconds=grace_seconds,
+    )
+    log, code = log_tail(ended.output), ended.exit_code
+
+    def failed(status: Status, why: str | None) -> _Evaluated:
+        return _Evaluated(status, f"its evaluation: {why}", None, ended.wall_seconds)
+
+    if ended.timed_out:
+        return failed("timeout", f"stopped after {time_limit_seconds:g} seconds")
+    if code == 0:
+        try:
+            content = read_json_object(run_dir / "evaluation.json")
+        except DataError as error:
+            return failed("no_record", error.message)
+        return _Evaluated("completed", None, _finite(portable(content)), ended.wall_seconds)
+    if code != 3 and code in _BY_EXIT_CODE:
+        return failed(_BY_EXIT_CODE[code], _last_error(log))
+    if _OUT_OF_MEMORY.search(log):
+        return failed("out_of_memory", _last_error(log))
+    return failed("crashed", f"{_ending(code)}: {_last_error(log)}")
+
+
+def _ending(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    return f"{name}, as from the kernel when memory runs out" if name == "SIGKILL" else name
+
+
+def _last_error(log: str) -> str | None:
+    """What a log says last: forge's own ``error:`` line, else its last line."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    said = errors or lines
+    return said[-1] if said else None
+
+
+def _record_of(run_dir: Path) -> tuple[RunRecord | None, str]:
+    """The run's record, or why there is none."""
+    path = run_dir / "run.json"
+    try:
+        if path.is_file() and path.stat().st_size > _LARGEST_FILE_BYTES:
+            return None, f"run.json has {path.stat().st_size:,} bytes: not a run's record"
+        return read_record(run_dir), ""
+    except DataError as error:
+        return None, f"ended without a readable record: {error.message}"
+    except RecursionError:  # JSON nested without end
+        return None, "ended without a readable record: run.json is nested too deep"
+
+
+def _steps_of(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of the step log that are whole: a kill cuts the last one short."""
+    path = run_dir / "steps.jsonl"
+    if not path.is_file() or path.stat().st_size > _LARGEST_FILE_BYTES:
+        return []
+    steps = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(line, dict):
+            steps.append(_finite(portable(line)))
+    return steps
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become None."""
+    if isinstance(value, float):
+        return value if value - value == 0 else None
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return value

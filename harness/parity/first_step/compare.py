@@ -1,0 +1,184 @@
+"""A first step as the probe left it on disk, and how far two of them lie apart. numpy, no torch.
+
+Errors of gradients are relative and count every matrix the same, however large its gradient is: the root mean square,
+over matrices, of the norm of the difference over the norm of the reference.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from forge.training.system.errors import CheckError, DataError
+
+# Unit roundoffs: half the distance from 1 to the next number.
+ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+
+
+@dataclass(frozen=True)
+class MeasuredStep:
+    """``facts``: what the probe printed. Gradients are read from ``path`` one at a time."""
+
+    path: Path
+    facts: dict[str, Any]
+
+    @cached_property
+    def matrices(self) -> list[str]:
+        """Names of the adapter's matrices, sorted."""
+        with self._open() as file:
+            return sorted(name.removeprefix("step/") for name in file.keys() if name.startswith("step/"))  # noqa: SIM118
+
+    def tensor(self, name: str) -> np.ndarray:
+        """One tensor of the file."""
+        with self._open() as file:
+            found: np.ndarray = file.get_tensor(name)
+            return found
+
+    @cached_property
+    def small(self) -> dict[str, np.ndarray]:
+        """Everything but the gradients."""
+        with self._open() as file:
+            return {name: file.get_tensor(name) for name in file.keys() if "/" not in name}  # noqa: SIM118
+
+    def gradient(self, matrix: str) -> np.ndarray:
+        """What the loop accumulated, float64."""
+        return self.tensor(f"step/{matrix}").astype(np.float64)
+
+    def document_gradients(self, matrix: str) -> np.ndarray:
+        """Each document's share, float64 of shape (documents, ...)."""
+        count = len(self.small["num_trained"])
+        with self._open() as file:
+            parts = [file.get_tensor(f"document/{number}/{matrix}") for number in range(count)]
+        return np.stack(parts).astype(np.float64)
+
+    @property
+    def name(self) -> str:
+        """For people: backend, layout, padding."""
+        layout = self.facts.get("layout") or f"micro-batches of {self.facts['plan']['micro_batch']}"
+        packed = "packed" if self.facts["plan"]["padding"] == "none" else "padded"
+        return "float32" if self.facts["backend"] == "reference" else f"{self.facts['backend']} {layout} {packed}"
+
+    @contextmanager
+    def _open(self) -> Iterator[Any]:
+        from safetensors import safe_open
+
+        with safe_open(self.path, framework="numpy") as file:
+            yield file
+
+
+def read_step(path: Path) -> MeasuredStep:
+    """Read what the probe wrote. Raises :class:`DataError` where it is not that."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return MeasuredStep(path, json.loads(file.metadata()["facts"]))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path} holds no first step: {error}", remedy="measure it again") from error
+
+
+_SAME = ("workload_sha256", "base_sha256", "tokenizer_sha256", "train_examples_sha256", "adapter_sha256")
+
+
+def check_same_step(*steps: MeasuredStep) -> None:
+    """Raise :class:`CheckError` with both values unless all are of one batch, one base and one adapter."""
+    first = steps[0]
+    for other in steps[1:]:
+        differing = [
+            f"  {key}: {first.facts[key]} | {other.facts[key]}" for key in _SAME if first.facts[key] != other.facts[key]
+        ]
+        if first.matrices != other.matrices:
+            differing.append(f"  matrices: {len(first.matrices)} | {len(other.matrices)}")
+        if not differing and not np.array_equal(first.small["positions"], other.small["positions"]):
+            differing.append("  positions of the tokens looked at")
+        if differing:
+            raise CheckError(
+                f"not the same step: {first.name} | {other.name}\n" + "\n".join(differing),
+                remedy="measure both from the same workload, documents and base",
+            )
+
+
+def token_error(step: MeasuredStep, reference: MeasuredStep) -> float:
+    """Root mean square error of the single tokens' losses, nats; at least what float32 can tell apart."""
+    there = reference.small["positions"] >= 0
+    exact = reference.small["token_losses"][there]
+    error = step.small["token_losses"][there] - exact
+    resolution = ROUNDOFF["float32"] * float(np.sqrt(np.mean(exact**2)))
+    return _at_least(float(np.sqrt(np.mean(error**2))), resolution)
+
+
+def _at_least(value: float, least: float) -> float:
+    return value if not value < least else least  # NaN stays NaN
+
+
+def over_matrices(matrices: list[str], relative: Callable[[str], float]) -> float:
+    """Root mean square over the adapter's matrices."""
+    return float(np.sqrt(np.mean([relative(matrix) ** 2 for matrix in matrices])))
+
+
+def document_errors(step: MeasuredStep, reference: MeasuredStep) -> dict[str, float]:
+    """For every matrix the relative error of the documents' gradients, all documents as one vector."""
+    errors = {}
+    for matrix in reference.matrices:
+        exact = reference.document_gradients(matrix)
+        errors[matrix] = _relative(step.document_gradients(matrix) - exact, exact)
+    return errors
+
+
+def sum_error(step: MeasuredStep, reference: MeasuredStep) -> float:
+    """Relative error of the documents' gradients added up: each token weighs the same, whatever the loop did."""
+    return over_matrices(
+        reference.matrices,
+        lambda m: _relative(step.document_gradients(m).sum(0) - reference.gradient(m), reference.gradient(m)),
+    )
+
+
+def loop_error(step: MeasuredStep, reference: MeasuredStep) -> float:
+    """Relative error of what the loop accumulated."""
+    return over_matrices(
+        reference.matrices, lambda m: _relative(step.gradient(m) - reference.gradient(m), reference.gradient(m))
+    )
+
+
+def difference(one: MeasuredStep, other: MeasuredStep, reference: MeasuredStep) -> float:
+    """How far two steps' accumulated gradients lie apart, relative to the reference."""
+    return over_matrices(
+        reference.matrices, lambda m: _relative(one.gradient(m) - other.gradient(m), reference.gradient(m))
+    )
+
+
+def cosines(step: MeasuredStep, reference: MeasuredStep) -> dict[str, float]:
+    """For every matrix the cosine between the accumulated gradient and the reference's; 0 where there is none."""
+    found = {}
+    for matrix in reference.matrices:
+        a, b = step.gradient(matrix).ravel(), reference.gradient(matrix).ravel()
+        norms = float(np.linalg.norm(a) * np.linalg.norm(b))
+        found[matrix] = float(a @ b) / norms if norms else 0.0
+    return found
+
+
+def _relative(error: np.ndarray, exact: np.ndarray) -> float:
+    norm = float(np.linalg.norm(exact))
+    return float(np.linalg.norm(error)) / norm if norm else float("inf")
+
+
+def noise(step: MeasuredStep, baseline: MeasuredStep, reference: MeasuredStep) -> float:
+    """What rounding may do to an accumulated gradient in ``step``'s layout, relative to the reference.
+
+    Three parts, taken as independent: the rounding of the arithmetic, which is the baseline's, seen in its documents'
+    gradients added up here (never ``step``'s own: a fault would raise its own bar); that of adding documents up in
+    float32 inside a product; and that of adding micro-batches up in the dtype that the stack keeps gradients in. Sums
+    are off by their unit roundoff times the square root of the number of terms (Higham and Mary 2019, section 2: errors
+    grow with the root, not with the number).
+    """
+    micro_batches = ROUNDOFF[step.facts["gradient_dtype"]] * len(step.facts["divisors"]) ** 0.5
+    documents = ROUNDOFF["float32"] * len(step.small["num_trained"]) ** 0.5
+    return math.hypot(sum_error(baseline, reference), documents, micro_batches)

@@ -1,0 +1,1 @@
+"""Rung 6: held-out losses of finished adapters."""

@@ -1,0 +1,1 @@
+"""Instruments of the parity suite, each a process of its own."""

@@ -1,0 +1,228 @@
+"""Frozen optimizer steps as a backend's own trainer takes them, or as float32 arithmetic has them.
+
+    python -m harness.parity.probes.first_step WORKLOAD --backend unsloth --out DIR [--tag NAME]
+        [--step QUANTIZATION:LAYOUT:PADDING ...] [--inputs] [--set ...] [--plan ...]
+
+One process measures as many steps as it is asked for, since it spends most of its time on imports: ``--step
+nf4:8x1:none`` is all eight documents as one micro-batch without padding, on a base in NF4; of the reference
+(``--backend reference``) a step is a quantisation alone.
+
+Eight of the workload's documents, the longest and an even spread of the others by length, are one step. The same
+adapter is put into every backend, B drawn rather than zero, and dropout is off, since its masks differ between
+layouts. Inside the backend's own training loop its step is taken as planned, then, with the same micro-batches:
+
+- ``step/MATRIX``: the gradient that the loop itself accumulated, with the divisor that it chose;
+- ``document/N/MATRIX``, ``document_losses``: each document's share of it, all other labels masked (nats, summed);
+- ``token_losses``: the loss of single tokens, all labels masked but one: no stack needs to return logits for it;
+- ``replaced_losses``: the same of the first micro-batch once more and with one document exchanged for another
+  (``repeated_losses``: with none exchanged). What the others lose or gain by that has leaked.
+
+``--inputs`` takes the workload as it is (its dropout, its documents, its steps) and stops before the first step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from forge.training.backends.job import TrainingJob
+from forge.training.config.plan import BACKEND_NAMES, load_plan
+from forge.training.config.workload import Workload, load_workload
+from forge.training.system.errors import ConfigurationError, ForgeError
+from forge.training.system.files import sha256_file
+from forge.training.train.run import base_directory
+from harness.parity.probes.batch import NUM_DOCUMENTS, NUM_POSITIONS, FrozenStep, freeze_step
+from harness.parity.probes.faults import FAULTS, plant
+
+LAYOUTS = {"8x1": 8, "4x2": 4, "1x8": 1}  # documents a micro-batch x micro-batches
+_FROZEN = (f"data.sample={NUM_DOCUMENTS}", f"training.effective_batch={NUM_DOCUMENTS}", "lora.dropout=0.0")
+_QUIET = (
+    *("report_to=[]", "training.save_every_steps=null"),
+    *("training.evaluate_every_steps=null", "training.early_stopping_patience=null"),
+)
+
+
+def frozen_workload(source: str, overrides: list[str], *, inputs_only: bool = False) -> Workload:
+    """The workload of the frozen step, or with ``inputs_only`` the workload itself, without what only writes."""
+    return load_workload(source, [*overrides, *_QUIET, *(() if inputs_only else _FROZEN)])
+
+
+def measure(
+    workload: Workload,
+    backend: str,
+    plan_overrides: list[str],
+    *,
+    fault: str | None = None,
+    replace: str = "first",
+    inputs_only: bool = False,
+    num_positions: int = NUM_POSITIONS,
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Tensors and facts of the frozen step. ``backend``: of :data:`BACKEND_NAMES`, or ``reference``."""
+    if backend not in ("reference", *BACKEND_NAMES):
+        raise ConfigurationError(f"no backend {backend!r}", remedy=f"take reference or {', '.join(BACKEND_NAMES)}")
+    name: Any = "trl" if backend == "reference" else backend
+    plan = load_plan(workload, name, plan_overrides)
+    base = base_directory(workload)
+    from forge.training.backends import load_backend
+
+    module = load_backend(name)
+    if not (name == "unsloth" and "unsloth" in sys.modules):  # imported for a step before this one
+        module.prepare(plan)
+    import torch
+
+    from forge.training.data.inputs import prepare_inputs
+
+    started = time.perf_counter()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with tempfile.TemporaryDirectory() as scratch:
+        run_dir = Path(scratch) / "run"
+        inputs = prepare_inputs(workload, base, run_dir)
+        job = TrainingJob(workload, plan, name, base, run_dir, inputs.train, None)
+        step = freeze_step(inputs.train, workload.training.seed, num_positions)
+        facts: dict[str, Any] = {
+            "backend": backend,
+            "workload": workload.name,
+            "workload_sha256": workload.digest(),
+            "plan": plan.model_dump(),
+            "fault": fault,
+            "base_sha256": inputs.described.base_sha256,
+            "tokenizer_sha256": inputs.described.tokenizer_sha256,
+            "train_examples_sha256": inputs.described.train_examples_sha256,
+        }
+        if backend == "reference":
+            from harness.parity.probes.reference import measure_reference
+
+            tensors, measured = measure_reference(job, step)
+        else:
+            if torch.cuda.is_available():
+                torch.backends.cuda.enable_cudnn_sdp(plan.attention == "default")
+            tensors, measured = _measure_backend(module, job, step, fault, replace, inputs_only)
+    if not inputs_only:
+        facts |= {"num_trained_tokens": step.num_trained_tokens, "lengths": [len(i) for i in inputs.train.input_ids]}
+        tensors |= {"positions": step.positions, "num_trained": step.num_trained}
+    facts |= {"seconds": time.perf_counter() - started}
+    if torch.cuda.is_available():
+        facts["peak_allocated_bytes"] = torch.cuda.max_memory_allocated()
+    return tensors, facts | measured
+
+
+def _measure_backend(
+    module: Any, job: TrainingJob, step: FrozenStep, fault: str | None, replace: str, inputs_only: bool
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    from harness.parity.probes.batch import draw_adapter
+    from harness.parity.probes.loop import Done, Observer
+
+    trainer = module.build(job)
+    adapter = draw_adapter(trainer.model, job.workload.training.seed)
+    if fault is not None:
+        plant(fault, trainer)
+    observer = Observer(trainer, job, step, replace=replace, inputs_only=inputs_only)
+    trainer.training_step = observer
+    with suppress(Done):
+        trainer.train()
+    return observer.tensors, {"adapter_sha256": adapter, **observer.facts}
+
+
+def write(tensors: dict[str, np.ndarray], facts: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Write both into one safetensors file, the facts as its metadata. Returns the facts with the file's digest."""
+    from safetensors.numpy import save_file
+
+    partial = path.with_name(f".{path.name}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    held = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    save_file(held, partial, metadata={"facts": json.dumps(facts)})
+    partial.replace(path)
+    return {**facts, "file": path.name, "file_sha256": sha256_file(path)}
+
+
+def parse_step(step: str, backend: str) -> tuple[str, str | None, list[str]]:
+    """Quantisation, layout and plan overrides of ``QUANTIZATION[:LAYOUT[:PADDING]]``.
+
+    Raises :class:`ConfigurationError`.
+    """
+    quantization, *others = step.split(":")
+    layout, padding = (*others, None, None)[:2]
+    known = len(others) <= 2 and layout in (None, *LAYOUTS) and padding in (None, "longest", "none")
+    if not known or (backend == "reference") != (not others) or quantization not in ("nf4", "none"):
+        raise ConfigurationError(
+            f"--step {step}: no such step of {backend}",
+            remedy=f"write nf4 or none, and but for reference {'|'.join(LAYOUTS)}, longest or none: nf4:8x1:none",
+        )
+    plan = [f"micro_batch={LAYOUTS[layout]}"] if layout else []
+    return quantization, layout, plan + ([f"padding={padding}"] if padding else [])
+
+
+def _release() -> None:
+    """Forget a step's model before the next is loaded."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def main() -> int:
+    """Print the facts as JSON; errors as everywhere in Forge."""
+    parser = argparse.ArgumentParser(prog="harness.parity.probes.first_step", description="Frozen optimizer steps.")
+    parser.add_argument("workload")
+    parser.add_argument("--backend", choices=("reference", *BACKEND_NAMES), required=True)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where the tensors go, a file a step")
+    parser.add_argument("--tag", default="step", help="what the files' names begin with")
+    parser.add_argument("--attempt", type=int, default=0, help="of measuring the same: nothing hangs on it")
+    parser.add_argument("--step", action="append", default=[], dest="steps", metavar="QUANTIZATION:LAYOUT:PADDING")
+    parser.add_argument("--inputs", action="store_true", help="also what the workload's own run would begin with")
+    parser.add_argument("--replace", choices=("first", "last", "none"), default="first")
+    parser.add_argument("--positions", type=int, default=NUM_POSITIONS, help="tokens of a document looked at singly")
+    parser.add_argument("--fault", choices=FAULTS, help="plant a fault that the gate must catch")
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
+    parser.add_argument("--plan", action="append", default=[], dest="plan_overrides", metavar="KEY=VALUE")
+    told = parser.parse_args()
+    try:
+        if told.steps and told.out is None:
+            raise ConfigurationError("--out DIR is missing", remedy="say where the tensors go")
+        if not told.steps and not told.inputs:
+            raise ConfigurationError("nothing to measure", remedy="name a --step, or --inputs")
+        if told.positions < 2:
+            raise ConfigurationError("--positions: a document's first and last are looked at", remedy="take 2 or more")
+        parsed = [parse_step(step, told.backend) for step in told.steps]
+        answer: dict[str, Any] = {"backend": told.backend, "inputs": None, "steps": []}
+        if told.inputs:
+            workload = frozen_workload(told.workload, told.overrides, inputs_only=True)
+            _, answer["inputs"] = measure(
+                workload, told.backend, told.plan_overrides, fault=told.fault, inputs_only=True
+            )
+            _release()
+        for step, (quantization, layout, plan) in zip(told.steps, parsed, strict=True):
+            workload = frozen_workload(told.workload, [*told.overrides, f"model.quantization={quantization}"])
+            tensors, facts = measure(
+                workload,
+                told.backend,
+                [*told.plan_overrides, *plan],
+                fault=told.fault,
+                replace=told.replace,
+                num_positions=told.positions,
+            )
+            path = told.out / f"{told.tag}-{told.backend}-{step.replace(':', '-')}.safetensors"
+            answer["steps"].append(write(tensors, {**facts, "layout": layout}, path))
+            del tensors
+            _release()
+        print(json.dumps(answer))
+    except ForgeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""What a baseline's own rounding allows a trajectory: a band around every step, and a drift over all of them.
+
+The runs of a baseline that differ in rounding alone are exchangeable: each strays from the others as a sound candidate
+would. A trajectory's steps are not independent (what one step rounds, the next one starts from), so no step is judged
+by itself. Each run is reduced to two numbers, its peak and its drift, and the candidate's are held against the
+prediction limits of the runs' own (Student's, for one more observation: Hahn 1970). The correlation of steps is in
+those numbers already, whatever it is.
+
+- peak: the largest deviation of any step from the mean of the other runs, in units of the spread at that step. Its
+  limit follows from the logarithms of the runs' own peaks, each against the others (leave-one-out). One layout that
+  went another way makes Student's limit on so few logarithms absurd (hundreds of spreads, seen on a GPU), so it is at
+  most :data:`MOST_PEAK` times the largest peak seen, which costs no false alarms (the simulation).
+- drift: the mean deviation over all steps. Under normal noise its limit is exact.
+
+``harness/parity/simulation.py`` has how often sound candidates fail and faults are seen.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from harness.parity.first_step.checks import MOST_ERROR
+
+LEAST_RUNS = 6  # different ones: with fewer, Student's limit is too wide to see anything
+NUM_SMOOTHED_STEPS = 15  # the spread at a step is that of its neighbourhood: of one step it is known from n values only
+LARGER_ROUNDING = MOST_ERROR  # what rung 2 lets pass must not fail here: the candidate's errors, times the baseline's
+SHARE_OF_ALL_STEPS = 0.25  # of a step's variance: at the first steps, before noise grows, layouts agree too well
+MOST_PEAK = 2.0
+_FLOAT32, _BFLOAT16 = 2.0**-23, 2.0**-7  # spacing of numbers in [1, 2)
+
+
+@dataclass(frozen=True)
+class Band:
+    """What a candidate may do. ``centre``, ``spread``, ``half_width``: shape (steps,), in the quantity's unit.
+
+    ``peak_limit``: in spreads. ``drift_limit``: in the quantity's unit, around the mean of ``centre``.
+    """
+
+    centre: np.ndarray
+    spread: np.ndarray
+    half_width: np.ndarray
+    peak_limit: float
+    drift_limit: float
+    num_runs: int
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """What a candidate did: ``peak`` in spreads at ``peak_step`` (from 1), ``drift`` in the quantity's unit."""
+
+    peak: float
+    peak_step: int
+    drift: float
+    is_inside: bool
+    num_steps_outside: int
+
+
+def resolution(values: np.ndarray) -> np.ndarray:
+    """The spacing of the numbers that a run logs, at each of ``values`` (any shape): float32's or bfloat16's.
+
+    A stack that keeps gradients in bfloat16 logs their norm in it, at steps of 0.4 to 0.8%.
+    """
+    rounded = np.asarray(values, dtype=np.float32)
+    is_short = bool((rounded.view(np.uint32) & 0xFFFF == 0).all() and (rounded == values).all())
+    exponent = np.floor(np.log2(np.maximum(np.abs(values), np.finfo(np.float64).tiny)))
+    return np.asarray(2.0**exponent * (_BFLOAT16 if is_short else _FLOAT32))
+
+
+def draw_band(runs: np.ndarray, resolutions: np.ndarray, alpha: float) -> Band:
+    """The band of ``runs``, shape (runs, steps), for one more run; each of its two limits is exceeded with ``alpha``.
+
+    ``resolutions``: spacing of the logged numbers, same shape and unit. ``ValueError``: fewer than three runs.
+    """
+    num_runs, num_steps = runs.shape
+    if num_runs < 3:
+        raise ValueError(f"{num_runs} runs show no spread of spreads")
+    peaks = []
+    for left_out in range(num_runs):
+        others, spacing = np.delete(runs, left_out, axis=0), np.delete(resolutions, left_out, axis=0)
+        spread = _spread(others, spacing) * math.sqrt(1 + 1 / (num_runs - 1))
+        peaks.append(float(np.max(np.abs(runs[left_out] - others.mean(axis=0)) / spread)))
+    logs = np.log(np.maximum(peaks, 1e-12))
+    more = math.sqrt(1 + 1 / num_runs)
+    factor = math.sqrt(LARGER_ROUNDING**2 + 1 / num_runs)
+    typical = math.exp(float(logs.mean()) + _quantile(1 - alpha, num_runs - 1) * float(logs.std(ddof=1)) * more)
+    spread = _spread(runs, resolutions)
+    means = runs.mean(axis=1)
+    drift_sd = math.hypot(float(means.std(ddof=1)), float(np.sqrt((resolutions**2).mean() / 12 / num_steps)))
+    peak_limit = min(typical, MOST_PEAK * max(peaks)) * factor
+    return Band(
+        centre=runs.mean(axis=0),
+        spread=spread,
+        half_width=peak_limit * spread,
+        peak_limit=peak_limit,
+        drift_limit=_quantile(1 - alpha / 2, num_runs - 1) * drift_sd * factor,
+        num_runs=num_runs,
+    )
+
+
+def hold_against(band: Band, candidate: np.ndarray) -> Deviation:
+    """How a candidate's trajectory, shape (steps,), lies in the band."""
+    distances = np.abs(candidate - band.centre) / band.spread
+    drift = float(np.mean(candidate - band.centre))
+    outside = int((distances > band.peak_limit).sum())
+    return Deviation(
+        peak=float(distances.max()),
+        peak_step=int(distances.argmax()) + 1,
+        drift=drift,
+        is_inside=not outside and abs(drift) <= band.drift_limit,
+        num_steps_outside=outside,
+    )
+
+
+def num_distinct(runs: np.ndarray) -> int:
+    """How many of ``runs``, shape (runs, steps), are not equal to the last bit: a copy shows no noise."""
+    return len(np.unique(runs, axis=0))
+
+
+def _spread(runs: np.ndarray, resolutions: np.ndarray) -> np.ndarray:
+    """Standard deviation over runs: pooled over neighbouring steps, a part over all, and what logging rounds away."""
+    variance = runs.var(axis=0, ddof=1)
+    width = min(NUM_SMOOTHED_STEPS, len(variance))
+    weights = np.convolve(np.ones_like(variance), np.ones(width), mode="same")
+    pooled = np.convolve(variance, np.ones(width), mode="same") / weights
+    pooled = (1 - SHARE_OF_ALL_STEPS) * pooled + SHARE_OF_ALL_STEPS * variance.mean()
+    return np.asarray(np.sqrt(pooled + (resolutions**2).mean(axis=0) / 12))
+
+
+def _quantile(probability: float, degrees: int) -> float:
+    from scipy.special import stdtrit
+
+    return float(stdtrit(degrees, probability))

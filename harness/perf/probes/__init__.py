@@ -1,0 +1,1 @@
+"""Instruments of the speed and memory suite, each a process of its own."""

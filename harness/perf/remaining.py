@@ -1,0 +1,152 @@
+"""What of this suite is still to be measured, with expected minutes: ``python -m harness.perf.remaining [STORE]``.
+
+Nothing is measured and no GPU needed. Seconds are those of the store's own runs of that arm, else of suite.py
+(one H200). A stretch is what one call of scripts/gate_stretch.sh measures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from forge.training.config.plan import load_plan
+from forge.training.config.workload import load_workload
+from forge.training.system.errors import ForgeError
+from forge.training.system.files import read_json_object
+from harness.measurement.key import code_sha256
+from harness.measurement.probe import source_sha256
+from harness.measurement.results import Outcome, Store
+from harness.perf.suite import (
+    CEILING_TAKES_SECONDS,
+    CONTEXT_TAKES_SECONDS,
+    EXPECTED_SECONDS,
+    FP16,
+    LADDER,
+    ORDER,
+    SINGLES,
+    TRIALS,
+    Arm,
+)
+
+
+@dataclass(frozen=True)
+class Item:
+    """``units``: seconds of each thing that is begun as a whole: a pair, a run, a probe."""
+
+    name: str
+    num_done: int
+    units: tuple[float, ...]
+
+
+def outlook(store: Store) -> list[Item]:
+    """Every item of :data:`ORDER`, in that order. Raises :class:`DataError` for a damaged store."""
+    outcomes = [outcome for outcome in store.outcomes() if outcome.status != "refused"]
+    probes = [read_json_object(path) for path in (store.directory / "probes").glob("*.json")]
+    seen: set[tuple[str, Arm]] = set()
+    items = []
+    for name in ORDER:
+        if name in TRIALS:
+            planned = TRIALS[name]
+            pair = [(planned.workload, planned.baseline), (planned.workload, planned.candidate)]
+            state = store.read_trial(name)
+            done, total = len(state.pairs) if state else 0, planned.num_pairs or _num_pairs(planned.workload)
+            units = [sum(_seconds(outcomes, *one) for one in pair)] * (total - done)
+            seen |= {(workload, _alike(arm)) for workload, arm in pair}
+        elif name in ("singles", "ladder"):
+            runs = [(workload, arm) for workload, arm in ((*SINGLES, FP16) if name == "singles" else LADDER)]
+            new = [run for run in runs if (run[0], _alike(run[1])) not in seen]
+            seen |= {(workload, _alike(arm)) for workload, arm in new}
+            missing = [run for run in new if not any(map(_is_current, _runs_of(outcomes, *run)))]
+            done, units = len(runs) - len(missing), [_seconds(outcomes, *run) for run in missing]
+        elif name == "ceiling":
+            done = int(any(_is_of("harness.perf.probes.matmul_peak", probe) for probe in probes))
+            units = [CEILING_TAKES_SECONDS] * (1 - done)
+        else:
+            there = {
+                (probe["backend"], probe["budget_gib"])
+                for probe in probes
+                if _is_of("forge.training.checks.max_context", probe)
+            }
+            done = len(CONTEXT_TAKES_SECONDS.keys() & there)
+            units = [seconds for asked, seconds in CONTEXT_TAKES_SECONDS.items() if asked not in there]
+        items.append(Item(name, done, tuple(units)))
+    return items
+
+
+def num_stretches(units: Iterable[float], seconds: float) -> int:
+    """Stretches of so many seconds that the units take in their order; none is begun that its stretch cannot end."""
+    count, left = 0, 0.0
+    for unit in units:
+        if unit > left:
+            count, left = count + 1, seconds
+        left -= unit
+    return count
+
+
+def _num_pairs(workload: str) -> int:
+    return load_workload(workload).gate.num_pairs
+
+
+def _alike(arm: Arm) -> Arm:
+    return Arm("", arm.backend, arm.plan, arm.overrides)  # two names for one layout are one run
+
+
+def _runs_of(outcomes: list[Outcome], workload: str, arm: Arm) -> list[Outcome]:
+    return [
+        outcome
+        for outcome in outcomes
+        if (outcome.spec.workload, outcome.spec.backend) == (workload, arm.backend)
+        and outcome.spec.plan_overrides == arm.plan
+        and set(arm.overrides) <= set(outcome.spec.overrides)
+    ]
+
+
+def _is_current(outcome: Outcome) -> bool:
+    """Whether today's training code would carry it out by the same plan; what else is in its key takes the GPU."""
+    spec, parts = outcome.spec, outcome.key_parts
+    plan = load_plan(load_workload(spec.workload), spec.backend, spec.plan_overrides)
+    return parts.get("plan") == plan.model_dump(mode="json") and parts.get("code") == code_sha256()
+
+
+def _is_of(module: str, probe: dict[str, Any]) -> bool:
+    """Whether it is an answer of today's probe of that name, by today's training code."""
+    wanted = {"probe": module.rpartition(".")[2], "source": source_sha256(module), "code": code_sha256()}
+    return all(probe.get("key_parts", {}).get(name) == value for name, value in wanted.items())
+
+
+def _seconds(outcomes: list[Outcome], workload: str, arm: Arm) -> float:
+    found = [outcome.wall_seconds for outcome in _runs_of(outcomes, workload, arm) if outcome.status == "completed"]
+    return statistics.median(found) if found else EXPECTED_SECONDS[workload]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m harness.perf.remaining", description=(__doc__ or "").split("\n\n")[0]
+    )
+    parser.add_argument("store", nargs="?", type=Path, default=Path("runs/gate/store"), metavar="STORE")
+    parser.add_argument("--seconds", type=float, default=470.0, help="measured in one stretch (default 470)")
+    told = parser.parse_args(arguments)
+    try:
+        items = outlook(Store(told.store))
+    except ForgeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    so_far: list[float] = []
+    print(f"{'':28}{'done':>5}{'left':>5}{'minutes':>9}   stretches of {told.seconds:g} s up to here")
+    for item in items:
+        so_far += item.units
+        minutes = sum(item.units) / 60
+        up_to = num_stretches(so_far, told.seconds)
+        print(f"{item.name:28}{item.num_done:5}{len(item.units):5}{minutes:9.1f}   {up_to}")
+    print(f"{'together':28}{'':10}{sum(so_far) / 60:9.1f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Instruments of the reliability suite, each a process of its own."""

@@ -1,0 +1,135 @@
+"""Charts of bars: one value an arm, or one an arm and phase."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from harness.report.charts import svg as canvas
+from harness.report.charts.style import colour, finished, is_variant, legend, name_axes, text_width
+from harness.report.charts.svg import INK, MUTED, RULE, SMALL_SIZE, TEXT_SIZE, WIDTH, mark
+from harness.report.page.content import Chart
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_EDGE = 1.0  # margin left and right, pixels
+_ROW = 40.0
+
+
+@dataclass(frozen=True)
+class Bar:
+    """``text`` stands at its end; without a ``value`` it stands alone. ``outer``: a longer, paler bar behind.
+
+    ``low``, ``high``: the extremes of the runs, a thin line.
+    """
+
+    label: str
+    backend: str
+    value: float | None
+    text: str
+    outer: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def end(self) -> float:
+        return max(self.value or 0.0, self.outer or 0.0, self.high or 0.0)
+
+
+def bars(name: str, title: str, items: Sequence[Bar], reference: tuple[float, str] | None = None) -> Chart:
+    """Horizontal bars with their names above them. ``reference``: a value and its name, a line across all bars."""
+    top = 26.0 if reference else 4.0
+    with canvas.paper(_ROW * len(items) + top + 4, left=_EDGE, right=_EDGE, top=top, bottom=4) as axes:
+        longest = _longest(items, reference)
+        axes.set(xlim=(0, longest), ylim=(len(items) - 0.5, -0.5))
+        axes.axis("off")
+        for position, bar in enumerate(items):
+            axes.text(0, position - 0.3, bar.label, color=INK, va="center")
+            _draw(axes, bar, position + 0.12)
+        axes.plot([0, 0], [-0.1, len(items) - 0.6], color=RULE, linewidth=1)
+        if reference:
+            _line_across(axes, *reference, longest=longest, num=len(items))
+        told = "; ".join(f"{bar.label} {bar.text}" for bar in items)
+        return finished(axes, name, title, f"{told}." + (f" Line: {reference[1]}." if reference else ""))
+
+
+def groups(
+    name: str,
+    title: str,
+    categories: Sequence[str],
+    series: Sequence[tuple[str, str, Sequence[float | None]]],
+    unit: str,
+    show: Callable[[float], str],
+    reference: tuple[float, str] | None = None,
+) -> Chart:
+    """Upright bars: ``series`` of (label, backend, one value a category), a line across for ``reference``."""
+    from matplotlib.ticker import MaxNLocator
+
+    values = [value for *_, row in series for value in row if value is not None]
+    with canvas.paper(256, left=30, right=6, top=50, bottom=24) as axes:
+        most = max([*values, reference[0] if reference else 0.0], default=0.0)
+        axes.set(xlim=(-0.5, len(categories) - 0.5), ylim=(0, most * 1.1 or 1.0))
+        width = 0.84 / len(series)
+        size = SMALL_SIZE if len(values) <= 10 else 8
+        for place, (label, backend, row) in enumerate(series):
+            for position, value in enumerate(row):
+                if value is None:
+                    continue
+                at = position - 0.42 + width * (place + 0.5)
+                (drawn,) = axes.bar(at, value, width=width * 0.86, color=colour(backend))
+                drawn.set_alpha(0.55 if is_variant(label, backend) else 1)
+                mark(drawn, label, f"{label}, {categories[position]}: {show(value)} {unit}")
+                written: dict[str, Any] = {"ha": "center", "va": "bottom", "fontsize": size, "color": INK}
+                axes.annotate(show(value), (at, value), (0, 2), textcoords="offset points", **written)
+        if reference:
+            axes.axhline(reference[0], color=INK, linewidth=1.1, linestyle=(0, (4, 2)))
+        axes.set_xticks(range(len(categories)), categories)
+        axes.tick_params(axis="x", length=0)
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.grid(axis="y")
+        axes.set_axisbelow(True)
+        name_axes(axes, "", unit)
+        legend(
+            axes, [(label, backend) for label, backend, _ in series], line_across=reference[1] if reference else None
+        )
+        line = f" Line: {reference[1]}." if reference else ""
+        return finished(axes, name, title, f"In {unit}. {_tell(categories, series, show)}.{line}")
+
+
+def _draw(axes: Axes, bar: Bar, at: float) -> None:
+    if bar.outer is not None:
+        axes.barh(at, bar.outer, height=0.36, color=colour(bar.backend), alpha=0.3)
+    if bar.value is not None:
+        (drawn,) = axes.barh(at, bar.value, height=0.36, color=colour(bar.backend))
+        mark(drawn, bar.label, f"{bar.label}: {bar.text}")
+    if bar.low is not None and bar.high is not None and bar.high > bar.low:
+        axes.plot([bar.low, bar.high], [at, at], color=INK, linewidth=1.2, solid_capstyle="butt")
+    written: dict[str, Any] = {"color": MUTED, "style": "italic"} if bar.value is None else {"color": INK}
+    axes.annotate(bar.text, (bar.end, at), (6, -0.5), textcoords="offset points", va="center", **written)
+
+
+def _longest(items: Sequence[Bar], reference: tuple[float, str] | None) -> float:
+    """The value at the right edge: every bar and the text at its end must fit in front of it."""
+    room = WIDTH - 2 * _EDGE
+    ends = [bar.end * room / max(room - text_width(bar.text, TEXT_SIZE) - 8, room / 4) for bar in items]
+    return max([*ends, reference[0] * 1.02 if reference else 0.0]) or 1.0
+
+
+def _line_across(axes: Axes, value: float, text: str, *, longest: float, num: int) -> None:
+    for position in range(num):  # beside the bars only: the names between them stay readable
+        axes.plot([value, value], [position - 0.12, position + 0.36], color=INK, linewidth=1.1)
+    room = (WIDTH - 2 * _EDGE) * (1 - value / longest)
+    side = "left" if room > text_width(text, SMALL_SIZE) else "right"
+    axes.plot([value, value], [-0.86, -0.62], color=INK, linewidth=1.1, clip_on=False)
+    at = (4 if side == "left" else -4, 0)
+    written: dict[str, Any] = {"ha": side, "va": "center", "fontsize": SMALL_SIZE, "color": INK}
+    axes.annotate(text, (value, -0.75), at, textcoords="offset points", annotation_clip=False, **written)
+
+
+def _tell(categories: Sequence[str], series: Sequence[tuple[str, str, Sequence[float | None]]], show: Any) -> str:
+    return "; ".join(
+        f"{label}: " + ", ".join(f"{c} {show(v)}" for c, v in zip(categories, row, strict=True) if v is not None)
+        for label, _, row in series
+    )

@@ -1,0 +1,118 @@
+"""What the charts share: the shapes of the backends, names beside points, legends, axis titles.
+
+Colour is never the only sign: a mark is labelled, or has a shape or a line style of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from harness.report.charts import svg as canvas
+from harness.report.charts.svg import BACKEND_COLOURS, INK, MUTED, PAPER, SMALL_SIZE, WIDTH, mark
+from harness.report.page.content import Chart
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MARKERS = {"legacy": "o", "trl": "s", "unsloth": "^"}
+_LINES: dict[str, dict[str, Any]] = {
+    "legacy": {"linewidth": 5, "alpha": 0.45, "solid_capstyle": "round"},
+    "trl": {"linewidth": 2.2, "linestyle": (0, (4, 2))},
+    "unsloth": {"linewidth": 1.3},
+}
+_VARIANT = {"linewidth": 1.6, "linestyle": (0, (1, 1.5))}
+_CHARACTER = 0.56  # mean width of a character, in text sizes; generous, since the page's font is not known here
+_LINE = 14.0  # pixels from one line of text to the next
+
+
+def colour(backend: str) -> str:
+    return BACKEND_COLOURS.get(backend, MUTED)
+
+
+def is_variant(label: str, backend: str) -> bool:
+    """Whether an arm is a backend in another layout than its plain arm: drawn hollow, paler or dash-dotted."""
+    return label != backend
+
+
+def line_style(label: str, backend: str) -> dict[str, Any]:
+    """The baseline broad and pale, the others thinner and broken: lines that lie on each other are all seen."""
+    return {"dash_capstyle": "butt", **(_VARIANT if is_variant(label, backend) else _LINES.get(backend, {}))}
+
+
+def text_width(text: str, size: float) -> float:
+    """About how many pixels a text takes."""
+    return len(text) * size * _CHARACTER
+
+
+def halo() -> dict[str, Any]:
+    """A patch of paper behind a text, so that lines do not cross it."""
+    return {"boxstyle": "square,pad=0.1", "facecolor": PAPER, "edgecolor": "none", "alpha": 0.8}
+
+
+def point(axes: Axes, x: float, y: float, label: str, backend: str, tooltip: str, *, size: float = 9) -> None:
+    """A mark in its backend's shape, hollow for a variant."""
+    (drawn,) = axes.plot([x], [y], MARKERS.get(backend, "D"), color=colour(backend), markersize=size, clip_on=False)
+    face = PAPER if is_variant(label, backend) else colour(backend)
+    drawn.set(markerfacecolor=face, markeredgewidth=1.6, zorder=3)
+    mark(drawn, label, tooltip)
+
+
+def names_beside(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
+    """Names beside their points: to the left in the right half, moved apart where they would lie on each other."""
+    taken: list[float] = []
+    for x, y, text in sorted(points, key=lambda p: p[1]):
+        across, up = axes.transData.transform((x, y))
+        line = up
+        while any(abs(line - other) < _LINE for other in taken):
+            line += 1.0
+        taken.append(line)
+        left = across > WIDTH / 2
+        placed: dict[str, Any] = {"ha": "right" if left else "left", "va": "center", "color": INK, "bbox": halo()}
+        axes.annotate(text, (x, y), (-9 if left else 9, line - up), textcoords="offset points", **placed)
+
+
+def legend(
+    axes: Axes,
+    entries: Sequence[tuple[str, str]],
+    *,
+    key: Literal["swatch", "shape", "line"] = "swatch",
+    line_across: str | None = None,
+) -> None:
+    """The names of series (label, backend) in rows above the axes; ``line_across`` names a broken line."""
+    left, top = axes.transAxes.transform((0, 1))
+    x, up = 0.0, 37.0
+    for label, backend in [*entries, *([(line_across, "")] if line_across else [])]:
+        room = 22 if key == "line" or not backend else 15
+        needed = room + text_width(label, SMALL_SIZE) + 8
+        if x + needed > WIDTH and x > 0:
+            x, up = 0.0, up - 12.5
+        style: dict[str, Any] = {"transform": None, "clip_on": False, "color": colour(backend)}
+        if not backend:
+            axes.plot([x, x + 17], [top + up] * 2, **{**style, "color": INK}, linewidth=1.1, linestyle=(0, (4, 2)))
+        elif key == "line":
+            axes.plot([x, x + 17], [top + up] * 2, **style, **line_style(label, backend))
+        else:
+            shape = MARKERS.get(backend, "D") if key == "shape" else "s"
+            (drawn,) = axes.plot([x + 5], [top + up], shape, **style)
+            drawn.set(markersize=8, alpha=0.55 if is_variant(label, backend) else 1, markeredgewidth=0)
+        written: dict[str, Any] = {
+            "xycoords": "axes fraction",
+            "textcoords": "offset points",
+            "va": "center",
+            "color": INK,
+        }
+        axes.annotate(label, (0, 1), (x - left + room, up - 0.5), fontsize=SMALL_SIZE, **written)
+        x += needed
+
+
+def name_axes(axes: Axes, x_label: str, y_label: str) -> None:
+    """The unit of y stands flat above its axis, that of x below its right end."""
+    at = (1 - axes.transAxes.transform((0, 1))[0], 7)
+    written: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "color": MUTED}
+    axes.annotate(y_label, (0, 1), at, fontsize=SMALL_SIZE, **written)
+    axes.set_xlabel(x_label, loc="right", fontsize=SMALL_SIZE, labelpad=3)
+
+
+def finished(axes: Axes, name: str, title: str, description: str) -> Chart:
+    return Chart(name, title, description, canvas.to_svg(axes, name, title, description))

@@ -1,0 +1,95 @@
+"""How long the owner's full run would take on the measured GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from harness.report.arms import Arm
+from harness.report.charts.bars import Bar, bars
+from harness.report.page.content import Chart, Row, Section, Table
+from harness.report.page.numbers import NONE, Spread, duration, spread
+from harness.report.run import Run
+from harness.stats import corpus_seconds
+
+_HOUR = 3600.0
+
+
+def build(arms: dict[str, list[Arm]]) -> Section | None:
+    """Epochs of the workload times the token-weighted estimate of one pass over the whole corpus."""
+    parts: list[Chart | Table] = []
+    for workload, found in arms.items():
+        projected = {arm: _project(arm) for arm in found}
+        items = [
+            Bar(arm.name, arm.backend, s.middle / _HOUR, duration(s.middle), low=s.low / _HOUR, high=s.high / _HOUR)
+            for arm, (s, _) in projected.items()
+            if s
+        ]
+        if items:
+            parts.append(bars(f"projection-{workload}", f"{workload}: projected training time", items))
+        rows = tuple(_row(arm, *projected[arm]) for arm in found)
+        columns = ("Arm", "Projected", "Fastest and slowest run")
+        parts.append(Table(f"{workload}: {_work(found)}", columns, rows, is_beside=bool(items)))
+    if not parts:
+        return None
+    return Section(
+        "projection",
+        "The owner's full run, projected",
+        paragraphs=(
+            "Not measured: projected. The measured steps of each run are fitted by seconds = a × documents + b × "
+            "tokens + c × sum of squared document lengths (no coefficient negative), the fit is evaluated at the "
+            "whole corpus's sums, and the result multiplied by the workload's epochs. So long documents weigh as "
+            "much as they cost. Loading, validation, saving and export are not in it. It holds for the measured GPU "
+            "only.",
+        ),
+        parts=tuple(parts),
+    )
+
+
+def _project(arm: Arm) -> tuple[Spread | None, str]:
+    """The spread over the arm's runs in seconds, else why there is none."""
+    seconds: list[float | None] = []
+    for run in arm.runs:
+        if run.is_complete:
+            try:
+                seconds.append(_full_run_seconds(run))
+            except ValueError as error:
+                return None, f"not projected: {error}"
+    found = spread(seconds)
+    return found, "" if found else f"not projected: {arm.failure or 'the record holds no sums of the whole corpus'}"
+
+
+def _full_run_seconds(run: Run) -> float | None:
+    corpus, epochs = _corpus(run), _epochs(run)
+    if corpus is None or epochs is None:
+        return None
+    return epochs * corpus_seconds(run.steps, run.num_warmup_steps, corpus)
+
+
+def _corpus(run: Run) -> dict[str, float] | None:
+    if run.record is None:
+        return None
+    inputs = run.record.inputs
+    sums = (inputs.num_corpus_examples, inputs.num_corpus_tokens, inputs.corpus_tokens_squared)
+    if None in sums:
+        return None
+    return dict(zip(("documents", "tokens", "tokens_squared"), map(float, filter(None, sums)), strict=True))
+
+
+def _epochs(run: Run | None) -> float | None:
+    return (run.record.workload.get("training") or {}).get("epochs") if run and run.record else None
+
+
+def _work(arms: Sequence[Arm]) -> str:
+    """The work that is projected, in words."""
+    run = next((arm.example for arm in arms if arm.example), None)
+    corpus, epochs = _corpus(run) if run else None, _epochs(run)
+    if corpus is None or epochs is None:
+        return "full run"
+    return f"{epochs:g} epochs of {corpus['documents']:,.0f} documents, {corpus['tokens']:,.0f} tokens each"
+
+
+def _row(arm: Arm, seconds: Spread | None, why: str) -> Row:
+    if seconds is None:
+        return Row((arm.name, why, NONE), arm.run_ids)
+    ends = f"{duration(seconds.low)} to {duration(seconds.high)}" if seconds.num > 1 else NONE
+    return Row((arm.name, duration(seconds.middle), ends), arm.run_ids)

@@ -1,0 +1,98 @@
+"""Synthetic verdicts for the synthetic gate: parity, export and reliability, through the real classes and judges.
+
+The numbers are plausible and none was measured. Each of a whole gate's is there once, and a PASS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from harness.export.claims import CLAIMS as EXPORT_CLAIMS
+from harness.export.findings import Finding, by_faults
+from harness.export.predictions import judge_chain, judge_file, judge_merged_against_adapter
+from harness.export.statements import BARS
+from harness.parity.architectures import ARCHITECTURES, Found
+from harness.parity.claims import NAMES, Rung
+from harness.parity.suite import BASELINE, CANDIDATE
+from harness.reliability.claims import BACKENDS
+from harness.reliability.claims import CLAIMS as SURVIVAL_CLAIMS
+
+Info = tuple[str, str, dict[str, Any]]  # kind, metric, what else the entry holds
+SAID = "synthetic data"
+_STEP = "step_begin substep_end pre_optimizer_step optimizer_step step_end log"
+_SAME = {"identical": True, "largest": 0.0, "relative": 0.0, "largest_loss": 0.0, "first_different_step": None}
+_RESUMED = {"difference": _SAME, "resumed_from_step": 10, "num_steps": 40, "same_labels": True}
+_SMALL = {"noise": _SAME, "killed": _RESUMED, "stopped": _RESUMED, "events": [_STEP, f"{_STEP} evaluate save"]}
+_LARGE = {"stop_seconds": 5.25, "state": "interrupted", "checkpoint_problem": None, "checkpoint_bytes": 162_000_000}
+_TIGHT = {
+    **{"cap_gib": 8.0, "micro_batch": 2, "resumes": [{"after": "out_of_memory"}], "num_steps": 4},
+    **{"num_planned_steps": 4, "documents": [8, 8, 8, 8]},
+}
+ANSWERS: dict[str, dict[str, Any]] = {"resume": _SMALL, "callbacks": _SMALL, "stop": _LARGE, "memory": _TIGHT}
+
+
+def verdicts() -> Iterator[Info]:
+    """All that a whole gate leaves beside claims on speed and memory."""
+    yield from _parity()
+    yield from _export()
+    yield from _reliability()
+
+
+def _parity() -> Iterator[Info]:
+    arms = {"workload": "parity", "arm": CANDIDATE, "backend": CANDIDATE, "baseline": BASELINE}
+    for number in NAMES:
+        yield "parity", f"rung {number}", {**arms, "verdict": Rung(number=number, status="PASS", reason=SAID).to_dict()}
+    for model_type in ARCHITECTURES:
+        yield "parity", f"rungs 1 to 3 as {model_type}", {**arms, "verdict": Found("PASS", SAID, {}).to_dict()}
+
+
+def _divergence() -> dict[str, Any]:
+    """As the probe prints it."""
+    losses = {"base": 3.41, "adapter": 2.52, "merged": 2.5201, "f16": 2.5201, "q8_0": 2.5204, "q4_k_m": 2.533}
+    divergences = {"f16": 4e-7, "q8_0": 3e-4, "q4_k_m": 0.02}
+    pairs = [("adapter", "base", 0.8), ("adapter", "merged", 2e-5), *(("merged", *one) for one in divergences.items())]
+    chain: list[dict[str, Any]] = []
+    for subject, loss in losses.items():
+        change = loss - chain[-1]["nats_per_token"] if chain else None
+        row = {"subject": subject, "nats_per_token": loss, "change_nats_per_token": change}
+        chain.append({**row, "standard_error_nats_per_token": None if change is None else abs(change) / 20 + 1e-5})
+    return {
+        "held_out": {"num_documents": 32, "num_tokens": 8192},
+        "base": {},
+        "four_bit": {
+            "nats_per_token": 2.51,
+            "shift_nats_per_token": 0.0125,
+            "standard_error_nats_per_token": 0.001,
+        },
+        "files": {kind: {"fallbacks": [], "file_type": kind} for kind in BARS},
+        "pairs": [
+            {
+                **{"reference": reference, "subject": subject, "mean_kl_nats": mean},
+                **{"standard_error_nats": mean / 50, "same_top_share": 0.9871},
+            }
+            for reference, subject, mean in pairs
+        ],
+        "chain": chain,
+    }
+
+
+def _export() -> Iterator[Info]:
+    named = {"workload": "parity", "backend": CANDIDATE}
+    judges = [judge_merged_against_adapter, judge_chain, *(partial(judge_file, kind=kind) for kind in BARS)]
+    judged = {finding.name: finding for finding in (judge(_divergence()) for judge in judges)}
+    for claim in EXPORT_CLAIMS:
+        blank = Finding(name=claim.name, statement="What this claim states.", status="PASS", reason=SAID)
+        yield "export", claim.name, {**named, "verdict": judged.get(claim.name, blank).to_dict()}
+    steps = [{"name": "merge", "seconds": 36.2, "num_bytes": 15 << 30, "peak_rss_bytes": 9 << 30}]
+    yield "export", "export_seconds", {"workload": "legacy_256", "backend": CANDIDATE, "steps": steps}
+
+
+def _reliability() -> Iterator[Info]:
+    for name, (_, judge, statement) in SURVIVAL_CLAIMS.items():
+        for backend in BACKENDS:
+            status, reason = by_faults(*judge(ANSWERS[name]))
+            said = {"name": f"{name}_{backend}", "statement": f"{backend}: {statement}"}
+            finding = Finding(**said, status=status, reason=reason, figures=ANSWERS[name])
+            yield "reliability", finding.name, {"backend": backend, "verdict": finding.to_dict()}

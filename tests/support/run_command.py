@@ -1,0 +1,124 @@
+"""The real command in real processes, forked from one that has the heavy imports behind it: seconds less a run.
+
+A child is a process of its own with its own signals, files and exit code; only the imports are shared.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+from forge.training.system.environment import ROOT
+
+_PRELOADED = [
+    *("torch", "transformers", "datasets", "peft", "trl.trainer.sft_trainer", "accelerate", "safetensors.torch"),
+    *(
+        "forge.training.train.callbacks",
+        "forge.training.backends.trainer",
+        "forge.training.train.run",
+        "forge.training.cli",
+    ),
+]
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(_PRELOADED)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """As ``subprocess.CompletedProcess``; a negative ``returncode`` is the signal that ended the process."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@dataclass
+class Running:
+    """A command that was started. ``log``: where stdout and stderr go."""
+
+    process: ForkServerProcess
+    log: Path
+
+    @property
+    def pid(self) -> int:
+        """The process's number."""
+        assert self.process.pid is not None
+        return self.process.pid
+
+    def is_alive(self) -> bool:
+        """Whether it has not ended yet."""
+        return self.process.is_alive()
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal, if it is still there."""
+        if self.process.is_alive():
+            os.kill(self.pid, number)
+
+    def wait_for(self, is_so: Callable[[], bool], seconds: float = 120.0) -> bool:
+        """Wait until ``is_so()`` or its end; whether it was so."""
+        deadline = time.monotonic() + seconds
+        while not is_so():
+            if not self.is_alive() or time.monotonic() > deadline:
+                return is_so()
+            time.sleep(0.002)
+        return True
+
+    def wait(self, seconds: float = 120.0) -> Ended:
+        """Its end. Kills it and fails if it does not come."""
+        self.process.join(seconds)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+            raise TimeoutError(f"not done after {seconds:g} s:\n{self._text('stderr')[-2000:]}")
+        assert self.process.exitcode is not None
+        return Ended(self.process.exitcode, self._text("stdout"), self._text("stderr"))
+
+    def _text(self, name: str) -> str:
+        return (self.log / name).read_text(encoding="utf-8", errors="replace")
+
+
+def start(
+    arguments: list[str], log: Path, *, fault: str | None = None, environment: dict[str, str] | None = None
+) -> Running:
+    """``python -m forge.training ARGUMENTS``. ``fault``: ``module:function``, called first in the child."""
+    log.mkdir(parents=True, exist_ok=True)
+    settings = {"PYTHONPATH": str(ROOT), **(environment or {})}
+    process = _context.Process(target=_main, args=(arguments, str(log), fault, settings))
+    before = list(sys.path)
+    sys.path.insert(0, str(ROOT))  # a test before may have put llama.cpp's tree there, which has a tests/ of its own
+    try:
+        process.start()
+    finally:
+        sys.path[:] = before
+    return Running(process, log)
+
+
+def run(
+    arguments: list[str], log: Path, *, fault: str | None = None, environment: dict[str, str] | None = None
+) -> Ended:
+    """:func:`start` and wait for the end."""
+    return start(arguments, log, fault=fault, environment=environment).wait()
+
+
+def _main(arguments: list[str], log: str, fault: str | None, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        handle = os.open(Path(log) / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        os.dup2(handle, number)
+        os.close(handle)
+    sys.stdout = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, encoding="utf-8")
+    sys.argv = ["forge.training", *arguments]
+    if fault is not None:
+        module, _, function = fault.partition(":")
+        getattr(importlib.import_module(module), function)()
+    from forge.training.cli import main
+
+    main()

@@ -1,0 +1,95 @@
+"""A plan changes how a step is carried out and never which examples it holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from forge.training.config.plan import Plan, load_plan, memory_floor_bytes, micro_batches, num_steps, step_order
+from forge.training.config.workload import Workload, load_workload
+from forge.training.system.errors import ConfigurationError
+
+
+def workload(**training: object) -> Workload:
+    return Workload.model_validate({"name": "w", "data": {"train": "x"}, "training": training})
+
+
+@given(
+    num_examples=st.integers(1, 60),
+    epochs=st.integers(1, 4),
+    effective=st.sampled_from([1, 2, 4, 8]),
+    micro=st.sampled_from([1, 2, 4, 8]),
+    seed=st.integers(0, 99),
+    grouping=st.sampled_from(["none", "length", "tokens"]),
+)
+def test_every_plan_trains_on_the_same_examples_in_every_step(
+    num_examples: int, epochs: int, effective: int, micro: int, seed: int, grouping: Any
+) -> None:
+    work = workload(epochs=float(epochs), effective_batch=effective, seed=seed)
+    lengths = np.arange(num_examples, dtype=np.int64)[::-1] * 7 % 31
+    plan = Plan(micro_batch=min(micro, effective), grouping=grouping)
+    steps = step_order(work, num_examples)
+    assert len(steps) == num_steps(work, num_examples)
+    for step in steps:
+        laid_out = micro_batches(step, lengths, plan)
+        assert sorted(i for batch in laid_out for i in batch) == sorted(step.tolist())
+        if len(step) == effective:  # only the run's last step may be short
+            assert len(laid_out) == effective // plan.micro_batch
+    seen = np.concatenate(steps)
+    assert np.bincount(seen, minlength=num_examples).tolist() == [epochs] * num_examples
+    assert all(len(step) == effective for step in steps[:-1])
+
+
+def test_the_order_depends_on_the_seed_alone() -> None:
+    first = np.concatenate(step_order(workload(seed=1), 40))
+    assert np.array_equal(first, np.concatenate(step_order(workload(seed=1), 40)))
+    assert not np.array_equal(first, np.concatenate(step_order(workload(seed=2), 40)))
+
+
+def test_max_steps_goes_round_as_often_as_it_needs() -> None:
+    steps = step_order(workload(max_steps=7, effective_batch=8), 10)
+    assert [len(s) for s in steps] == [8] * 7
+
+
+def test_a_micro_batch_that_does_not_divide_the_effective_batch_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="does not divide"):
+        load_plan(workload(effective_batch=8), "trl", ["micro_batch=3"])
+
+
+def test_an_unknown_plan_key_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="microbatch"):
+        load_plan(workload(), "trl", ["microbatch=3"])
+
+
+def test_a_document_longer_than_the_others_together_has_a_micro_batch_of_its_own() -> None:
+    lengths = np.array([300, 900, 32_768, 700, 500, 1_200, 80, 2_000], dtype=np.int64)
+    plan = Plan(micro_batch=4, grouping="tokens")
+    assert micro_batches(np.arange(8), lengths, plan)[0] == [2]
+    without = np.array([300, 900, 800, 700, 500, 1_200, 80, 2_000], dtype=np.int64)
+    totals = [int(without[group].sum()) for group in micro_batches(np.arange(8), without, plan)]
+    assert max(totals) <= 4 / 3 * (sum(totals) / 2)
+
+
+def test_the_legacy_layout_is_its_owners() -> None:
+    for name in ("legacy_256", "genome_8k", "genome_full"):
+        plan = load_plan(load_workload(name), "legacy")
+        assert (plan.micro_batch, plan.padding, plan.gradient_checkpointing) == (1, "longest", "full")
+        assert plan.grouping == "none"
+
+
+def test_the_memory_floor_of_qwen2_7b_in_nf4_is_the_published_one() -> None:
+    config = {
+        "hidden_size": 3584,
+        "num_hidden_layers": 28,
+        "intermediate_size": 18944,
+        "vocab_size": 152064,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+    }
+    gib = memory_floor_bytes(load_workload("legacy_256"), config) / 2**30
+    assert 5.3 < gib < 5.6  # 3.14 linears + 2.03 embedding and head + 0.24 adapter, computed by hand

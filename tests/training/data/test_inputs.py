@@ -1,0 +1,134 @@
+"""From files to examples: small, empty and overlapping sets, and what is told about them."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forge.training.config.plan import step_order
+from forge.training.config.workload import Workload
+from forge.training.data.duplicates import jaccard, similar_pairs
+from forge.training.data.inputs import PreparedInputs, prepare_inputs
+from forge.training.data.overlap import describe_overlap, find_overlap
+from forge.training.data.preview import preview_workload
+from forge.training.data.records import Message, Record
+from forge.training.system.errors import DataError
+from tests.support.tiny_model import shared_base
+
+
+def prose(seed: int, num_words: int = 40) -> str:
+    choose = random.Random(seed)
+    return " ".join(f"w{choose.randrange(3000)}" for _ in range(num_words))
+
+
+def write(path: Path, *answers: str, question: str = "Recite") -> str:
+    rows = [json.dumps({"instruction": question, "output": answer}) for answer in answers]
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def workload(train: str, validation: str | None = None, **data: Any) -> Workload:
+    settings = {"train": train, "validation": validation, "max_length": 512, "long_documents": "cut", **data}
+    return Workload.model_validate({"name": "w", "model": {"path": str(shared_base())}, "data": settings})
+
+
+def prepare(work: Workload, folder: Path) -> PreparedInputs:
+    return prepare_inputs(work, shared_base(), folder / "run")
+
+
+def test_one_record_alone_is_a_data_set(tmp_path: Path) -> None:
+    work = workload(write(tmp_path / "one.jsonl", "It counts ships."))
+    inputs = prepare(work, tmp_path)
+    assert (len(inputs.train), inputs.validation, inputs.described.notes) == (1, None, [])
+    steps = step_order(work, len(inputs.train))
+    assert sum(map(len, steps)) == 3  # epochs, in steps of at most eight examples
+    assert {int(i) for step in steps for i in step} == {0}
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", "\ufeff"])
+def test_an_empty_validation_file_is_an_error_that_names_it(tmp_path: Path, content: str) -> None:
+    (tmp_path / "v.jsonl").write_text(content, encoding="utf-8")
+    with pytest.raises(DataError, match=r"v\.jsonl has no records"):
+        prepare(workload(write(tmp_path / "t.jsonl", "one"), str(tmp_path / "v.jsonl")), tmp_path)
+
+
+def test_a_validation_set_with_nothing_to_train_is_an_error_that_names_it(tmp_path: Path) -> None:
+    train = write(tmp_path / "t.jsonl", "one")
+    validation = write(tmp_path / "v.jsonl", "two", question="q " * 400)
+    with pytest.raises(DataError, match=r"v\.jsonl: none of 1 records has a token to train"):
+        prepare(workload(train, validation, max_length=256), tmp_path)
+
+
+def test_records_cut_to_nothing_are_named_by_file_and_line(tmp_path: Path) -> None:
+    train = tmp_path / "t.jsonl"
+    rows = [{"instruction": "q " * n, "output": "a"} for n in (1, 400, 1, 500)]
+    train.write_text("\n\n".join(map(json.dumps, rows)), encoding="utf-8")
+    inputs = prepare(workload(str(train), max_length=256), tmp_path)
+    assert inputs.described.notes == ["t.jsonl: nothing to train in 2 of its records: line 3, line 7"]
+    assert len(inputs.train) == 2
+
+
+def test_texts_on_both_sides_and_near_copies_are_told_with_their_lines(tmp_path: Path) -> None:
+    texts = [prose(i) for i in range(9)]
+    near = texts[4] + " and three more"
+    train = write(tmp_path / "t.jsonl", *texts[:7])
+    validation = write(tmp_path / "v.jsonl", texts[7], f" {texts[2]}\n", near, texts[8])
+    work = workload(train, validation)
+    told = prepare(work, tmp_path).described.notes
+    assert told == [
+        "1 of 4 held-out texts are trained too: lines 2",
+        f"1 of 4 held-out texts are nearly trained ones: line 3 is {jaccard(texts[4], near):.0%} line 5",
+    ]
+    assert preview_workload(work, shared_base(), num_examples=0).overlap == told
+
+
+def test_what_became_of_the_documents_is_told(tmp_path: Path) -> None:
+    root = tmp_path / "docs"
+    root.mkdir()
+    token = "ghp_" + "Zq7Rw2Lk9Xv4Bn6Tm1Yc8Hd3Jf5Gs0PaUeIo"
+    for name, text in {
+        "a.md": prose(1),
+        "b.md": prose(2),
+        "c.md": f"x\n{token}\n",
+        "d.md": "\0",
+        "e.md": prose(1),
+    }.items():
+        (root / name).write_text(text, encoding="utf-8")
+    data = {"documents": str(root), "validation_share": 0.0, "max_length": 512}
+    work = Workload.model_validate({"name": "w", "data": data})
+    (tmp_path / "run").mkdir()
+    told = prepare(work, tmp_path).described.notes
+    assert told == [
+        "documents: 2 kept, 3 skipped (1 binary, 1 exact duplicate, 1 secret)",
+        "left out for what looks like credentials: c.md:2",
+    ]
+    assert preview_workload(work, shared_base(), num_examples=0).documents == told
+
+
+def test_many_overlapping_texts_are_counted_and_five_are_shown() -> None:
+    records = [Record(n, (Message("user", "a"), Message("assistant", prose(n))), True) for n in range(1, 31)]
+    assert describe_overlap(find_overlap(records, records)) == [
+        "30 of 30 held-out texts are trained too: lines 1, 2, 3, 4, 5 and 25 more"
+    ]
+    assert describe_overlap(find_overlap(records[:10], records[10:])) == []
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_similar_pairs_are_those_of_comparing_all(seed: int) -> None:
+    choose = random.Random(seed)
+    families = [prose(seed * 100 + i, 30).split() for i in range(6)]
+
+    def variant() -> str:
+        words = list(choose.choice(families))
+        for _ in range(choose.randrange(3)):
+            words[choose.randrange(len(words))] = f"x{choose.randrange(100)}"
+        return " ".join(words[: choose.randrange(15, 31)])
+
+    one, other = [variant() for _ in range(25)], [variant() for _ in range(20)]
+    expected = [(i, j) for i, a in enumerate(one) for j, b in enumerate(other) if jaccard(a, b) >= 0.5]
+    assert expected
+    assert [(i, j) for i, j, _ in similar_pairs(one, other, 0.5)] == expected

@@ -1,0 +1,117 @@
+"""The command line: quick help, one readable message for bad input, documented exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMMANDS = ("dataset", "base", "preview", "check", "train", "evaluate", "export", "chat", "run", "schema", "status")
+
+
+def forge(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "COLUMNS": "200", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    return subprocess.run(
+        [sys.executable, "-m", "forge.training", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_help_answers_in_under_three_tenths_of_a_second() -> None:
+    """Of processor time: what a person waits on a machine that does nothing else, whatever else runs here."""
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert forge("--help").returncode == 0
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert 0.0 < min(seconds) < 0.3, seconds
+
+
+def test_help_imports_no_heavy_package() -> None:
+    code = (
+        "import sys, forge.training.cli as cli\n"
+        "try:\n    cli.app(['--help'])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'transformers', 'trl', 'peft', 'numpy', 'pydantic', 'datasets'} & set(sys.modules)\n"
+        "sys.exit(repr(heavy) if heavy else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command: str) -> None:
+    done = forge(command, "--help")
+    assert done.returncode == 0
+    assert command in done.stdout
+
+
+BAD = [
+    (("nonsense",), 2, "nonsense"),
+    (("train", "no-such-workload"), 2, "no workload"),
+    (("train", "smok"), 2, "did you mean smoke"),
+    (("train", "smoke", "--backend", "magic"), 2, "magic"),
+    (("train", "smoke", "--set", "lora.rnk=3"), 2, "did you mean rank"),
+    (("train", "smoke", "--set", "training.max_steps=many"), 2, "training.max_steps"),
+    (("train", "smoke", "--plan", "micro_batch=3"), 2, "does not divide"),
+    (("train", "smoke", "--resume", "-o", "nowhere"), 3, "no run to resume"),
+    (("train", "smoke", "--backend", "legacy", "--set", "model.path={base}"), 4, "not the legacy stack"),
+    (("train", "smoke", "--set", "model.path=./absent"), 2, "absent"),
+    (("train", "smoke", "--set", "model.path={base}", "--set", "data.train=absent.jsonl"), 3, "absent.jsonl"),
+    (("train", "smoke", "--set", "model.path={base}", "--set", "data.train={broken}"), 3, "line 2"),
+    (("train", "smoke", "--set", "model.path={base}", "--set", "data.train={empty}"), 3, "no record"),
+    (("train", "smoke", "--set", "model.path={base}", "--set", "data.max_length=99999"), 2, "512 positions"),
+    (("train", "smoke", "--set", "model.path={base}", "--set", "model.quantization=nf4"), 4, "CUDA"),
+    (("evaluate", "nowhere"), 3, "not a run"),
+    (("export", "nowhere"), 3, "not a run"),
+    (("status", "nowhere"), 3, "not a run"),
+    (("chat", "absent.gguf", "hello"), 3, "absent.gguf"),
+    (("dataset", "absent"), 3, "absent"),
+    (("preview", "smoke", "--set", "data.documents=absent"), 3, "absent"),
+]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    from tests.support.tiny_model import write_base
+
+    folder = tmp_path_factory.mktemp("files")
+    write_base(folder / "base", tied=False)
+    row = json.dumps({"instruction": "Recite `a.md`", "input": "", "output": "It counts ships."})
+    (folder / "broken.jsonl").write_text(f'{row}\n{{"instruction": "a", \n{row}\nnot json\n', encoding="utf-8")
+    (folder / "empty.jsonl").write_text("", encoding="utf-8")
+    (folder / "good.jsonl").write_text(f"{row}\n" * 3, encoding="utf-8")
+    return {name: str(folder / name) for name in ("base",)} | {
+        name: str(folder / f"{name}.jsonl") for name in ("broken", "empty", "good")
+    }
+
+
+@pytest.mark.parametrize(("arguments", "code", "said"), BAD, ids=lambda v: " ".join(v) if isinstance(v, tuple) else "")
+def test_bad_input_is_one_message_and_its_exit_code(
+    arguments: tuple[str, ...], code: int, said: str, files: dict[str, str], tmp_path: Path
+) -> None:
+    as_json = arguments[0] != "chat"
+    done = forge(*(a.format(**files) for a in arguments), *(["--json"] if as_json else []), cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    if as_json:
+        document = json.loads(done.stdout)
+        assert document["exit_code"] == code
+        assert document["error"] in done.stderr
+    else:
+        assert done.stdout == ""
+
+
+def test_the_schema_is_json_schema() -> None:
+    assert "properties" in json.loads(forge("schema").stdout)

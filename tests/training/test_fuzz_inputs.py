@@ -1,0 +1,470 @@
+"""Inputs nobody would write: each ends in what it means or in one documented error, soon, and never in a traceback.
+
+Every kind of input is tried a few times in a plain run and some hundred times in ``make test-slow``;
+:mod:`tests.training.test_fuzz_artefacts` does the same for adapters and GGUF files.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from forge.training.checks.check import check_workload
+from forge.training.config.plan import BACKEND_NAMES, Plan, load_plan, num_steps, step_order
+from forge.training.config.workload import WORKLOADS, Workload, load_workload
+from forge.training.data.conversation import Encoder
+from forge.training.data.examples import encode_records
+from forge.training.data.records import read_both
+from forge.training.evaluation.evaluate import evaluate_run
+from forge.training.evaluation.record import Evaluation
+from forge.training.export.card import read_evaluation, write_card
+from forge.training.export.export import export_run
+from forge.training.export.export_record import ExportRecord
+from forge.training.system.environment import ROOT
+from forge.training.system.errors import ConfigurationError, DataError, ForgeError
+from forge.training.train.record import completed_record
+from forge.training.train.resume import previous_run
+from forge.training.train.status import describe_status
+from tests.support.tiny_model import shared_adapter, shared_base, write_tokenizer
+from tests.support.tiny_run import write_run
+
+T = TypeVar("T")
+LIMIT_SECONDS = 10.0  # of processor time for one input; most take milliseconds
+# How many inputs of each kind: in a plain run, in `make test-slow`.
+EFFORT = {
+    "workload": (25, 400),
+    "workload bytes": (10, 200),
+    "plan": (25, 300),
+    "records": (25, 400),
+    "run record": (30, 400),
+    "evaluation": (25, 250),
+    "status": (15, 150),
+    "base": (5, 250),
+}
+
+STRANGE_TEXTS = [
+    *("", " ", "\n", "\0", "null", "~", "NaN", "1e-4", "1e999", "0x10", "-0", "9" * 400, "/", "..", "~nobody/x", "a/b"),
+    *(
+        "/dev/zero",
+        "/proc/self/mem",
+        "https://u:p@h/",
+        "{path}",
+        "{0}",
+        "%s",
+        "\u2028",
+        "\ufeff",
+        "<|im_end|>",
+        "\ud800",
+    ),
+    *(
+        "é" * 130,
+        "x" * 300,
+        "../../etc/passwd",
+        "embedded",
+        "tiny",
+        "!!python/object:os.system",
+        "&a",
+        "*a",
+        "[",
+        "{",
+        "'",
+    ),
+]
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from([0, -1, 2**31, 2**63, 2**64, 10**30, -(10**30)])
+    | st.floats()
+    | st.text(max_size=20)
+    | st.sampled_from(STRANGE_TEXTS)
+)
+values = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The path of everything inside a value of mappings and lists."""
+    inside = (
+        list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else []
+    )
+    return [found for key, each in inside for found in [(*path, key), *places(each, (*path, key))]]
+
+
+@st.composite
+def mutated(draw: st.DrawFn, original: dict[str, Any]) -> dict[str, Any]:
+    """``original`` with one to three of its values replaced, removed, renamed, wrapped or given company."""
+    result = copy.deepcopy(original)
+    for _ in range(draw(st.integers(1, 3))):
+        known = places(result)
+        if not known:
+            break
+        *path, key = draw(st.sampled_from(known))
+        holder = result
+        for part in path:
+            holder = holder[part]
+        change = draw(st.sampled_from(["replace", "replace", "replace", "remove", "wrap", "rename", "add"]))
+        if change == "replace":
+            holder[key] = draw(values)
+        elif change == "wrap":
+            holder[key] = draw(st.sampled_from([[holder[key]], {"a": holder[key]}, str(holder[key])]))
+        elif change == "remove" or isinstance(holder, list):
+            del holder[key]
+        elif change == "rename":
+            holder[draw(st.text(max_size=12))] = holder.pop(key)
+        else:
+            holder[draw(st.text(max_size=12))] = draw(values)
+    return result
+
+
+FRAGMENTS = [
+    *(
+        "!!python/object/apply:os.system [id]",
+        "!!bool x",
+        "!!int ''",
+        "!!timestamp x",
+        "!!binary x",
+        "!!set {a}",
+        "&a ",
+        "*a",
+    ),
+    *(
+        "<<: {a: 1}",
+        "? [a]\n: b",
+        "\t",
+        "\0",
+        "[",
+        "]",
+        "{",
+        "}",
+        ": ",
+        "- ",
+        "\n",
+        "%YAML 1.1\n---\n",
+        "---\n",
+        "...\n",
+        "|",
+        ">",
+    ),
+    *("'", '"', "\\", "#", "\ufeff", "\x85", "\ud800", "[" * 100, "{a: " * 50, "=: =", "0b1", "1:30", "@", "`"),
+]
+
+
+@st.composite
+def spliced(draw: st.DrawFn, texts: st.SearchStrategy[str]) -> str:
+    """A text with fragments put in, or stretches taken out, at places of no meaning."""
+    text = draw(texts)
+    for _ in range(draw(st.integers(0, 3))):
+        begin = draw(st.integers(0, len(text)))
+        end = min(len(text), begin + draw(st.sampled_from([0, 0, 1, 5, 40])))
+        text = text[:begin] + draw(st.sampled_from(FRAGMENTS) | st.text(max_size=5)) + text[end:]
+    return text
+
+
+def survives(function: Callable[[], T]) -> T | None:
+    """The result, or ``None`` for a documented error with a message that can be shown and stored."""
+    result, error, started = None, None, time.process_time()
+    try:
+        result = function()
+    except ForgeError as caught:
+        error = caught
+    assert time.process_time() - started < LIMIT_SECONDS
+    if error is not None:
+        assert error.message.strip()
+        assert 2 <= error.exit_code <= 9
+        assert len(str(error)) < 20_000
+    return result
+
+
+def fuzz(kind: str) -> Callable[[Callable[..., None]], Any]:
+    """One property as two tests: with few inputs, and with many and marked slow."""
+    quick, slow = EFFORT[kind]
+    return pytest.mark.parametrize(
+        "effort", [pytest.param(quick, id="quick"), pytest.param(slow, id="slow", marks=pytest.mark.slow)]
+    )
+
+
+def attempt(effort: int, strategy: st.SearchStrategy[T], body: Callable[[T], None]) -> None:
+    """Try ``body`` on ``effort`` inputs."""
+    num_tried = 0
+
+    @settings(max_examples=effort, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(strategy)
+    def run(value: T) -> None:
+        nonlocal num_tried
+        num_tried += 1
+        body(value)
+
+    run()
+    assert num_tried >= effort
+
+
+SHIPPED = [
+    yaml.safe_load(p.read_text(encoding="utf-8")) for p in sorted(WORKLOADS.glob("*.yaml")) if p.name.count(".") == 1
+]
+OVERRIDES = st.lists(
+    st.tuples(
+        st.sampled_from(
+            ["lora.rank", "training.epochs", "data", "data.train", "a.b.c", "model.path", "", ".", "x" * 200]
+        )
+        | st.text(max_size=10),
+        st.sampled_from(["=", "=", "=", ""]),
+        st.sampled_from([*STRANGE_TEXTS, *FRAGMENTS]) | st.text(max_size=20),
+    ).map("".join),
+    max_size=3,
+)
+
+
+@fuzz("workload")
+def test_any_workload_is_one_or_a_configuration_error(effort: int, tmp_path: Path) -> None:
+    texts = spliced(st.sampled_from(SHIPPED).flatmap(mutated).map(lambda content: yaml.safe_dump(content)))
+
+    def body(given_input: tuple[str, list[str]]) -> None:
+        text, overrides = given_input
+        path = tmp_path / "w.yaml"
+        path.write_bytes(text.encode("utf-8", "surrogatepass"))
+        workload = survives(lambda: load_workload(path, overrides))
+        if workload is None:
+            return
+        assert len(workload.digest()) == 64
+        path.write_text(workload.to_yaml(), encoding="utf-8")
+        assert load_workload(path) == workload
+        survives(lambda: step_order(workload, 3) if num_steps(workload, 3) < 10_000 else None)
+
+    attempt(effort, st.tuples(texts, OVERRIDES), body)
+
+
+@fuzz("workload bytes")
+def test_bytes_that_are_no_workload_are_refused(effort: int, tmp_path: Path) -> None:
+    def body(content: bytes) -> None:
+        (tmp_path / "w.yaml").write_bytes(content)
+        assert survives(lambda: load_workload(tmp_path / "w.yaml")) is None
+
+    attempt(
+        effort, st.binary(max_size=400) | spliced(st.just("a: 1\n")).map(lambda t: t.encode("utf-8", "ignore")), body
+    )
+
+
+PLANS = [yaml.safe_load(p.read_text(encoding="utf-8")) for p in sorted(WORKLOADS.glob("*.plans.yaml"))]
+PLAN_OVERRIDES = st.lists(
+    st.tuples(
+        st.sampled_from([*Plan.model_fields, "micro_bach", "", "a.b"]),
+        st.sampled_from(["=", "=", "=", ""]),
+        st.sampled_from([*STRANGE_TEXTS, "1", "2", "3", "null", "tokens", "full", "true"]) | st.text(max_size=20),
+    ).map("".join),
+    max_size=3,
+)
+
+
+@fuzz("plan")
+def test_any_plan_is_one_or_a_configuration_error(effort: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workload = load_workload("smoke")
+    monkeypatch.setattr("forge.training.config.plan.WORKLOADS", tmp_path)
+    texts = spliced(st.sampled_from(PLANS).flatmap(mutated).map(lambda content: yaml.safe_dump(content)))
+
+    def body(given_input: tuple[str, str, list[str]]) -> None:
+        text, backend, overrides = given_input
+        (tmp_path / "smoke.plans.yaml").write_bytes(text.encode("utf-8", "surrogatepass"))
+        plan = survives(lambda: load_plan(workload, backend, overrides))  # type: ignore[arg-type]
+        assert plan is None or workload.training.effective_batch % plan.micro_batch == 0
+
+    attempt(effort, st.tuples(texts, st.sampled_from(BACKEND_NAMES), PLAN_OVERRIDES), body)
+
+
+GOOD_ROWS: list[dict[str, Any]] = [
+    {"instruction": "Recite `a.md`", "input": "", "output": "It counts ships."},
+    {"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b <|im_end|> c"}]},
+    {
+        "messages": [
+            {"role": "system", "content": "s"},
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b"},
+        ]
+    },
+]
+LINES = (
+    st.sampled_from(GOOD_ROWS).map(json.dumps)
+    | st.sampled_from(GOOD_ROWS).flatmap(mutated).map(json.dumps)
+    | spliced(st.sampled_from(GOOD_ROWS).map(json.dumps))
+)
+
+
+@fuzz("records")
+def test_any_records_are_encoded_or_a_data_error(effort: int, tmp_path: Path) -> None:
+    encoder = Encoder(write_tokenizer(tmp_path / "tokenizer"))
+
+    def body(given_input: tuple[list[str], list[str], str, dict[str, Any]]) -> None:
+        train, validation, end, changes = given_input
+        for name, lines in (("train", train), ("validation", validation)):
+            (tmp_path / name).write_bytes(end.join(lines).encode("utf-8", "surrogatepass"))
+        both = survives(lambda: read_both(tmp_path / "train", tmp_path / "validation"))
+        if both is None:
+            return
+        content = {"name": "w", "data": {"train": "t", "max_length": 128, **changes}}
+        data = Workload.model_validate(content).data
+        for side in both:
+            assert side is not None
+            examples = survives(lambda side=side: encode_records(side, encoder, data))
+            if examples is not None:
+                assert max(map(len, examples.input_ids)) <= 128
+                assert all((labels[1:] != -100).any() for labels in examples.labels)
+
+    changes = st.fixed_dictionaries(
+        {},
+        optional={
+            "control_tokens": st.sampled_from(["neutralise", "drop", "fail"]),
+            "long_documents": st.sampled_from(["divide", "cut"]),
+            "loss_on": st.sampled_from(["answer", "all"]),
+            "system_prompt": st.text(max_size=300),
+        },
+    )
+    ends = st.sampled_from(["\n", "\n", "\r\n", "\n\n", "\r", "\u2028", ""])
+    attempt(effort, st.tuples(st.lists(LINES, max_size=5), st.lists(LINES, max_size=3), ends, changes), body)
+
+
+def json_bytes(content: Any) -> bytes:
+    return json.dumps(content).encode()
+
+
+JSON_SPOILS = st.sampled_from(
+    [b"", b"{", b"[]", b"null", b"\xff\xfe", b"\0" * 50, b"[" * 100_000, b'{"a":' * 50_000, b"NaN"]
+)
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the tiny model whose base is gone: judged by its records alone."""
+    directory = tmp_path_factory.mktemp("fuzz") / "run"
+    directory.mkdir()
+    (directory / "adapter").symlink_to(shared_adapter())
+    write_run(directory, shared_base())
+    content = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+    content["base_path"] = str(directory / "gone")
+    (directory / "run.json").write_text(json.dumps(content), encoding="utf-8")
+    return directory
+
+
+@fuzz("run record")
+def test_any_run_record_is_read_or_a_data_error(effort: int, run_dir: Path) -> None:
+    path = run_dir / "run.json"
+    original = json.loads(path.read_text(encoding="utf-8"))
+    smoke = load_workload("smoke")
+
+    def body(content: bytes) -> None:
+        path.write_bytes(content)
+        survives(lambda: previous_run(run_dir, smoke, "trl", resume=False, force=False))
+        assert survives(lambda: evaluate_run(run_dir)) is None  # its base is gone
+        assert survives(lambda: export_run(run_dir, quantizations=["f16"])) is None
+        run = survives(lambda: completed_record(run_dir))
+        if run is not None:
+            survives(lambda: write_card(run, export_record(), None))
+
+    try:
+        attempt(effort, mutated(original).map(json_bytes) | JSON_SPOILS, body)
+    finally:
+        path.write_bytes(json_bytes(original))
+
+
+def export_record() -> ExportRecord:
+    digest = "a" * 64
+    return ExportRecord("m", "o", digest, digest, digest, {}, [], None, "m-f16.gguf")
+
+
+def measured_evaluation() -> dict[str, Any]:
+    """A real one, cut to a few rows, of the adapter that :func:`export_record` names."""
+    stored = ROOT / "docs" / "results" / "2026-11-24-h200" / "tiny-trl.evaluation.json"
+    content = json.loads(stored.read_text(encoding="utf-8")) | {"adapter_sha256": "a" * 64}
+    short = {name: value[:2] if isinstance(value, list) else value for name, value in content.items()}
+    return Evaluation.model_validate(short).model_dump(mode="json")
+
+
+@fuzz("evaluation")
+def test_any_evaluation_is_in_the_card_or_left_out_with_a_note(effort: int, run_dir: Path) -> None:
+    path, run = run_dir / "evaluation.json", completed_record(run_dir)
+
+    def body(content: bytes) -> None:
+        path.write_bytes(content)
+        export = export_record()
+        evaluation = survives(lambda: read_evaluation(run_dir, export))
+        survives(lambda: write_card(run, export, evaluation))
+
+    try:
+        attempt(effort, mutated(measured_evaluation()).map(json_bytes) | JSON_SPOILS, body)
+    finally:
+        path.unlink()
+
+
+@fuzz("status")
+def test_any_status_is_shown_or_a_data_error(effort: int, tmp_path: Path) -> None:
+    status = {"schema_version": 1, "state": "running", "step": 3, "process": 7, "host": "h", "started_at": "t"}
+
+    def body(content: bytes) -> None:
+        (tmp_path / "status.json").write_bytes(content)
+        survives(lambda: describe_status(tmp_path))
+
+    attempt(effort, mutated(status | {"updated_at": "t"}).map(json_bytes) | JSON_SPOILS, body)
+
+
+@fuzz("base")
+def test_any_base_is_checked_to_the_end(effort: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two configuration files of a model directory from elsewhere, through ``check``: findings and no exception."""
+    monkeypatch.setattr(
+        "forge.training.checks.check.check_llama_cpp", lambda: iter(())
+    )  # looks at no base, takes half a second
+    base = tmp_path / "base"
+    base.mkdir()
+    for file in shared_base().iterdir():
+        (base / file.name).symlink_to(file)
+    (tmp_path / "train.jsonl").write_text(json.dumps(GOOD_ROWS[0]) + "\n", encoding="utf-8")
+    content = {"name": "w", "model": {"path": str(base)}, "data": {"train": str(tmp_path / "train.jsonl")}}
+    workload = Workload.model_validate(content)
+    names = ["config.json", "tokenizer_config.json"]
+    originals = {name: json.loads((base / name).read_text(encoding="utf-8")) for name in names}
+
+    def body(spoilt: tuple[str, bytes]) -> None:
+        name, raw = spoilt
+        (base / name).unlink()
+        (base / name).write_bytes(raw)
+        findings = survives(lambda: check_workload(workload, "trl", tmp_path))
+        assert findings
+        assert all(finding.exit_code != 1 for finding in findings)
+        (base / name).unlink()
+        (base / name).write_bytes(json_bytes(originals[name]))
+
+    spoilt = st.sampled_from(names).flatmap(
+        lambda name: st.tuples(st.just(name), mutated(originals[name]).map(json_bytes) | JSON_SPOILS)
+    )
+    attempt(effort, spoilt, body)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("name", ["run.json", "evaluation.json", "status.json", "w.yaml", "train.jsonl"])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    readers: dict[str, Callable[[], Any]] = {
+        "run.json": lambda: completed_record(tmp_path),
+        "evaluation.json": lambda: read_evaluation(tmp_path, export_record()),
+        "status.json": lambda: describe_status(tmp_path),
+        "w.yaml": lambda: load_workload(tmp_path / "w.yaml"),
+        "train.jsonl": lambda: read_both(tmp_path / "train.jsonl", None),
+    }
+    if name == "evaluation.json":
+        assert readers[name]() is None
+        return
+    with pytest.raises((DataError, ConfigurationError), match=r"not a regular file|no workload"):
+        readers[name]()
+
+
+def test_the_slow_tests_try_far_more_than_seven_hundred_inputs() -> None:
+    assert sum(slow for _, slow in EFFORT.values()) > 2000
