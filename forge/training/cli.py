@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from forge.training.backends import BACKENDS
 from forge.training.system.command import carry_out, print_json, restore_stdout
 
 if TYPE_CHECKING:
@@ -25,13 +26,9 @@ app = typer.Typer(
 )
 
 
-class BackendChoice(StrEnum):
-    """``auto``: unsloth where a CUDA GPU and unsloth are present, else trl."""
-
-    auto = "auto"
-    unsloth = "unsloth"
-    trl = "trl"
-    legacy = "legacy"
+# ``auto``: unsloth where a CUDA GPU and unsloth are present, else trl.
+BackendChoice = StrEnum("BackendChoice", ["auto", *BACKENDS])  # type: ignore[misc]
+AUTO = BackendChoice("auto")
 
 
 class OnOutOfMemory(StrEnum):
@@ -121,7 +118,7 @@ def preview(
 @app.command()
 def check(
     workload: WorkloadArgument,
-    backend: BackendOption = BackendChoice.auto,
+    backend: BackendOption = AUTO,
     overrides: Set = None,
     as_json: Json = False,
 ) -> None:
@@ -138,9 +135,38 @@ def check(
 
 
 @app.command()
+def context(
+    workload: WorkloadArgument,
+    backend: BackendOption = AUTO,
+    budget: Annotated[float | None, typer.Option("--budget", help="GiB; default: all of this GPU.")] = None,
+    lengths: Annotated[
+        str, typer.Option("--lengths", help="Rising numbers of tokens to measure first.")
+    ] = "128,512,2048,8192,32768,131072",
+    seconds: Annotated[float, typer.Option("--seconds", help="How long to measure, after the load.")] = 240.0,
+    overrides: Set = None,
+    plan: PlanOption = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the longest document that this GPU, or a smaller one, trains on."""
+    from forge.training.checks.max_context import describe_context, measure_context
+    from forge.training.train.run import choose_backend
+
+    found = measure_context(
+        workload,
+        overrides or [],
+        choose_backend(backend.value),
+        plan or [],
+        budget_gib=budget,
+        lengths=lengths.split(","),
+        seconds=seconds,
+    )
+    print_json(found) if as_json else results().print(describe_context(found), markup=False)
+
+
+@app.command()
 def train(
     workload: WorkloadArgument,
-    backend: BackendOption = BackendChoice.auto,
+    backend: BackendOption = AUTO,
     overrides: Set = None,
     plan: PlanOption = None,
     out: Out = None,
@@ -152,7 +178,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train an adapter. The same command again goes on where a run was stopped, and leaves a complete one as it is."""
-    from forge.training.config.plan import load_plan
+    from forge.training.backends import load_plan
     from forge.training.config.workload import load_workload
     from forge.training.system.errors import GpuMemoryError
     from forge.training.train.attempt import Listener
@@ -275,7 +301,7 @@ def chat(
 @app.command()
 def run(
     workload: WorkloadArgument,
-    backend: BackendOption = BackendChoice.auto,
+    backend: BackendOption = AUTO,
     overrides: Set = None,
     plan: PlanOption = None,
     out: Out = None,

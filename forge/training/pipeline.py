@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from forge.training.config.plan import Backend
+from forge.training.backends import Backend
 from forge.training.config.workload import Workload, changed_keys, load_workload
 from forge.training.system.errors import CheckError, ConfigurationError, ForgeError
 from forge.training.system.files import write_json

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from forge.training.config.plan import Backend
+from forge.training.backends import Backend
 from forge.training.config.workload import load_workload
 from forge.training.system.environment import ROOT, describe_gpu
 from forge.training.system.errors import DataError, ForgeError

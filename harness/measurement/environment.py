@@ -11,7 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from forge.training.config.plan import Backend
+from forge.training.backends import Backend
 from forge.training.system.environment import ROOT
 from forge.training.system.errors import MachineError
 from harness.measurement.results import RunSpec

@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from forge.training.config.plan import Backend, load_plan
+from forge.training.backends import Backend, load_plan
 from forge.training.config.workload import Workload, load_workload
 from forge.training.system.environment import PACKAGES, ROOT, describe_gpu
 from forge.training.system.errors import DataError, MachineError

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
-from forge.training.config.plan import Backend
+from forge.training.backends import Backend
 from forge.training.system.environment import ROOT, describe_gpu
 from forge.training.system.errors import ForgeError
 from forge.training.system.files import read_json_object, sha256_json, write_json

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
-from forge.training.config.plan import Backend
+from forge.training.backends import Backend
 from forge.training.system.errors import ConfigurationError, DataError
 from forge.training.system.files import disk_errors, locked, read_json_object, refuse_existing, write_json
 from harness.measurement.redact import portable, portable_setting

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from forge.training.config.plan import load_plan
+from forge.training.backends import load_plan
 from forge.training.config.workload import load_workload
 from harness.measurement.results import Outcome, RunSpec, Store
 from harness.parity.suite import (

@@ -13,7 +13,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from forge.training.config.plan import Backend
+from forge.training.backends import Backend
 from forge.training.config.workload import GateSection, load_workload
 from forge.training.system.errors import CheckError, ForgeError, MachineError
 from forge.training.system.files import read_json_object, write_json

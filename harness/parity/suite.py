@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from forge.training.config.plan import Backend
+from forge.training.backends import Backend
 
 WORKLOAD = "parity"
 BASELINE: Backend = "legacy"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forge.training.config.plan import load_plan
+from forge.training.backends import load_plan
 from forge.training.config.workload import load_workload
 from forge.training.system.errors import ForgeError
 from forge.training.system.files import read_json_object
@@ -70,7 +70,7 @@ def outlook(store: Store) -> list[Item]:
             there = {
                 (probe["backend"], probe["budget_gib"])
                 for probe in probes
-                if _is_of("forge.training.checks.max_context", probe)
+                if _is_of("harness.perf.probes.max_context", probe)
             }
             done = len(CONTEXT_TAKES_SECONDS.keys() & there)
             units = [seconds for asked, seconds in CONTEXT_TAKES_SECONDS.items() if asked not in there]

@@ -171,7 +171,7 @@ class Gate:
         asked = (*work_arguments(work), "--budget", f"{budget_gib:g}", "--seconds", f"{seconds:g}")
         expected = CONTEXT_TAKES_SECONDS[arm.backend, budget_gib]
         return self._probe(
-            "forge.training.checks.max_context", arm, asked, expected, seconds + CONTEXT_LOAD_SECONDS, deadline, work
+            "harness.perf.probes.max_context", arm, asked, expected, seconds + CONTEXT_LOAD_SECONDS, deadline, work
         )
 
     def _probe(

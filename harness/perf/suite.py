@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from forge.training.config.plan import Backend
+from forge.training.backends import Backend
 
 MODEL = "qwen2-7b"
 # What a run's whole process takes on an H200, for a deadline's sake; the store's own runs know better.

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from forge.training.config.plan import Backend
+from forge.training.backends import Backend
 from forge.training.system.errors import ForgeError
 from harness.export.findings import Finding, by_faults
 from harness.measurement.environment import work_arguments

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from forge.training.config.plan import Backend
+from forge.training.backends import Backend
 from harness.recorder import CLOCK, record_facts
 from harness.reliability.claims import BACKENDS, Survival
 

@@ -19,9 +19,10 @@ BYTES = {"legacy": 70 << 30, "trl": 30 << 30, "unsloth": 10 << 30}
 
 
 def train(arguments: list[str]) -> int:
-    from forge.training.config.plan import load_plan
+    from forge.training.backends import load_plan
     from forge.training.config.workload import load_workload
-    from forge.training.train.record import Inputs, Losses, MemoryPhase, RunRecord, Trainable
+    from forge.training.data.inputs import Inputs
+    from forge.training.train.record import Losses, MemoryPhase, RunRecord, Trainable
 
     parser = argparse.ArgumentParser()
     parser.add_argument("workload")
@@ -115,7 +116,7 @@ def probe(name: str, arguments: list[str]) -> int:
 def main() -> int:
     if sys.argv[1] == "-m" and sys.argv[2] == "forge.training" and sys.argv[3] == "train":
         return train(sys.argv[4:])
-    if sys.argv[1] == "-m" and sys.argv[2].startswith(("harness.", "forge.training.checks.")):
+    if sys.argv[1] == "-m" and sys.argv[2].startswith("harness."):
         return probe(sys.argv[2].rpartition(".")[2], sys.argv[3:])
     os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 

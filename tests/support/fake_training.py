@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from forge.training.train.record import Inputs, Losses, MemoryPhase, RunRecord, Trainable
+from forge.training.data.inputs import Inputs
+from forge.training.train.record import Losses, MemoryPhase, RunRecord, Trainable
 from harness.measurement.results import RunSpec
 
 SPEC = RunSpec(backend="trl", workload="smoke")

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from forge.training.config.workload import Workload
+from forge.training.data.inputs import Inputs
 from forge.training.system.files import sha256_file
-from forge.training.train.record import Inputs, Losses, MemoryPhase, RunRecord, Timing, Trainable
+from forge.training.train.record import Losses, MemoryPhase, RunRecord, Timing, Trainable
 
 
 def write_run(run_dir: Path, base_dir: Path, **workload: Any) -> RunRecord:

@@ -19,9 +19,11 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from forge.training.backends import BACKENDS, load_plan
 from forge.training.checks.check import check_workload
-from forge.training.config.plan import BACKEND_NAMES, Plan, load_plan, num_steps, step_order
+from forge.training.config.plan import Plan
 from forge.training.config.workload import WORKLOADS, Workload, load_workload
+from forge.training.data.batching import num_steps, step_order
 from forge.training.data.conversation import Encoder
 from forge.training.data.examples import encode_records
 from forge.training.data.records import read_both
@@ -270,7 +272,7 @@ PLAN_OVERRIDES = st.lists(
 @fuzz("plan")
 def test_any_plan_is_one_or_a_configuration_error(effort: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     workload = load_workload("smoke")
-    monkeypatch.setattr("forge.training.config.plan.WORKLOADS", tmp_path)
+    monkeypatch.setattr("forge.training.config.workload.WORKLOADS", tmp_path)
     texts = spliced(st.sampled_from(PLANS).flatmap(mutated).map(lambda content: yaml.safe_dump(content)))
 
     def body(given_input: tuple[str, str, list[str]]) -> None:
@@ -279,7 +281,7 @@ def test_any_plan_is_one_or_a_configuration_error(effort: int, tmp_path: Path, m
         plan = survives(lambda: load_plan(workload, backend, overrides))  # type: ignore[arg-type]
         assert plan is None or workload.training.effective_batch % plan.micro_batch == 0
 
-    attempt(effort, st.tuples(texts, st.sampled_from(BACKEND_NAMES), PLAN_OVERRIDES), body)
+    attempt(effort, st.tuples(texts, st.sampled_from(BACKENDS), PLAN_OVERRIDES), body)
 
 
 GOOD_ROWS: list[dict[str, Any]] = [

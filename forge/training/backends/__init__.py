@@ -1,17 +1,94 @@
-"""The training stacks: each prepares its process and builds its own SFTTrainer from one job.
+"""The training stacks, and the one list of them: command line, records and report derive theirs from it.
 
-``prepare()`` runs before anything imports torch or transformers; ``build(job)`` returns the
-trainer, ready to train, an instance of :func:`forge.training.backends.trainer.forge_trainer`'s class.
+A backend is a module of this package with what :class:`BackendModule` asks. To add one: write the module, and add its
+name to :data:`Backend` and to the modules that are type-checked below it (docs/adding.md).
+
+Imported by ``--help``: nothing heavy at the top.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from importlib import import_module
-from types import ModuleType
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args
 
-from forge.training.config.plan import Backend
+from forge.training.system.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from forge.training.backends.job import TrainingJob
+    from forge.training.config.plan import Plan
+    from forge.training.config.workload import Workload
+
+Backend = Literal["legacy", "trl", "unsloth"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 
-def load_backend(name: Backend) -> ModuleType:
-    """The backend's module, imported only now: Unsloth's must be first in its process."""
-    return import_module(f"{__name__}.{name}")
+class BackendModule(Protocol):
+    """What a backend's module has. None of it may import torch or transformers before :meth:`prepare`."""
+
+    DEFAULT_PLAN: Mapping[str, Any]
+    """Fields of :class:`~forge.training.config.plan.Plan` that fit any machine, where they are not Plan's own."""
+
+    def prepare(self, plan: Plan, /) -> None:
+        """Make this process ready. Raises :class:`MachineError` where the stack cannot run here."""
+
+    def build(self, job: TrainingJob, /) -> Any:
+        """The trainer, ready to train: an instance of :func:`.trainer.forge_trainer`'s class."""
+
+
+if TYPE_CHECKING:
+    from forge.training.backends import legacy, trl, unsloth
+
+    _CHECKED: tuple[BackendModule, ...] = (legacy, trl, unsloth)
+
+
+def load_backend(name: Backend) -> BackendModule:
+    """The backend's module, imported only now."""
+    return cast(BackendModule, import_module(f"{__name__}.{name}"))
+
+
+def load_plan(workload: Workload, backend: Backend, overrides: Sequence[str] = ()) -> Plan:
+    """The plan of ``workloads/NAME.plans.yaml`` for this backend, else a default that fits anywhere.
+
+    ``overrides`` are ``key=value``. Raises :class:`ConfigurationError`.
+    """
+    from pydantic import ValidationError
+
+    from forge.training.config.overrides import apply_overrides, listed, unusable_text, validation_errors
+    from forge.training.config.plan import Plan
+    from forge.training.config.workload import WORKLOADS
+
+    content = dict(load_backend(backend).DEFAULT_PLAN)
+    path = WORKLOADS / f"{workload.name}.plans.yaml"
+    if path.is_file():
+        content.update(_planned(path, backend))
+    errors = apply_overrides(content, overrides, "--plan") + list(unusable_text(content))
+    try:
+        plan = Plan.model_validate(content)
+    except ValidationError as invalid:
+        errors += validation_errors(Plan, invalid, "plan.")
+    if errors:
+        known = ", ".join(Plan.model_fields)
+        raise ConfigurationError(f"the plan is wrong\n{listed(errors)}", remedy=f"its keys are {known}")
+    effective = workload.training.effective_batch
+    if effective % plan.micro_batch:
+        raise ConfigurationError(
+            f"plan.micro_batch={plan.micro_batch} does not divide training.effective_batch={effective}",
+            remedy=f"take one of {[n for n in range(1, effective + 1) if effective % n == 0]}",
+        )
+    return plan
+
+
+def _planned(path: Path, backend: Backend) -> dict[str, Any]:
+    from forge.training.config.overrides import shown
+    from forge.training.config.yaml import load_yaml
+
+    plans = load_yaml(path)
+    unknown = sorted(plans.keys() - set(BACKENDS))
+    if unknown:
+        raise ConfigurationError(f"{path}: no backend {shown(unknown[0])}", remedy=f"one of {', '.join(BACKENDS)}")
+    own = plans.get(backend) or {}
+    if not isinstance(own, dict):
+        raise ConfigurationError(f"{path}: {backend} is no mapping of keys to values", remedy="see the plans beside it")
+    return own

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from forge.training.backends.job import TrainingJob
 from forge.training.config.plan import LONG_DOCUMENT_TOKENS
-from forge.training.data.batching import StepBatches, largest_micro_batch, longest_document, to_dataset
+from forge.training.data.batching import largest_micro_batch, longest_document, to_dataset
 from forge.training.data.conversation import IGNORED
 from forge.training.models.tokenizers import load_tokenizer
 from forge.training.system.signals import StopRequest
@@ -25,6 +25,20 @@ from forge.training.train.metrics import Meter
 from forge.training.train.saving import Saver
 
 disable_progress_bar()  # progress.py shows one bar, of steps
+
+
+class StepBatches(torch.utils.data.BatchSampler):  # type: ignore[misc]
+    """A run's micro-batches, as PyTorch's loader takes them."""
+
+    def __init__(self, batches: list[list[int]]) -> None:
+        self._batches = batches
+        super().__init__(range(len(batches)), batch_size=1, drop_last=False)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self._batches)
+
+    def __len__(self) -> int:
+        return len(self._batches)
 
 
 def initialise_adapter(model: Any, seed: int) -> None:
@@ -76,7 +90,7 @@ def forge_trainer(base: Any) -> Callable[..., Any]:
         def get_train_dataloader(self) -> Any:
             loader = torch.utils.data.DataLoader(
                 self.train_dataset,
-                batch_sampler=StepBatches(self.job),
+                batch_sampler=StepBatches(self.job.micro_batches),
                 collate_fn=self._collate,
                 pin_memory=torch.cuda.is_available(),
             )
@@ -98,8 +112,8 @@ def forge_trainer(base: Any) -> Callable[..., Any]:
             The random state is put back and no optimizer step taken, so the run that follows is the
             same to the bit. Raises ``torch.OutOfMemoryError`` where the run could not have ended.
             """
-            started = time.perf_counter()
-            rows = [self.train_dataset[i] for i in largest_micro_batch(self.job)]
+            started, job = time.perf_counter(), self.job
+            rows = [self.train_dataset[i] for i in largest_micro_batch(job.micro_batches, job.lengths, job.plan)]
             trained = sum(int((np.asarray(row["labels"][1:]) != IGNORED).sum()) for row in rows)
             before = torch.get_rng_state(), torch.cuda.get_rng_state_all()
             self.take_step(model, self.data_collator(rows), torch.tensor(trained, device=self.args.device))

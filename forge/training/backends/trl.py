@@ -10,6 +10,8 @@ from forge.training.backends.job import TrainingJob
 from forge.training.config.plan import Plan
 from forge.training.system.errors import ConfigurationError, MachineError
 
+DEFAULT_PLAN = {"gradient_checkpointing": "full", "padding": "longest", "grouping": "length"}
+
 
 def prepare(plan: Plan) -> None:
     """Refuse a process that Unsloth has patched or a plan that is Unsloth's; switch telemetry off."""

@@ -12,6 +12,15 @@ from forge.training.config.plan import Plan
 from forge.training.system.errors import ConfigurationError, MachineError
 from forge.training.system.files import cache_dir
 
+DEFAULT_PLAN = {
+    "gradient_checkpointing": "offload",
+    "padding": "none",
+    "attention": "mixed",
+    "grouping": "tokens",
+    "mlp_tile_tokens": 8192,
+    "loss_chunk_gib": 1.0,
+}
+
 
 def prepare(plan: Plan) -> None:
     """Import Unsloth before anything it patches. Raises :class:`MachineError` where it cannot run."""

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from forge.training.backends import Backend
 from forge.training.checks.configuration import check_configuration
 from forge.training.checks.data import check_data
 from forge.training.checks.finding import Finding, exit_code, failure, guarded, print_findings
 from forge.training.checks.machine import check_disk, check_gpu, check_llama_cpp, check_memory, check_wsl
 from forge.training.checks.model import check_export, check_fit, check_tokenizer, find_base, is_made
 from forge.training.checks.packages import check_attention, check_packages
-from forge.training.config.plan import Backend
 from forge.training.config.workload import Workload
 from forge.training.system.environment import describe_gpu
 from forge.training.system.errors import ForgeError

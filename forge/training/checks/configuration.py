@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib.util import find_spec
 
+from forge.training.backends import Backend, load_plan
 from forge.training.checks.finding import Finding, failure, ok, warning
-from forge.training.config.plan import Backend, load_plan
 from forge.training.config.workload import Workload
 from forge.training.system.errors import ConfigurationError, MachineError
 

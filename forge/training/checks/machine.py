@@ -10,9 +10,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from forge.training.backends import Backend
 from forge.training.checks.finding import Finding, failure, ok, warning
 from forge.training.checks.model import is_made
-from forge.training.config.plan import Backend, memory_floor_bytes
+from forge.training.config.plan import memory_floor_bytes
 from forge.training.config.workload import Workload
 from forge.training.models.weights import ModelWeights
 from forge.training.system.environment import available_ram_bytes, is_wsl

@@ -1,6 +1,6 @@
 """The longest document that a backend trains on in so much memory.
 
-    python -m forge.training.checks.max_context WORKLOAD --backend unsloth [--budget 8] [--set ...] [--plan ...]
+    forge context WORKLOAD --backend unsloth [--budget 8] [--set ...] [--plan ...]
 
 One process that from before the model is loaded has a card of that many GiB, or the GPU as it is: the allocator is
 capped (`torch.cuda.set_per_process_memory_fraction`) at the budget less what CUDA itself took, and libraries that ask
@@ -15,22 +15,20 @@ beyond the base's own positions are allowed: memory does not depend on what RoPE
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import math
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from forge.training.backends import Backend, load_plan
 from forge.training.checks.bracket import GRAIN, bracket, measure, predict
-from forge.training.config.plan import BACKEND_NAMES, Backend, load_plan
 from forge.training.config.workload import load_workload
-from forge.training.system.errors import ConfigurationError, ForgeError, GpuMemoryError, MachineError
+from forge.training.system.errors import ConfigurationError, GpuMemoryError, MachineError
 from forge.training.system.files import read_json_object
 from forge.training.system.signals import StopRequest
 from forge.training.train.ending import translated
@@ -193,6 +191,16 @@ def longest_within(prober: Prober, card: Card, lengths: list[int], seconds: floa
     return found
 
 
+def _rising(lengths: Sequence[str | int]) -> list[int]:
+    try:
+        tokens = [int(value) for value in lengths]
+    except ValueError as error:
+        raise ConfigurationError(f"--lengths takes numbers: {error}") from error
+    if len(tokens) < 2 or tokens != sorted({*tokens}) or tokens[0] <= 0:
+        raise ConfigurationError("--lengths takes two or more rising lengths")
+    return tokens
+
+
 def measure_context(
     workload_name: str,
     overrides: list[str],
@@ -200,23 +208,27 @@ def measure_context(
     plan_overrides: list[str],
     *,
     budget_gib: float | None,
-    lengths: list[int],
+    lengths: Sequence[str | int],
     seconds: float,
 ) -> dict[str, Any]:
     """What :func:`longest_within` finds on a card of ``budget_gib``, by default the GPU, with the plan.
 
-    ``seconds``: without the load.
+    ``lengths``: two or more rising numbers of tokens to predict from. ``seconds``: without the load. Raises
+    :class:`ConfigurationError` for a wrong argument and :class:`MachineError` without a GPU.
     """
+    tokens = _rising(lengths)
+    if budget_gib is not None and not 0 < budget_gib < math.inf:
+        raise ConfigurationError("--budget takes an amount above 0")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         own = [f"data.train={_short_documents(folder)}", *_ALONE]
         workload = load_workload(workload_name, [*overrides, *own])
         plan = load_plan(workload, backend, plan_overrides)
-        base = base_directory(workload)
         import torch
 
         if not torch.cuda.is_available():
             raise MachineError("context is measured on a CUDA GPU and this machine shows none")
+        base = base_directory(workload)
         from forge.training.backends import load_backend
 
         module = load_backend(backend)
@@ -235,7 +247,7 @@ def measure_context(
             class Probe(TrainerCallback):  # type: ignore[misc]
                 def on_step_end(self, *_: Any, model: Any, **__: Any) -> None:
                     prober = Prober(trainer, model, vocabulary * 9 // 10)  # below the specials
-                    found.update(longest_within(prober, card, lengths, seconds))
+                    found.update(longest_within(prober, card, tokens, seconds))
                     raise _Done
 
             try:
@@ -251,51 +263,18 @@ def measure_context(
     return {"backend": backend, "plan": plan.model_dump(), "budget_gib": card.budget_bytes / _GIB, **found}
 
 
+def describe_context(found: dict[str, Any]) -> str:
+    """One line about what :func:`measure_context` found."""
+    card = f"{found['backend']} on {found['budget_gib']:.1f} GiB"
+    if not found.get("tokens_fits"):
+        return f"{card}: {found.get('why', 'nothing was measured')}"
+    least = f"; {found['tokens_fails']:,} do not" if found.get("tokens_fails") else f"; {found.get('why', '')}"
+    return f"{card}: documents of {found['tokens_fits']:,} tokens fit{least}"
+
+
 def _short_documents(folder: Path) -> Path:
     """Enough for the first steps at any effective batch of a workload in use."""
     path = folder / "short.jsonl"
     rows = [{"instruction": f"Say {number}.", "input": "", "output": f"It is {number}."} for number in range(64)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
-
-
-def main() -> int:
-    """Print the measurement as JSON; errors as everywhere in Forge."""
-    parser = argparse.ArgumentParser(
-        prog="forge.training.checks.max_context", description="The longest document that fits."
-    )
-    parser.add_argument("workload")
-    parser.add_argument("--backend", choices=BACKEND_NAMES, required=True)
-    parser.add_argument("--budget", type=float, help="GiB, with what CUDA itself takes; default: this GPU's own")
-    parser.add_argument("--lengths", default="128,512,2048,8192,32768,131072", help="rising lengths to predict from")
-    parser.add_argument("--seconds", type=float, default=240.0, help="what may be spent after the load")
-    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
-    parser.add_argument("--plan", action="append", default=[], dest="plan_overrides", metavar="KEY=VALUE")
-    arguments = parser.parse_args()
-    try:
-        lengths = [int(value) for value in arguments.lengths.split(",")]
-        if len(lengths) < 2 or lengths != sorted({*lengths}) or lengths[0] <= 0:
-            raise ConfigurationError("--lengths takes two or more rising lengths")
-        if arguments.budget is not None and not 0 < arguments.budget < math.inf:
-            raise ConfigurationError("--budget takes an amount above 0")
-        found = measure_context(
-            arguments.workload,
-            arguments.overrides,
-            arguments.backend,
-            arguments.plan_overrides,
-            budget_gib=arguments.budget,
-            lengths=lengths,
-            seconds=arguments.seconds,
-        )
-        print(json.dumps(found))
-    except ForgeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except ValueError as error:
-        print(f"error: --lengths takes numbers: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 
+from forge.training.backends import Backend
 from forge.training.checks.finding import Finding, failure, ok, warning
-from forge.training.config.plan import Backend
 from forge.training.config.workload import Workload
 from forge.training.system.environment import ROOT, package_version
 from forge.training.system.errors import MachineError

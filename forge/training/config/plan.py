@@ -7,20 +7,13 @@ every token in its loss, are the workload's.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from forge.training.config.overrides import apply_overrides, listed, shown, unusable_text, validation_errors
-from forge.training.config.workload import WORKLOADS, Workload
-from forge.training.config.yaml import load_yaml
-from forge.training.system.errors import ConfigurationError
+from forge.training.config.workload import Workload
 
-Backend = Literal["legacy", "trl", "unsloth"]
 LONG_DOCUMENT_TOKENS = 8192
-BACKEND_NAMES: tuple[Backend, ...] = ("legacy", "trl", "unsloth")
 
 
 class Plan(BaseModel):
@@ -57,105 +50,6 @@ class Plan(BaseModel):
     def accumulation(self, workload: Workload) -> int:
         """Micro-batches an optimizer step."""
         return workload.training.effective_batch // self.micro_batch
-
-
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    # its owner's layout, fixed: the bar is set against it
-    "legacy": {"micro_batch": 1, "gradient_checkpointing": "full", "padding": "longest"},
-    "trl": {"gradient_checkpointing": "full", "padding": "longest", "grouping": "length"},
-    "unsloth": {
-        "gradient_checkpointing": "offload",
-        "padding": "none",
-        "attention": "mixed",
-        "grouping": "tokens",
-        "mlp_tile_tokens": 8192,
-        "loss_chunk_gib": 1.0,
-    },
-}
-
-
-def load_plan(workload: Workload, backend: Backend, overrides: list[str] | tuple[str, ...] = ()) -> Plan:
-    """The plan of ``workloads/NAME.plans.yaml`` for this backend, else a default that fits anywhere.
-
-    ``overrides`` are ``key=value``. Raises :class:`ConfigurationError`.
-    """
-    content = dict(_DEFAULTS[backend])
-    path = WORKLOADS / f"{workload.name}.plans.yaml"
-    if path.is_file():
-        content.update(_planned(path, backend))
-    errors = apply_overrides(content, overrides, "--plan") + list(unusable_text(content))
-    try:
-        plan = Plan.model_validate(content)
-    except ValidationError as invalid:
-        errors += validation_errors(Plan, invalid, "plan.")
-    if errors:
-        known = ", ".join(Plan.model_fields)
-        raise ConfigurationError(f"the plan is wrong\n{listed(errors)}", remedy=f"its keys are {known}")
-    effective = workload.training.effective_batch
-    if effective % plan.micro_batch:
-        raise ConfigurationError(
-            f"plan.micro_batch={plan.micro_batch} does not divide training.effective_batch={effective}",
-            remedy=f"take one of {[n for n in range(1, effective + 1) if effective % n == 0]}",
-        )
-    return plan
-
-
-def _planned(path: Path, backend: Backend) -> dict[str, Any]:
-    plans = load_yaml(path)
-    unknown = sorted(plans.keys() - set(BACKEND_NAMES))
-    if unknown:
-        raise ConfigurationError(f"{path}: no backend {shown(unknown[0])}", remedy=f"one of {', '.join(BACKEND_NAMES)}")
-    own = plans.get(backend) or {}
-    if not isinstance(own, dict):
-        raise ConfigurationError(f"{path}: {backend} is no mapping of keys to values", remedy="see the plans beside it")
-    return own
-
-
-def num_steps(workload: Workload, num_examples: int) -> int:
-    """Optimizer steps of a whole run. The last may hold fewer than ``effective_batch`` examples."""
-    training = workload.training
-    if training.max_steps is not None:
-        return training.max_steps
-    total = int(np.ceil(num_examples * training.epochs))
-    return max(1, int(np.ceil(total / training.effective_batch)))
-
-
-def step_order(workload: Workload, num_examples: int) -> list[np.ndarray]:
-    """Which examples each optimizer step trains on: int64 arrays of shape (effective_batch,).
-
-    Epochs are shuffles of all examples, joined into one stream and cut into steps, so a step may
-    straddle two epochs and none is short but the last. The same for every backend and plan.
-    """
-    training = workload.training
-    steps, size = num_steps(workload, num_examples), training.effective_batch
-    total = steps * size
-    if training.max_steps is None:
-        total = min(total, int(np.ceil(num_examples * training.epochs)))
-    generator = np.random.Generator(np.random.PCG64(training.seed))
-    stream = np.concatenate([generator.permutation(num_examples) for _ in range(-(-total // num_examples))])
-    return [stream[i : min(i + size, total)] for i in range(0, total, size)]
-
-
-def micro_batches(step: np.ndarray, lengths: np.ndarray, plan: Plan) -> list[list[int]]:
-    """Lay one step's examples out: lists of example indices, ceil(step size / ``micro_batch``) of them.
-
-    ``lengths``: tokens of every example, int64 of shape (examples,). Grouped, the largest micro-batch
-    comes first (memory is claimed once). By tokens each example goes, longest first, to the
-    micro-batch that holds fewest (Graham 1969: at most 4/3 of the least possible maximum), so a
-    document longer than all others of its step together stays alone.
-    """
-    indices = [int(i) for i in step]
-    if plan.grouping != "none":
-        indices.sort(key=lambda i: (-int(lengths[i]), i))
-    if plan.grouping != "tokens":
-        return [indices[i : i + plan.micro_batch] for i in range(0, len(indices), plan.micro_batch)]
-    groups: list[list[int]] = [[] for _ in range(-(-len(indices) // plan.micro_batch))]
-    totals = [0] * len(groups)
-    for index in indices:
-        least = totals.index(min(totals))
-        groups[least].append(index)
-        totals[least] += int(lengths[index])
-    return [group for _, group in sorted(zip(totals, groups, strict=True), key=lambda pair: -pair[0])]
 
 
 def _key_value_heads(config: dict[str, Any]) -> int:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from forge.training.config.workload import Workload
 from forge.training.data.conversation import Encoder
 from forge.training.data.examples import Examples, encode_records, sample_examples, save_examples
@@ -13,7 +15,29 @@ from forge.training.data.overlap import describe_overlap, find_overlap
 from forge.training.models.tokenizers import load_tokenizer
 from forge.training.system.errors import ConfigurationError, DataError
 from forge.training.system.files import read_json_object, sha256_file
-from forge.training.train.record import Inputs
+
+
+class Inputs(BaseModel):
+    """What went in, by content: part of the run record. Every digest is a hex SHA-256."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    base_sha256: str
+    tokenizer_sha256: str
+    corpus_sha256: str | None = None
+    validation_corpus_sha256: str | None = None
+    train_examples_sha256: str
+    validation_examples_sha256: str | None = None
+    num_train_examples: int
+    num_validation_examples: int
+    num_train_tokens: int  # of the examples, once, not times the epochs
+    num_trained_tokens: int  # of those, tokens that carry a loss
+    # of all examples before data.sample, to project a whole run's time from a sample's
+    num_corpus_examples: int | None = None
+    num_corpus_tokens: int | None = None
+    corpus_tokens_squared: int | None = None  # sum over examples of tokens^2: attention's share
+    # documents left out and why, records with nothing to train, texts on both sides of the split
+    notes: list[str] = Field(default_factory=list)
 
 
 @dataclass(frozen=True)

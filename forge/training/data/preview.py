@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from forge.training.config.plan import num_steps
 from forge.training.config.workload import Workload
+from forge.training.data.batching import num_steps
 from forge.training.data.conversation import IGNORED, Encoder
 from forge.training.data.examples import Examples, encode_records
 from forge.training.data.inputs import corpus_paths

@@ -17,6 +17,18 @@ class ForgeError(Exception):
         self.message = message
         self.remedy = remedy
 
+    @classmethod
+    def of_child(cls, code: int, message: str, *, remedy: str | None = None) -> ForgeError:
+        """The error of a child process that ended with ``code``, and with it its exit code: 1 to 9 as documented.
+
+        A negative code is the number of the signal that ended it, as :mod:`subprocess` says it: -2 and -15 are an
+        interruption (130, 143), like a shell's own 130 and 143. Any other end is a bug or a crash: 1.
+        """
+        error = cls(message, remedy=remedy)
+        code = 128 - code if code < 0 else code
+        error.exit_code = code if 0 < code < 10 or code in (130, 143) else 1
+        return error
+
     def __str__(self) -> str:
         return f"{self.message}\n  -> {self.remedy}" if self.remedy else self.message
 

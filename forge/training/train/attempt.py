@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from forge.training.backends.job import TrainingJob
+from forge.training.data.inputs import Inputs
 from forge.training.system.environment import describe_environment
 from forge.training.system.errors import DiskError, MachineError
 from forge.training.system.files import sha256_file
@@ -19,7 +20,7 @@ from forge.training.system.signals import StopRequest
 from forge.training.train import checkpoint
 from forge.training.train.ending import describe_trainable, fill_record, status_of, translated
 from forge.training.train.metrics import Meter
-from forge.training.train.record import Inputs, Resume, RunRecord
+from forge.training.train.record import Resume, RunRecord
 from forge.training.train.resume import allowed_changes
 from forge.training.train.status import StatusFile
 

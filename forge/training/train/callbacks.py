@@ -11,7 +11,7 @@ import torch
 from transformers import TrainerCallback
 
 from forge.training.backends.job import TrainingJob
-from forge.training.config.plan import step_order
+from forge.training.data.batching import step_order
 from forge.training.system.errors import DivergedError
 from forge.training.system.signals import StopRequest
 from forge.training.train.health import SkippedSteps, SpikeDetector

@@ -12,8 +12,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from forge.training.backends import Backend
 from forge.training.config.overrides import listed, shown, validation_errors
 from forge.training.config.workload import Workload
+from forge.training.data.inputs import Inputs
 from forge.training.system.errors import DataError
 from forge.training.system.files import is_there, read_json_object, write_json
 
@@ -23,27 +25,6 @@ Status = Literal["running", "completed", "interrupted", "diverged", "out_of_memo
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
-
-
-class Inputs(_Part):
-    """What went in, by content."""
-
-    base_sha256: str
-    tokenizer_sha256: str
-    corpus_sha256: str | None = None
-    validation_corpus_sha256: str | None = None
-    train_examples_sha256: str
-    validation_examples_sha256: str | None = None
-    num_train_examples: int
-    num_validation_examples: int
-    num_train_tokens: int  # of the examples, once, not times the epochs
-    num_trained_tokens: int  # of those, tokens that carry a loss
-    # of all examples before data.sample, to project a whole run's time from a sample's
-    num_corpus_examples: int | None = None
-    num_corpus_tokens: int | None = None
-    corpus_tokens_squared: int | None = None  # sum over examples of tokens^2: attention's share
-    # documents left out and why, records with nothing to train, texts on both sides of the split
-    notes: list[str] = Field(default_factory=list)
 
 
 class Trainable(_Part):
@@ -101,7 +82,7 @@ class RunRecord(_Part):
     schema_version: int = SCHEMA_VERSION
     status: Status
     message: str | None = None  # why, where status is not "completed"
-    backend: Literal["legacy", "trl", "unsloth"]
+    backend: Backend
     workload: dict[str, Any]
     workload_sha256: str
     plan: dict[str, Any]

@@ -13,10 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from forge.training.config.plan import Backend, Plan
+from forge.training.backends import Backend
+from forge.training.config.plan import Plan
 from forge.training.config.workload import Workload, changed_keys
+from forge.training.data.inputs import Inputs
 from forge.training.system.errors import ConfigurationError, DataError, DiskError
-from forge.training.train.record import Inputs, RunRecord, read_record
+from forge.training.train.record import RunRecord, read_record
 from forge.training.train.status import NAME as STATUS
 
 _MADE_BY_A_RUN = (

@@ -8,8 +8,9 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
+from forge.training.backends import Backend, load_plan
 from forge.training.backends.job import TrainingJob
-from forge.training.config.plan import Backend, Plan, load_plan
+from forge.training.config.plan import Plan
 from forge.training.config.workload import Workload
 from forge.training.data.inputs import PreparedInputs, prepare_inputs, refuse_unusable_sources
 from forge.training.system.environment import has_cuda_gpu

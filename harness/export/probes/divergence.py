@@ -22,7 +22,6 @@ A trained base is needed: random weights make near-uniform predictions whose KL 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -44,12 +43,15 @@ from harness.export.probes.models_under_test import (
     GgufModel,
     Reference,
     Text,
+    add_run,
+    expected_run,
     held_out_examples,
     held_out_texts,
     merged_model,
     stated_merge,
 )
 from harness.export.probes.sums import Tally, describe_chain, describe_pair
+from harness.measurement.probe_main import probe_main
 
 MOST_TOKENS = 512  # of a document: as many of theirs logits of 152,064 entries are 300 MB a model
 NUM_PROMPTS = 8
@@ -227,32 +229,26 @@ def _four_bit(run: RunRecord, run_dir: Path, texts: list[Text], tally: Tally) ->
 
 
 def main() -> int:
-    """Print the measurement as JSON; errors as everywhere in Forge."""
+    """Print the measurement as JSON."""
     parser = argparse.ArgumentParser(prog="harness.export.probes.divergence", description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path)
+    add_run(parser)
     parser.add_argument("--gguf", type=Path, nargs="+", required=True, metavar="FILE")
     parser.add_argument("--documents", type=int, help="how many of the held-out documents; default: all")
     parser.add_argument("--tokens", type=int, default=MOST_TOKENS, help=f"of each document; default {MOST_TOKENS}")
     parser.add_argument("--controls", action="store_true", help="also what tells a file from llama.cpp's arithmetic")
-    parser.add_argument("--expect", metavar="SHA256", help="refuse a run with another adapter")
-    arguments = parser.parse_args()
-    try:
-        if min(arguments.tokens, arguments.documents or 1) < 1 or arguments.documents == 0:
+
+    def answer(told: argparse.Namespace) -> dict[str, Any]:
+        if min(told.tokens, told.documents or 1) < 1 or told.documents == 0:
             raise ConfigurationError("--documents and --tokens take numbers above 0")
-        if arguments.expect not in (None, completed_record(arguments.run).adapter_sha256):
-            raise DataError(f"{arguments.run} has another adapter than expected", remedy="name the run meant")
-        found = measure_divergence(
-            arguments.run,
-            arguments.gguf,
-            num_documents=arguments.documents,
-            most_tokens=arguments.tokens,
-            controls=arguments.controls,
+        return measure_divergence(
+            expected_run(told),
+            told.gguf,
+            num_documents=told.documents,
+            most_tokens=told.tokens,
+            controls=told.controls,
         )
-        print(json.dumps(found, allow_nan=False))
-    except ForgeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+
+    return probe_main(parser, answer)
 
 
 if __name__ == "__main__":

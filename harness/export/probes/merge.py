@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from forge.training.config.workload import Workload
-from forge.training.system.errors import DataError, ForgeError
+from forge.training.system.errors import DataError
 from forge.training.train.record import RunRecord, completed_record
-from harness.export.probes.models_under_test import merged_model, stated_merge
+from harness.export.probes.models_under_test import add_run, expected_run, merged_model, stated_merge
+from harness.measurement.probe_main import probe_main
 
 # Half a unit in the last place, relative: 2^-p for p significant bits.
 _ROUNDOFF = {"torch.bfloat16": 2.0**-8, "torch.float16": 2.0**-11, "torch.float32": 2.0**-24}
@@ -129,19 +130,10 @@ def _compare(base: dict[str, Path], merged: dict[str, Path], adapter: dict[str, 
 
 
 def main() -> int:
-    """Print the comparison as JSON; errors as everywhere in Forge."""
+    """Print the comparison as JSON."""
     parser = argparse.ArgumentParser(prog="harness.export.probes.merge", description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--expect", metavar="SHA256", help="refuse a run with another adapter")
-    arguments = parser.parse_args()
-    try:
-        if arguments.expect not in (None, completed_record(arguments.run).adapter_sha256):
-            raise DataError(f"{arguments.run} has another adapter than expected", remedy="name the run meant")
-        print(json.dumps(check_merge(arguments.run), allow_nan=False))
-    except ForgeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    add_run(parser)
+    return probe_main(parser, lambda told: check_merge(expected_run(told)))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Everything is computed on the CPU: a GPU's float32 products may be TF32, and lla
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,12 +23,34 @@ from forge.training.evaluation.neutral_model import Placement, load_model
 from forge.training.export.gguf import check_header, memory_limit_bytes
 from forge.training.llamacpp.parent import Child, time_limit_seconds
 from forge.training.models.weights import read_weights
-from forge.training.system.errors import DataError
+from forge.training.system.errors import ConfigurationError, DataError
 from forge.training.system.files import read_json_object, sha256_file, sha256_json
-from forge.training.train.record import RunRecord
+from forge.training.train.record import RunRecord, completed_record
 
 FLOAT32 = Placement("cpu", "float32", None)
 _SECONDS_PER_TOKEN = 5.0  # a 7B model in 16 bits on two cores
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """The run directory that a probe is asked about, and whose adapter must be in it."""
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--expect", metavar="SHA256", help="refuse a run with another adapter")
+
+
+def expected_run(arguments: argparse.Namespace) -> Path:
+    """The run directory, if its adapter is the one that was expected.
+
+    Raises :class:`ConfigurationError` (exit code 2) for another one: the wrong run was named, and nothing is known
+    about the export that was meant.
+    """
+    run: Path = arguments.run
+    found = completed_record(run).adapter_sha256
+    if arguments.expect not in (None, found):
+        raise ConfigurationError(
+            f"{run} has the adapter {str(found)[:12]}, expected was {arguments.expect[:12]}",
+            remedy="name the run that was meant, or leave out --expect",
+        )
+    return run
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ quantised files. Training is the one that is not: run.json names what went in an
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -27,10 +26,10 @@ from forge.training.export.gguf import QUANTIZED_TYPES, convert_to_gguf, quantiz
 from forge.training.export.modelfile import parse_modelfile
 from forge.training.models.digests import base_sha256, tokenizer_sha256
 from forge.training.models.tokenizers import load_tokenizer
-from forge.training.system.errors import DataError, ForgeError
 from forge.training.system.files import read_json_object, sha256_file
 from forge.training.train.record import RunRecord, completed_record
-from harness.export.probes.models_under_test import merged_model
+from harness.export.probes.models_under_test import add_run, expected_run, merged_model
+from harness.measurement.probe_main import probe_main
 
 
 @dataclass(frozen=True)
@@ -150,20 +149,11 @@ def _remade(merged_dir: Path, export_dir: Path, export: dict[str, Any]) -> Itera
 
 
 def main() -> int:
-    """Print the links as JSON; errors as everywhere in Forge."""
+    """Print the links as JSON."""
     parser = argparse.ArgumentParser(prog="harness.export.probes.provenance", description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path)
+    add_run(parser)
     parser.add_argument("--remake", action="store_true", help="also convert and quantise again")
-    parser.add_argument("--expect", metavar="SHA256", help="refuse a run with another adapter")
-    arguments = parser.parse_args()
-    try:
-        if arguments.expect not in (None, completed_record(arguments.run).adapter_sha256):
-            raise DataError(f"{arguments.run} has another adapter than expected", remedy="name the run meant")
-        print(json.dumps(follow_lineage(arguments.run, remake=arguments.remake), allow_nan=False))
-    except ForgeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return probe_main(parser, lambda told: follow_lineage(expected_run(told), remake=told.remake))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ special tokens.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 import unicodedata
@@ -26,10 +25,12 @@ from forge.training.export.gguf import check_header, memory_limit_bytes
 from forge.training.export.modelfile import parse_modelfile
 from forge.training.llamacpp.parent import Child, time_limit_seconds
 from forge.training.models.tokenizers import load_tokenizer
-from forge.training.system.errors import ConfigurationError, DataError, ForgeError
+from forge.training.system.errors import DataError
 from forge.training.train.record import completed_record
 from harness.export.probes.go_template import render_chat
+from harness.export.probes.models_under_test import add_run, expected_run
 from harness.export.probes.tokenizer_strings import CONVERSATIONS, awkward_strings
+from harness.measurement.probe_main import probe_main
 
 _MOST_SHOWN = 20  # differences
 
@@ -169,23 +170,18 @@ def _modelfile(tokenizer: Any, modelfile: Path, gguf: Path) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Print the comparison as JSON; errors as everywhere in Forge."""
+    """Print the comparison as JSON."""
     parser = argparse.ArgumentParser(prog="harness.export.probes.tokens", description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path)
+    add_run(parser)
     parser.add_argument("--gguf", type=Path, required=True, metavar="FILE")
     parser.add_argument("--modelfile", type=Path, metavar="FILE", help="default: the one beside the GGUF file")
-    parser.add_argument("--expect", metavar="SHA256", help="refuse a run with another adapter")
-    arguments = parser.parse_args()
-    try:
-        if arguments.expect not in (None, completed_record(arguments.run).adapter_sha256):
-            raise ConfigurationError(f"{arguments.run} has another adapter than expected", remedy="name the run meant")
-        beside = arguments.gguf.parent / "Modelfile"
-        modelfile = arguments.modelfile or (beside if beside.is_file() else None)
-        print(json.dumps(compare_tokens(arguments.run, arguments.gguf, modelfile), allow_nan=False))
-    except ForgeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+
+    def answer(told: argparse.Namespace) -> dict[str, Any]:
+        beside = told.gguf.parent / "Modelfile"
+        modelfile = told.modelfile or (beside if beside.is_file() else None)
+        return compare_tokens(expected_run(told), told.gguf, modelfile)
+
+    return probe_main(parser, answer)
 
 
 if __name__ == "__main__":

@@ -8,14 +8,14 @@ trained weights carry over as they are, the norms are ones, and the result is a 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
-from forge.training.system.errors import ConfigurationError, ForgeError
+from forge.training.system.errors import ConfigurationError
 from forge.training.system.files import read_json_object, staged_directory, write_json
+from harness.measurement.probe_main import probe_main
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _QWEN2S_OWN = ("max_window_layers", "sliding_window", "use_sliding_window", "layer_types")
@@ -62,19 +62,17 @@ def write_architecture(base: Path, directory: Path, model_type: str) -> None:
 
 
 def main() -> int:
-    """Print where the base was written, as JSON; errors as everywhere in Forge."""
+    """Print where the base was written, as JSON."""
     parser = argparse.ArgumentParser(prog="harness.parity.probes.architecture", description="A base as another model.")
     parser.add_argument("base", type=Path)
     parser.add_argument("--as", choices=tuple(ARCHITECTURES), required=True, dest="model_type")
     parser.add_argument("-o", type=Path, required=True, dest="directory")
-    told = parser.parse_args()
-    try:
+
+    def answer(told: argparse.Namespace) -> dict[str, Any]:
         write_architecture(told.base, told.directory, told.model_type)
-        print(json.dumps({"directory": str(told.directory.absolute()), "model_type": told.model_type}))
-    except ForgeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+        return {"directory": str(told.directory.absolute()), "model_type": told.model_type}
+
+    return probe_main(parser, answer)
 
 
 if __name__ == "__main__":

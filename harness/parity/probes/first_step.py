@@ -33,12 +33,13 @@ from typing import Any
 
 import numpy as np
 
+from forge.training.backends import BACKENDS, load_plan
 from forge.training.backends.job import TrainingJob
-from forge.training.config.plan import BACKEND_NAMES, load_plan
 from forge.training.config.workload import Workload, load_workload
-from forge.training.system.errors import ConfigurationError, ForgeError
+from forge.training.system.errors import ConfigurationError
 from forge.training.system.files import sha256_file
 from forge.training.train.run import base_directory
+from harness.measurement.probe_main import add_settings, probe_main
 from harness.parity.probes.batch import NUM_DOCUMENTS, NUM_POSITIONS, FrozenStep, freeze_step
 from harness.parity.probes.faults import FAULTS, plant
 
@@ -65,9 +66,9 @@ def measure(
     inputs_only: bool = False,
     num_positions: int = NUM_POSITIONS,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Tensors and facts of the frozen step. ``backend``: of :data:`BACKEND_NAMES`, or ``reference``."""
-    if backend not in ("reference", *BACKEND_NAMES):
-        raise ConfigurationError(f"no backend {backend!r}", remedy=f"take reference or {', '.join(BACKEND_NAMES)}")
+    """Tensors and facts of the frozen step. ``backend``: of :data:`BACKENDS`, or ``reference``."""
+    if backend not in ("reference", *BACKENDS):
+        raise ConfigurationError(f"no backend {backend!r}", remedy=f"take reference or {', '.join(BACKENDS)}")
     name: Any = "trl" if backend == "reference" else backend
     plan = load_plan(workload, name, plan_overrides)
     base = base_directory(workload)
@@ -172,11 +173,42 @@ def _release() -> None:
         torch.cuda.empty_cache()
 
 
+def answer(told: argparse.Namespace) -> dict[str, Any]:
+    """What is asked, measured: facts in the answer, tensors in files."""
+    if told.steps and told.out is None:
+        raise ConfigurationError("--out DIR is missing", remedy="say where the tensors go")
+    if not told.steps and not told.inputs:
+        raise ConfigurationError("nothing to measure", remedy="name a --step, or --inputs")
+    if told.positions < 2:
+        raise ConfigurationError("--positions: a document's first and last are looked at", remedy="take 2 or more")
+    parsed = [parse_step(step, told.backend) for step in told.steps]
+    found: dict[str, Any] = {"backend": told.backend, "inputs": None, "steps": []}
+    if told.inputs:
+        workload = frozen_workload(told.workload, told.overrides, inputs_only=True)
+        _, found["inputs"] = measure(workload, told.backend, told.plan_overrides, fault=told.fault, inputs_only=True)
+        _release()
+    for step, (quantization, layout, plan) in zip(told.steps, parsed, strict=True):
+        workload = frozen_workload(told.workload, [*told.overrides, f"model.quantization={quantization}"])
+        tensors, facts = measure(
+            workload,
+            told.backend,
+            [*told.plan_overrides, *plan],
+            fault=told.fault,
+            replace=told.replace,
+            num_positions=told.positions,
+        )
+        path = told.out / f"{told.tag}-{told.backend}-{step.replace(':', '-')}.safetensors"
+        found["steps"].append(write(tensors, {**facts, "layout": layout}, path))
+        del tensors
+        _release()
+    return found
+
+
 def main() -> int:
     """Print the facts as JSON; errors as everywhere in Forge."""
     parser = argparse.ArgumentParser(prog="harness.parity.probes.first_step", description="Frozen optimizer steps.")
     parser.add_argument("workload")
-    parser.add_argument("--backend", choices=("reference", *BACKEND_NAMES), required=True)
+    parser.add_argument("--backend", choices=("reference", *BACKENDS), required=True)
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the tensors go, a file a step")
     parser.add_argument("--tag", default="step", help="what the files' names begin with")
     parser.add_argument("--attempt", type=int, default=0, help="of measuring the same: nothing hangs on it")
@@ -185,43 +217,8 @@ def main() -> int:
     parser.add_argument("--replace", choices=("first", "last", "none"), default="first")
     parser.add_argument("--positions", type=int, default=NUM_POSITIONS, help="tokens of a document looked at singly")
     parser.add_argument("--fault", choices=FAULTS, help="plant a fault that the gate must catch")
-    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
-    parser.add_argument("--plan", action="append", default=[], dest="plan_overrides", metavar="KEY=VALUE")
-    told = parser.parse_args()
-    try:
-        if told.steps and told.out is None:
-            raise ConfigurationError("--out DIR is missing", remedy="say where the tensors go")
-        if not told.steps and not told.inputs:
-            raise ConfigurationError("nothing to measure", remedy="name a --step, or --inputs")
-        if told.positions < 2:
-            raise ConfigurationError("--positions: a document's first and last are looked at", remedy="take 2 or more")
-        parsed = [parse_step(step, told.backend) for step in told.steps]
-        answer: dict[str, Any] = {"backend": told.backend, "inputs": None, "steps": []}
-        if told.inputs:
-            workload = frozen_workload(told.workload, told.overrides, inputs_only=True)
-            _, answer["inputs"] = measure(
-                workload, told.backend, told.plan_overrides, fault=told.fault, inputs_only=True
-            )
-            _release()
-        for step, (quantization, layout, plan) in zip(told.steps, parsed, strict=True):
-            workload = frozen_workload(told.workload, [*told.overrides, f"model.quantization={quantization}"])
-            tensors, facts = measure(
-                workload,
-                told.backend,
-                [*told.plan_overrides, *plan],
-                fault=told.fault,
-                replace=told.replace,
-                num_positions=told.positions,
-            )
-            path = told.out / f"{told.tag}-{told.backend}-{step.replace(':', '-')}.safetensors"
-            answer["steps"].append(write(tensors, {**facts, "layout": layout}, path))
-            del tensors
-            _release()
-        print(json.dumps(answer))
-    except ForgeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    add_settings(parser)
+    return probe_main(parser, answer)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from forge.training.backends.job import TrainingJob
-from forge.training.data.batching import StepBatches
 from forge.training.system.files import sha256_json
 from forge.training.train.metrics import document_labels
 from harness.parity.probes.batch import (
@@ -35,7 +34,7 @@ class Observer:
         self.trainer, self.job, self.step = trainer, job, step
         self.replace, self.inputs_only = replace, inputs_only
         self.real = trainer.training_step
-        self.micro_batches = list(StepBatches(job))[: job.accumulation]
+        self.micro_batches = job.micro_batches[: job.accumulation]
         self.losses: list[float] = []
         self.divisors: list[int | None] = []
         self.labels: list[bytes] = []
@@ -66,7 +65,7 @@ class Observer:
         documents = sorted(self.labels)
         joined = b"".join(hashlib.sha256(labels).digest() for labels in documents)
         self.facts["labels_sha256"] = hashlib.sha256(joined).hexdigest()
-        steps = list(StepBatches(self.job))
+        steps = self.job.micro_batches
         size = self.job.accumulation
         order = [sorted(chain.from_iterable(steps[i : i + size])) for i in range(0, len(steps), size)]
         self.facts["order_sha256"] = sha256_json(order)

@@ -7,13 +7,13 @@ bfloat16 products, on random values (zeros run faster), on this GPU as it is now
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from typing import Any
 
 from forge.training.system.environment import describe_gpu
-from forge.training.system.errors import ForgeError, MachineError
+from forge.training.system.errors import MachineError
+from harness.measurement.probe_main import probe_main
 
 # (rows, inner, columns): square ones, and a 7B model's MLP with 4,096 and 16,384 tokens
 SHAPES = ((4096, 4096, 4096), (8192, 8192, 8192), (4096, 3584, 18944), (16384, 3584, 18944), (16384, 18944, 3584))
@@ -50,14 +50,9 @@ def measure_ceiling(seconds_a_shape: float = 0.5) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Print the measurement as JSON; errors as everywhere in Forge."""
-    argparse.ArgumentParser(prog="harness.perf.probes.matmul_peak", description=__doc__.splitlines()[0]).parse_args()
-    try:
-        print(json.dumps(measure_ceiling()))
-    except ForgeError as error:
-        print(f"error: {error.message}\n  -> {error.remedy}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    """Print the measurement as JSON."""
+    parser = argparse.ArgumentParser(prog="harness.perf.probes.matmul_peak", description=__doc__.splitlines()[0])
+    return probe_main(parser, lambda _: measure_ceiling())
 
 
 if __name__ == "__main__":

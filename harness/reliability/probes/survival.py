@@ -28,6 +28,7 @@ from forge.training.system.errors import ForgeError
 from forge.training.train.checkpoint import problem
 from forge.training.train.record import read_record
 from forge.training.train.status import read_status
+from harness.measurement.probe_main import add_settings, probe_main
 from harness.reliability.probes.constrained_run import CAP, DETERMINISTIC, TRACE
 
 _LIMIT_SECONDS = 500.0
@@ -174,30 +175,31 @@ def _events(trace: Path) -> list[str]:
     return list(kinds)
 
 
-def main() -> None:
-    """See the module."""
+def answer(options: argparse.Namespace) -> dict[str, Any]:
+    """What the options ask for, in a folder that is deleted afterwards."""
+    command = ["train", options.workload, "--backend", options.backend]
+    command += [part for setting in options.overrides for part in ("--set", setting)]
+    command += [part for setting in options.plan_overrides for part in ("--plan", setting)]
+    with tempfile.TemporaryDirectory(prefix="forge-survival-") as folder:
+        runs = Runs(Path(folder), command)
+        if options.stop_only:
+            return stop(runs, options.after_steps)
+        if options.cap_gib is not None:
+            return squeeze(runs, options.cap_gib)
+        return survive(runs, options.after_steps)
+
+
+def main() -> int:
+    """Print the findings as JSON."""
     parser = argparse.ArgumentParser(description="What becomes of runs that are killed, stopped or short of memory.")
     parser.add_argument("workload")
     parser.add_argument("--backend", required=True)
     parser.add_argument("--after-steps", type=int, default=13)
     parser.add_argument("--cap-gib", type=float)
     parser.add_argument("--stop-only", action="store_true")
-    parser.add_argument("--set", action="append", default=[])
-    parser.add_argument("--plan", action="append", default=[])
-    options = parser.parse_args()
-    command = ["train", options.workload, "--backend", options.backend]
-    command += [part for setting in options.set for part in ("--set", setting)]
-    command += [part for setting in options.plan for part in ("--plan", setting)]
-    with tempfile.TemporaryDirectory(prefix="forge-survival-") as folder:
-        runs = Runs(Path(folder), command)
-        if options.stop_only:
-            found = stop(runs, options.after_steps)
-        elif options.cap_gib is not None:
-            found = squeeze(runs, options.cap_gib)
-        else:
-            found = survive(runs, options.after_steps)
-    print(json.dumps(found))
+    add_settings(parser)
+    return probe_main(parser, answer)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

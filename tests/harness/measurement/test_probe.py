@@ -230,23 +230,23 @@ def test_a_model_that_is_given_fewer_tokens_is_no_measurement() -> None:
     [
         (["harness.perf.probes.matmul_peak"], 4, "this machine shows none"),
         (
-            ["forge.training.checks.max_context", "genome_full", "--backend", "trl", "--budget", "8", "--lengths", "8"],
+            ["harness.perf.probes.max_context", "genome_full", "--backend", "trl", "--budget", "8", "--lengths", "8"],
             2,
             "two or more rising",
         ),
         (
-            ["forge.training.checks.max_context", "genome_full", "--backend", "trl", "--budget", "0"],
+            ["harness.perf.probes.max_context", "genome_full", "--backend", "trl", "--budget", "0"],
             2,
             "an amount above 0",
         ),
         (
-            ["forge.training.checks.max_context", "genome_full", "--backend", "trl", "--budget", "nan"],
+            ["harness.perf.probes.max_context", "genome_full", "--backend", "trl", "--budget", "nan"],
             2,
             "an amount above 0",
         ),
         (
             [
-                "forge.training.checks.max_context",
+                "harness.perf.probes.max_context",
                 "genome_full",
                 "--backend",
                 "trl",
@@ -259,12 +259,12 @@ def test_a_model_that_is_given_fewer_tokens_is_no_measurement() -> None:
             "takes numbers",
         ),
         (
-            ["forge.training.checks.max_context", "nothing", "--backend", "trl", "--budget", "8"],
+            ["harness.perf.probes.max_context", "nothing", "--backend", "trl", "--budget", "8"],
             2,
             "no workload 'nothing'",
         ),
         (
-            ["forge.training.checks.max_context", "smoke", "--backend", "trl", "--budget", "8"],
+            ["harness.perf.probes.max_context", "smoke", "--backend", "trl", "--budget", "8"],
             4,
             "this machine shows none",
         ),

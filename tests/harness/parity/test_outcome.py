@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from forge.training.config.plan import load_plan
+from forge.training.backends import load_plan
 from forge.training.config.workload import load_workload
 from forge.training.system.environment import ROOT
 from forge.training.system.errors import DataError

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forge.training.config.plan import Plan, load_plan, memory_floor_bytes, micro_batches, num_steps, step_order
+from forge.training.backends import load_plan
+from forge.training.config.plan import Plan, memory_floor_bytes
 from forge.training.config.workload import Workload, load_workload
+from forge.training.data.batching import micro_batches, num_steps, step_order
 from forge.training.system.errors import ConfigurationError
 
 

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from forge.training.config import plan
-from forge.training.config.plan import load_plan
+from forge.training.backends import load_plan
 from forge.training.config.workload import WORKLOADS, load_workload
 from forge.training.config.yaml import parse_scalar
 from forge.training.system.errors import ConfigurationError
@@ -264,7 +263,7 @@ def test_a_wrong_file_of_plans_is_one_message(
 ) -> None:
     workload = load_workload(write(tmp_path, MINIMAL))
     (tmp_path / "mine.plans.yaml").write_text(text, encoding="utf-8")
-    monkeypatch.setattr(plan, "WORKLOADS", tmp_path)
+    monkeypatch.setattr("forge.training.config.workload.WORKLOADS", tmp_path)
     with pytest.raises(ConfigurationError, match=said):
         load_plan(workload, "trl")
 

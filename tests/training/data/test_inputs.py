@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from forge.training.config.plan import step_order
 from forge.training.config.workload import Workload
+from forge.training.data.batching import step_order
 from forge.training.data.duplicates import jaccard, similar_pairs
 from forge.training.data.inputs import PreparedInputs, prepare_inputs
 from forge.training.data.overlap import describe_overlap, find_overlap

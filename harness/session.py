@@ -1,0 +1,138 @@
+"""One session of the gate: what is measured comes from the store or is measured now, as long as there is time.
+
+Every suite measures through it: a run, a trial of interleaved pairs, a probe. ``None`` is always "not measured": there
+was no time left, or the session leaves that suite out (``--gate-only``). An error is raised each time it is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from forge.training.backends import Backend
+from forge.training.system.errors import ConfigurationError, ForgeError
+from harness.measurement.probe import run_probe
+from harness.measurement.results import Outcome, RunSpec, Store
+from harness.measurement.runner import TIME_LIMIT_SECONDS, run_once
+from harness.measurement.trial import Run, Trial, read_trial, run_single, run_trial
+
+MODEL = "qwen2-7b"  # random weights in that shape, where no base is given
+
+
+@dataclass
+class Session:
+    """``store``: where results are kept. ``train``: the documents. ``model``: the base of the 7B runs.
+
+    ``deadline``: on :func:`time.monotonic`'s clock; ``None``: no limit. ``only``: what ``--gate-only`` names; empty:
+    everything. ``measures``: whether anything may be measured; if not, the store's results are all there is.
+    ``run_seconds``: a run that takes longer is stopped, which is an outcome. ``run`` makes one run.
+    """
+
+    store: Store
+    train: Path
+    model: str = MODEL
+    deadline: float | None = None
+    only: tuple[str, ...] = ()
+    measures: bool = True
+    run_seconds: float = TIME_LIMIT_SECONDS
+    announce: Callable[[str], None] = lambda line: None
+    run_one: Run = run_once
+    _answers: dict[tuple[str, ...], dict[str, Any] | ForgeError | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.train.is_file():
+            raise ConfigurationError(
+                f"the gate trains on real documents, and {self.train} is not a file",
+                remedy="name the JSONL that `forge dataset` wrote: --gate-train FILE",
+            )
+
+    def limited_to(self, suite: str) -> Session:
+        """This session as a suite sees it: without leave to measure where ``--gate-only`` names other things only."""
+        return replace(self, measures=self.measures and (not self.only or suite in self.only))
+
+    @property
+    def until(self) -> float | None:
+        """The deadline, as everything that measures takes it: long past where this session may not measure."""
+        return self.deadline if self.measures else 0.0
+
+    def why_missing(self) -> str:
+        """Why something has no result, for people."""
+        if not self.measures:
+            return "left out of this session (--gate-only), and the store has none"
+        return "no time was left for it in this session"
+
+    def run(self, spec: RunSpec, *, expected_seconds: float, run: Run | None = None) -> Outcome | None:
+        """The newest sound outcome of ``spec`` in the store, else a new run; ``None``: not measured."""
+        return run_single(
+            spec,
+            self.store,
+            deadline=self.until,
+            run=run or self.run_one,
+            time_limit_seconds=self.run_seconds,
+            unseen_seconds=expected_seconds,
+            announce=self.announce,
+        )
+
+    def trial(
+        self, name: str, baseline: RunSpec, candidate: RunSpec, num_pairs: int, *, expected_seconds: float
+    ) -> Trial | None:
+        """A trial, with what is missing of it measured as far as there is time; ``None``: not a pair of it yet.
+
+        ``expected_seconds``: of a run, where the store has none of either arm.
+        """
+        if not self.measures:
+            return read_trial(name, self.store, specs=(baseline, candidate))
+        return run_trial(
+            name,
+            baseline,
+            candidate,
+            num_pairs,
+            self.store,
+            deadline=self.until,
+            run=self.run_one,
+            time_limit_seconds=self.run_seconds,
+            unseen_seconds=expected_seconds,
+            announce=self.announce,
+        )
+
+    def probe(
+        self,
+        module: str,
+        backend: Backend,
+        arguments: tuple[str, ...] = (),
+        *,
+        expected_seconds: float,
+        limit_seconds: float,
+        is_alone: bool = True,
+        resumes: bool = False,
+        work: RunSpec | None = None,
+    ) -> dict[str, Any] | None:
+        """What ``python -m MODULE ARGUMENTS`` answers in the backend's interpreter; ``None``: not measured.
+
+        Asked once a session: a failure is raised again rather than repeated. The other arguments are those of
+        :func:`harness.measurement.probe.run_probe`. Raises :class:`ForgeError` with the probe's own exit code.
+        """
+        asked = (module, backend, *arguments)
+        if self._answers.get(asked) is None:
+            try:
+                self._answers[asked] = run_probe(
+                    module,
+                    backend,
+                    arguments,
+                    self.store,
+                    deadline=self.until,
+                    expected_seconds=expected_seconds,
+                    time_limit_seconds=limit_seconds,
+                    announce=self.announce,
+                    is_alone=is_alone,
+                    resumes=resumes,
+                    work=work,
+                )
+            except ForgeError as error:
+                self._answers[asked] = error
+        answer = self._answers[asked]
+        if isinstance(answer, ForgeError):
+            raise answer
+        return answer
