@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from forge.training.backends import BACKENDS
-from forge.training.system.command import carry_out, print_json, restore_stdout
+from forge.training.backends import BACKENDS, choose_backend
+from forge.training.system.command import carry_out, print_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,7 +31,7 @@ AUTO = BackendChoice("auto")
 
 
 class OnOutOfMemory(StrEnum):
-    """``shrink``: a fresh process goes on with smaller micro-batches, the same mathematics; ``stop``: exit code 5."""
+    """``shrink``: a fresh process resumes with smaller micro-batches, the same mathematics; ``stop``: exit code 5."""
 
     shrink = "shrink"
     stop = "stop"
@@ -127,7 +126,6 @@ def check(
 
     from forge.training.checks.check import check_workload, exit_code, print_findings
     from forge.training.config.workload import load_workload
-    from forge.training.train.run import choose_backend
 
     findings = check_workload(load_workload(workload, overrides or []), choose_backend(backend.value))
     print_json([asdict(f) for f in findings]) if as_json else print_findings(findings, results())
@@ -149,7 +147,6 @@ def context(
 ) -> None:
     """Measure the longest document that this GPU, or a smaller one, trains on."""
     from forge.training.checks.max_context import describe_context, measure_context
-    from forge.training.train.run import choose_backend
 
     found = measure_context(
         workload,
@@ -170,21 +167,20 @@ def train(
     overrides: Set = None,
     plan: PlanOption = None,
     out: Out = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Insist that there is a run to go on with.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Insist that there is a run to resume.")] = False,
     on_oom: Annotated[
         OnOutOfMemory, typer.Option("--on-oom", help="Out of GPU memory: smaller micro-batches, or stop.")
     ] = OnOutOfMemory.shrink,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Train an adapter. The same command again goes on where a run was stopped, and leaves a complete one as it is."""
+    """Train an adapter. The same command again resumes a run that was stopped, and leaves a complete one as it is."""
     from forge.training.backends import load_plan
     from forge.training.config.workload import load_workload
     from forge.training.system.errors import GpuMemoryError
-    from forge.training.train.attempt import Listener
+    from forge.training.system.oom import restart_with_plan, smaller_micro_batch
     from forge.training.train.display import TrainingDisplay
-    from forge.training.train.resume import smaller_micro_batch
-    from forge.training.train.run import choose_backend
+    from forge.training.train.run import Listener
     from forge.training.train.run import train as train_run
 
     loaded, chosen = load_workload(workload, overrides or []), choose_backend(backend.value)
@@ -194,19 +190,13 @@ def train(
         try:
             record = train_run(loaded, chosen, plan or [], run_dir, listener, resume=resume, force=force)
         except GpuMemoryError as error:
-            smaller = smaller_micro_batch(load_plan(loaded, chosen, plan or []), loaded)
+            current = load_plan(loaded, chosen, plan or []).micro_batch
+            smaller = smaller_micro_batch(current, loaded.training.effective_batch)
             if on_oom == OnOutOfMemory.stop or smaller is None:
                 raise
-            display.announce(f"{error.message}\ngoing on in a fresh process with plan.micro_batch={smaller}")
-            _become_with(f"micro_batch={smaller}")
+            display.announce(f"{error.message}\nresuming in a fresh process with plan.micro_batch={smaller}")
+            restart_with_plan(f"micro_batch={smaller}")
     print_json(record) if as_json else display.show_summary(record, run_dir, results())
-
-
-def _become_with(plan: str) -> NoReturn:
-    """Replace this process, GPU memory and all, by its own command with another plan."""
-    restore_stdout()
-    again = [argument for argument in sys.orig_argv[1:] if argument != "--force"]  # what it replaced is gone
-    os.execv(sys.executable, [sys.executable, *again, "--plan", plan])
 
 
 @app.command()
@@ -311,7 +301,6 @@ def run(
     """Everything in order, resumable at each step: check, train, evaluate, export, ask the GGUF."""
     from forge.training.config.workload import load_workload
     from forge.training.pipeline import print_outcome, run_pipeline
-    from forge.training.train.run import choose_backend
 
     loaded, chosen = load_workload(workload, overrides or []), choose_backend(backend.value)
     run_dir = (out or Path("runs") / f"{loaded.name}-{chosen}").absolute()

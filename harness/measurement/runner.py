@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 import signal
 import tempfile
@@ -19,6 +18,7 @@ from typing import Any
 from forge.training.system.environment import ROOT, describe_gpu
 from forge.training.system.errors import DataError
 from forge.training.system.files import disk_errors, read_json_object
+from forge.training.system.oom import memory_that_ran_out
 from forge.training.train.record import RunRecord, read_record
 from harness.measurement.environment import EVALUATOR, environment, evaluate_command, train_command
 from harness.measurement.gpu_monitor import GpuMonitor, Probe, machine_id, wait_until_free
@@ -36,13 +36,6 @@ _BY_EXIT_CODE: dict[int, Status] = {
     **{2: "refused", 3: "refused", 4: "refused", 6: "refused", 9: "refused"},
     **{5: "out_of_memory", 7: "diverged"},
 }
-
-# How PyTorch, CUDA's libraries, NumPy and Python say it when nobody catches it.
-_OUT_OF_MEMORY = re.compile(
-    r"CUDA out of memory|CUDA error: out of memory|OutOfMemoryError|CUBLAS_STATUS_ALLOC_FAILED"
-    r"|DefaultCPUAllocator: can't allocate memory|^(\w+\.)*_?(Array)?MemoryError\b",
-    re.MULTILINE,
-)
 
 
 def run_once(
@@ -165,7 +158,7 @@ def _judge(
     said = (record.message if record else None) or _last_error(log)
     if code in _BY_EXIT_CODE:
         return _BY_EXIT_CODE[code], said
-    if _OUT_OF_MEMORY.search(log):
+    if memory_that_ran_out(log):
         return "out_of_memory", said
     return "crashed", f"{_ending(code)}{f': {said}' if said else ''}"
 
@@ -209,7 +202,7 @@ def _evaluate(command: list[str], run_dir: Path, time_limit_seconds: float, grac
         return _Evaluated("completed", None, _finite(portable(content)), ended.wall_seconds)
     if code != 3 and code in _BY_EXIT_CODE:
         return failed(_BY_EXIT_CODE[code], _last_error(log))
-    if _OUT_OF_MEMORY.search(log):
+    if memory_that_ran_out(log):
         return failed("out_of_memory", _last_error(log))
     return failed("crashed", f"{_ending(code)}: {_last_error(log)}")
 

@@ -8,7 +8,7 @@ from typing import Any, cast, get_args
 
 from pydantic import ValidationError
 
-from forge.training.config.plan import memory_floor_bytes
+from forge.training.checks.machine import memory_floor_bytes
 from forge.training.config.workload import Workload
 from forge.training.system.errors import CheckError, DataError
 from forge.training.train.record import RunRecord

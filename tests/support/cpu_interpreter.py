@@ -19,8 +19,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def stand_in(name: str) -> Any:
-    """A backend's module, made of TRL's."""
+    """A backend's module, made of TRL's but for its default plan."""
+    from importlib import import_module
+
     from forge.training.backends import trl
+
+    own = import_module(f"forge.training.backends.{name}")
 
     def without_unsloths(plan: Any) -> Any:
         checkpointing = "full" if plan.gradient_checkpointing == "offload" else plan.gradient_checkpointing
@@ -29,8 +33,11 @@ def stand_in(name: str) -> Any:
         )
 
     return SimpleNamespace(
-        prepare=lambda plan: trl.prepare(without_unsloths(plan)),
-        build=lambda job: trl.build(replace(job, plan=without_unsloths(job.plan))),
+        DEFAULT_PLAN=own.DEFAULT_PLAN,
+        LOSS_COUNTS_FIRST_LABELS=trl.LOSS_COUNTS_FIRST_LABELS,
+        refuse=lambda workload, plan: trl.refuse(workload, without_unsloths(plan)),
+        prepare=trl.prepare,
+        build=lambda job, observer: trl.build(replace(job, plan=without_unsloths(job.plan)), observer),
     )
 
 

@@ -249,7 +249,7 @@ def out_of_memory() -> None:
 
 def file_size_limit() -> None:
     """From the save of step 10 on no file may exceed 150,000 bytes: the kernel says EFBIG, as a full disk ENOSPC."""
-    from forge.training.train.saving import Saver
+    from forge.training.train.checkpoint import Saver
 
     def saving(original: Any, self: Any, step: int) -> Any:
         if step >= HURT_STEP:

@@ -1,4 +1,4 @@
-"""The training stacks, and the one list of them: command line, records and report derive theirs from it.
+"""The backends, and the one list of them: command line, records and report derive theirs from it.
 
 A backend is a module of this package with what :class:`BackendModule` asks. To add one: write the module, and add its
 name to :data:`Backend` and to the modules that are type-checked below it (docs/adding.md).
@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args
 
 from forge.training.system.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from forge.training.backends.job import TrainingJob
+    from forge.training.backends.job import StepObserver, TrainingJob
     from forge.training.config.plan import Plan
     from forge.training.config.workload import Workload
 
@@ -25,15 +26,31 @@ BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 
 class BackendModule(Protocol):
-    """What a backend's module has. None of it may import torch or transformers before :meth:`prepare`."""
+    """What a backend's module has. Nothing imports torch or transformers before :meth:`prepare`."""
 
     DEFAULT_PLAN: Mapping[str, Any]
     """Fields of :class:`~forge.training.config.plan.Plan` that fit any machine, where they are not Plan's own."""
+    NEEDS_GPU: bool
+    """Whether it trains on a CUDA GPU only."""
+    PACKAGES: tuple[str, ...]
+    """What it needs beside the packages that every backend needs, by name."""
+    PINNED_BY: str | None
+    """The requirements file whose versions it must have to the last digit; ``None``: other versions may work."""
+    LOSS_COUNTS_FIRST_LABELS: bool
+    """Whether a step's loss is divided by all labels, also by those that no token predicts.
+
+    transformers 4 does (``get_batch_samples``); the step log has the loss per trained token whatever the backend.
+    """
+    CASTS_ADAPTER_TO_BFLOAT16: bool
+    """Whether the adapter of a 4-bit base is trained in bfloat16 whatever ``model.dtype`` says."""
+
+    def refuse(self, workload: Workload, plan: Plan, /) -> None:
+        """Raise :class:`ConfigurationError` for what the backend cannot do. ``train`` and ``check`` both ask this."""
 
     def prepare(self, plan: Plan, /) -> None:
-        """Make this process ready. Raises :class:`MachineError` where the stack cannot run here."""
+        """Make this process ready. Raises :class:`MachineError` where the backend cannot run here."""
 
-    def build(self, job: TrainingJob, /) -> Any:
+    def build(self, job: TrainingJob, observer: StepObserver, /) -> Any:
         """The trainer, ready to train: an instance of :func:`.trainer.forge_trainer`'s class."""
 
 
@@ -46,6 +63,15 @@ if TYPE_CHECKING:
 def load_backend(name: Backend) -> BackendModule:
     """The backend's module, imported only now."""
     return cast(BackendModule, import_module(f"{__name__}.{name}"))
+
+
+def choose_backend(name: str) -> Backend:
+    """``auto`` is unsloth where it is installed and a CUDA GPU answers, else trl. Imports no torch."""
+    if name != "auto":
+        return cast(Backend, name)  # the command line has checked it
+    from forge.training.system.environment import has_cuda_gpu
+
+    return "unsloth" if find_spec("unsloth") is not None and has_cuda_gpu() else "trl"
 
 
 def load_plan(workload: Workload, backend: Backend, overrides: Sequence[str] = ()) -> Plan:

@@ -1,10 +1,13 @@
-"""TrainingJob: one run's inputs, as every backend receives them."""
+"""What every backend receives: one run's inputs, and whom its trainer tells of its steps. No torch here."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from forge.training.backends import Backend
 from forge.training.config.plan import Plan
@@ -42,5 +45,24 @@ class TrainingJob:
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches an optimizer step."""
+        """Micro-batches per optimizer step."""
         return self.plan.accumulation(self.workload)
+
+
+@dataclass(frozen=True)
+class StepObserver:
+    """What a trainer calls around its steps. The trainer holds it from its construction; it holds no trainer.
+
+    The defaults observe nothing: for a measurement that takes steps and is no run.
+    """
+
+    begin: Callable[[int, Callable[[], float], Callable[[], object]], object] = lambda *_: None
+    """Once, before the first step of this process: steps done so far, the trainer's rehearsal and its evaluation."""
+    fetched: Callable[[Mapping[str, Any]], object] = lambda _: None
+    """For every collated micro-batch of the run; one may be fetched ahead of the step it belongs to."""
+    add_loss: Callable[[Any], object] = lambda _: None
+    """For every micro-batch's share of its step's loss: a detached scalar on its device."""
+    saving: Callable[[int], AbstractContextManager[None]] = lambda _: nullcontext()
+    """Around the save of a checkpoint, given its step."""
+    is_stop_requested: Callable[[], bool] = lambda: False
+    """Whether the run is to end after this step."""

@@ -1,4 +1,4 @@
-"""The stack being replaced, exactly as its owner pins it. Runs in an interpreter of its own."""
+"""The TRL pipeline that Forge replaced, at its own pins and in its own layout. Runs in an interpreter of its own."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from forge.training.backends import trl as modern
-from forge.training.backends.job import TrainingJob
+from forge.training.backends.job import StepObserver, TrainingJob
 from forge.training.config.plan import Plan
+from forge.training.config.workload import Workload
 from forge.training.system.errors import ConfigurationError, MachineError
 
 PINS = {
@@ -18,38 +19,46 @@ PINS = {
     "datasets": "4.4.2",
     "bitsandbytes": "0.49.0",
 }
-# Its first layout, fixed: the bar is set against it.
+# Fixed: the claims' bars are set against this layout.
 DEFAULT_PLAN = {"micro_batch": 1, "gradient_checkpointing": "full", "padding": "longest"}
+NEEDS_GPU = True
+PACKAGES: tuple[str, ...] = ()
+PINNED_BY: str | None = "requirements-legacy.txt"
+LOSS_COUNTS_FIRST_LABELS = True
+CASTS_ADAPTER_TO_BFLOAT16 = True
+
+
+def refuse(workload: Workload, plan: Plan) -> None:
+    """What today's TRL cannot do either, and batches without padding."""
+    modern.refuse(workload, plan)
+    if plan.padding == "none":
+        raise ConfigurationError("legacy cannot carry out plan.padding=none", remedy="--plan padding=longest")
 
 
 def prepare(plan: Plan) -> None:
-    """Refuse any other version than the pinned one: a baseline that drifts proves nothing."""
+    """Raise :class:`MachineError` for any other version than the pinned one: a baseline that drifts proves nothing."""
     modern.prepare(plan)
     wrong = []
     for name, wanted in PINS.items():
         try:
-            found = version(name)
+            installed = version(name)
         except PackageNotFoundError:
-            found = "not installed"
-        if found != wanted:
-            wrong.append(f"  {name}: {found}, pinned {wanted}")
+            installed = "not installed"
+        if installed != wanted:
+            wrong.append(f"  {name}: {installed}, pinned {wanted}")
     if wrong:
         raise MachineError(
             "this interpreter is not the legacy stack:\n" + "\n".join(wrong),
-            remedy="install requirements-legacy.txt into an environment of its own and train with its python",
+            remedy=f"install {PINNED_BY} into an environment of its own and train with its python",
         )
 
 
-def build(job: TrainingJob) -> Any:
-    """The trainer for ``job``, in the owner's layout. Raises :class:`ConfigurationError` for another plan."""
+def build(job: TrainingJob, observer: StepObserver) -> Any:
+    """The trainer for ``job``."""
     from trl import SFTConfig, SFTTrainer
 
     from forge.training.backends.trainer import forge_trainer
 
-    if job.plan.gradient_checkpointing == "offload" or job.plan.padding == "none":
-        raise ConfigurationError(
-            "the legacy stack knows neither offloaded checkpointing nor padding-free batches",
-            remedy="set plan.gradient_checkpointing=full and plan.padding=longest",
-        )
     config = modern.make_config(SFTConfig, job)
-    return forge_trainer(SFTTrainer)(job, modern.load_model(job), config, peft_config=modern.lora_config(job))
+    model = modern.load_model(job)
+    return forge_trainer(SFTTrainer)(job, observer, model, config, peft_config=modern.lora_config(job))

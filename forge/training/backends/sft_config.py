@@ -71,9 +71,9 @@ def sft_fields(job: TrainingJob) -> dict[str, Any]:
         "prediction_loss_only": True,
         "save_strategy": "steps" if training.save_every_steps else "no",
         "save_steps": training.save_every_steps or 500,
-        "save_total_limit": None,  # retention is checkpoint.py's: it never deletes the last good one
+        "save_total_limit": None,  # retention is train/checkpoint.py's: it never deletes the last good one
         "save_only_model": False,
-        "load_best_model_at_end": False,  # the best adapter is kept by loop.py
+        "load_best_model_at_end": False,  # the best adapter is kept by train/callbacks.py
         "push_to_hub": False,
         "hub_token": None,
         "neftune_noise_alpha": None,

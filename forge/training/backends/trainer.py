@@ -15,16 +15,14 @@ import torch
 from transformers import PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 
-from forge.training.backends.job import TrainingJob
+from forge.training.backends.job import StepObserver, TrainingJob
 from forge.training.config.plan import LONG_DOCUMENT_TOKENS
-from forge.training.data.batching import largest_micro_batch, longest_document, to_dataset
+from forge.training.data.batching import largest_micro_batch, longest_document
 from forge.training.data.conversation import IGNORED
+from forge.training.data.examples import Examples
 from forge.training.models.tokenizers import load_tokenizer
-from forge.training.system.signals import StopRequest
-from forge.training.train.metrics import Meter
-from forge.training.train.saving import Saver
 
-disable_progress_bar()  # progress.py shows one bar, of steps
+disable_progress_bar()  # train/display.py shows one bar, of steps
 
 
 class StepBatches(torch.utils.data.BatchSampler):  # type: ignore[misc]
@@ -59,15 +57,23 @@ def initialise_adapter(model: Any, seed: int) -> None:
                 parameter.zero_()
 
 
+def to_dataset(examples: Examples, max_length: int) -> Any:
+    """The examples as a ``datasets.Dataset`` of ``input_ids`` and ``labels``."""
+    from datasets import Dataset
+
+    dataset = Dataset.from_dict({"input_ids": examples.input_ids, "labels": examples.labels})
+    # Unsloth refuses padding-free batches unless somebody vouches that no row exceeds max_length
+    dataset._unsloth_truncated_to = max_length
+    return dataset
+
+
 def forge_trainer(base: Any) -> Callable[..., Any]:
-    """A subclass of a backend's SFTTrainer, taking ``(job, model, config, **sft_trainer_arguments)``."""
+    """A subclass of a backend's SFTTrainer, taking ``(job, observer, model, config, **sft_trainer_arguments)``."""
 
     class ForgeTrainer(base):  # type: ignore[misc]
-        def __init__(self, job: TrainingJob, model: Any, config: Any, **more: Any) -> None:
-            self.job = job
-            self.meter: Meter | None = None
-            self.saver: Saver | None = None
-            self.stop = StopRequest()
+        def __init__(self, job: TrainingJob, observer: StepObserver, model: Any, config: Any, **more: Any) -> None:
+            self.job, self.observer = job, observer
+            self._has_begun = False
             length = job.workload.data.max_length
             evaluates = config.eval_strategy != "no" and job.validation is not None
             super().__init__(
@@ -83,8 +89,7 @@ def forge_trainer(base: Any) -> Callable[..., Any]:
 
         def _collate(self, rows: list[dict[str, Any]]) -> Any:
             batch = self.data_collator(rows)
-            if self.meter is not None:
-                self.meter.fetched(batch)
+            self.observer.fetched(batch)
             return batch
 
         def get_train_dataloader(self) -> Any:
@@ -96,8 +101,15 @@ def forge_trainer(base: Any) -> Callable[..., Any]:
             )
             return self.accelerator.prepare(loader)
 
+        def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+            """The loop's own. Its first call is where everything is ready and nothing of a step is fetched yet."""
+            if not self._has_begun:
+                self._has_begun = True
+                self.observer.begin(self.state.global_step, self.rehearse, self.evaluate)
+            return super().get_batch_samples(*args, **kwargs)
+
         def take_step(self, model: Any, batch: dict[str, Any], num_trained_tokens: Any) -> None:
-            """Forward and backward of a collated micro-batch that is no part of the run: not metered, not logged."""
+            """Forward and backward of a collated micro-batch that is no part of the run: not observed, not logged."""
             self._choose_attention(batch)
             super().training_step(model, batch, num_trained_tokens)
             getattr(self, "_metrics", {}).get("train", {}).clear()
@@ -106,8 +118,8 @@ def forge_trainer(base: Any) -> Callable[..., Any]:
             if self.job.plan.attention == "mixed" and torch.cuda.is_available():
                 torch.backends.cuda.enable_cudnn_sdp(longest_document(batch) >= LONG_DOCUMENT_TOKENS)
 
-        def rehearse(self, model: Any) -> float:
-            """Take the largest micro-batch through once and forget it. Returns its seconds.
+        def rehearse(self) -> float:
+            """Take the largest micro-batch through the model once and forget it. Returns its seconds.
 
             The random state is put back and no optimizer step taken, so the run that follows is the
             same to the bit. Raises ``torch.OutOfMemoryError`` where the run could not have ended.
@@ -116,8 +128,8 @@ def forge_trainer(base: Any) -> Callable[..., Any]:
             rows = [self.train_dataset[i] for i in largest_micro_batch(job.micro_batches, job.lengths, job.plan)]
             trained = sum(int((np.asarray(row["labels"][1:]) != IGNORED).sum()) for row in rows)
             before = torch.get_rng_state(), torch.cuda.get_rng_state_all()
-            self.take_step(model, self.data_collator(rows), torch.tensor(trained, device=self.args.device))
-            model.zero_grad(set_to_none=True)
+            self.take_step(self.model, self.data_collator(rows), torch.tensor(trained, device=self.args.device))
+            self.model.zero_grad(set_to_none=True)
             torch.set_rng_state(before[0])
             torch.cuda.set_rng_state_all(before[1])
             if torch.cuda.is_available():
@@ -127,8 +139,7 @@ def forge_trainer(base: Any) -> Callable[..., Any]:
         def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             self._choose_attention(inputs)
             loss = super().training_step(model, inputs, *args, **kwargs)
-            if self.meter is not None:
-                self.meter.add_loss(loss.detach())
+            self.observer.add_loss(loss.detach())
             return loss
 
         def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -136,7 +147,7 @@ def forge_trainer(base: Any) -> Callable[..., Any]:
             total, count = 0.0, 0
             self.model.eval()
             for row in self.eval_dataset:
-                if self.stop.number is not None and self.state.global_step < self.job.num_steps:
+                if self.observer.is_stop_requested() and self.state.global_step < self.job.num_steps:
                     # a stop does not wait for it: the resume evaluates before its first step
                     self.control.should_save = self.control.should_training_stop = True
                     self.model.train()
@@ -165,8 +176,7 @@ def forge_trainer(base: Any) -> Callable[..., Any]:
             """Nothing: TRL writes one at every checkpoint; the export writes the model's."""
 
         def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-            assert self.saver is not None
-            with self.saver.saving(self.state.global_step):
+            with self.observer.saving(self.state.global_step):
                 super()._save_checkpoint(*args, **kwargs)
 
     return ForgeTrainer

@@ -6,34 +6,40 @@ import os
 import sys
 from typing import Any
 
-from forge.training.backends.job import TrainingJob
+from forge.training.backends.job import StepObserver, TrainingJob
 from forge.training.config.plan import Plan
+from forge.training.config.workload import Workload
 from forge.training.system.errors import ConfigurationError, MachineError
 
 DEFAULT_PLAN = {"gradient_checkpointing": "full", "padding": "longest", "grouping": "length"}
+NEEDS_GPU = False
+PACKAGES: tuple[str, ...] = ()
+PINNED_BY: str | None = None
+LOSS_COUNTS_FIRST_LABELS = False
+CASTS_ADAPTER_TO_BFLOAT16 = True
+
+
+def refuse(workload: Workload, plan: Plan) -> None:
+    """Raise :class:`ConfigurationError` for the parts of a plan that only Unsloth carries out."""
+    only_unsloths = {"gradient_checkpointing": plan.gradient_checkpointing == "offload"}
+    only_unsloths |= {key: getattr(plan, key) is not None for key in ("mlp_tile_tokens", "loss_chunk_gib")}
+    named = [f"plan.{key}={getattr(plan, key)}" for key, is_set in only_unsloths.items() if is_set]
+    if named:
+        raise ConfigurationError(
+            f"TRL cannot carry out {', '.join(named)}: only the backend unsloth can",
+            remedy="leave it out of the plan, or train with --backend unsloth",
+        )
 
 
 def prepare(plan: Plan) -> None:
-    """Refuse a process that Unsloth has patched or a plan that is Unsloth's; switch telemetry off."""
-    refuse_unsloths_plan(plan)
+    """Raise :class:`MachineError` in a process that Unsloth has patched; switch telemetry off."""
     if "unsloth" in sys.modules:
         raise MachineError("unsloth is imported in this process and has rewritten trl", remedy="start a fresh process")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def refuse_unsloths_plan(plan: Plan) -> None:
-    """Raise :class:`ConfigurationError` for what only Unsloth carries out."""
-    if plan.gradient_checkpointing == "offload":
-        raise ConfigurationError(
-            "plan.gradient_checkpointing=offload is Unsloth's; TRL knows none and full", remedy="set it to full"
-        )
-    for key in ("mlp_tile_tokens", "loss_chunk_gib"):
-        if getattr(plan, key) is not None:
-            raise ConfigurationError(f"plan.{key} is Unsloth's; TRL knows nothing of the kind", remedy="leave it out")
-
-
-def build(job: TrainingJob) -> Any:
+def build(job: TrainingJob, observer: StepObserver) -> Any:
     """The trainer for ``job``."""
     import torch
     from trl import SFTConfig, SFTTrainer
@@ -42,7 +48,7 @@ def build(job: TrainingJob) -> Any:
 
     trainer_class = SFTTrainer if torch.cuda.is_available() else _with_models_own_loss(SFTTrainer)
     config = make_config(SFTConfig, job)
-    return forge_trainer(trainer_class)(job, load_model(job), config, peft_config=lora_config(job))
+    return forge_trainer(trainer_class)(job, observer, load_model(job), config, peft_config=lora_config(job))
 
 
 def _with_models_own_loss(base: Any) -> Any:

@@ -7,8 +7,9 @@ import sys
 from importlib.util import find_spec
 from typing import Any
 
-from forge.training.backends.job import TrainingJob
+from forge.training.backends.job import StepObserver, TrainingJob
 from forge.training.config.plan import Plan
+from forge.training.config.workload import Workload
 from forge.training.system.errors import ConfigurationError, MachineError
 from forge.training.system.files import cache_dir
 
@@ -20,6 +21,20 @@ DEFAULT_PLAN = {
     "mlp_tile_tokens": 8192,
     "loss_chunk_gib": 1.0,
 }
+NEEDS_GPU = True
+PACKAGES: tuple[str, ...] = ("unsloth", "unsloth_zoo", "triton", "bitsandbytes")
+PINNED_BY: str | None = None
+LOSS_COUNTS_FIRST_LABELS = False
+CASTS_ADAPTER_TO_BFLOAT16 = False
+
+
+def refuse(workload: Workload, plan: Plan) -> None:
+    """Raise :class:`ConfigurationError` for float32."""
+    if workload.model.dtype == "float32":
+        raise ConfigurationError(
+            "unsloth trains in bfloat16 or float16, the config says model.dtype=float32",
+            remedy="add --set model.dtype=bfloat16, or train with --backend trl",
+        )
 
 
 def prepare(plan: Plan) -> None:
@@ -43,11 +58,11 @@ def prepare(plan: Plan) -> None:
     except Exception as error:
         raise MachineError(
             f"unsloth does not import here: {type(error).__name__}: {str(error).splitlines()[0]:.300}",
-            remedy="see `check WORKLOAD --backend unsloth`; train with --backend trl meanwhile",
+            remedy="see `check CONFIG --backend unsloth`; train with --backend trl meanwhile",
         ) from error
 
 
-def build(job: TrainingJob) -> Any:
+def build(job: TrainingJob, observer: StepObserver) -> Any:
     """The trainer for ``job``. Raises :class:`MachineError` if Unsloth silently left the plan's path."""
     import torch
     from trl import SFTConfig, SFTTrainer
@@ -57,11 +72,6 @@ def build(job: TrainingJob) -> Any:
     from forge.training.backends.trainer import forge_trainer
 
     workload, plan = job.workload, job.plan
-    if workload.model.dtype == "float32":
-        raise ConfigurationError(
-            "unsloth trains in bfloat16 or float16, the workload says model.dtype=float32",
-            remedy="add --set model.dtype=bfloat16, or train with --backend trl",
-        )
     checkpointing: Any = {"none": False, "full": True, "offload": "unsloth"}[plan.gradient_checkpointing]
     model, _ = FastLanguageModel.from_pretrained(
         model_name=str(job.base_dir),  # absolute: a relative one is taken for a hub name
@@ -90,7 +100,7 @@ def build(job: TrainingJob) -> Any:
     if plan.mlp_tile_tokens is not None:
         tile_mlps(model, plan.mlp_tile_tokens)
     config = make_sft_config(SFTConfig, job, max_length=workload.data.max_length)
-    trainer = forge_trainer(SFTTrainer)(job, model, config)
+    trainer = forge_trainer(SFTTrainer)(job, observer, model, config)
     if plan.padding == "none" and not getattr(trainer.data_collator, "padding_free", False):
         raise MachineError(
             "unsloth turned padding-free batches off although the plan asks for them",

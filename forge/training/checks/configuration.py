@@ -1,11 +1,11 @@
-"""What workload, plan and backend ask of one another."""
+"""What config, plan and backend ask of one another."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib.util import find_spec
 
-from forge.training.backends import Backend, load_plan
+from forge.training.backends import Backend, load_backend, load_plan
 from forge.training.checks.finding import Finding, failure, ok, warning
 from forge.training.config.workload import Workload
 from forge.training.system.errors import ConfigurationError, MachineError
@@ -31,22 +31,13 @@ def check_configuration(workload: Workload, backend: Backend) -> Iterator[Findin
         f"{backend}: {plan.micro_batch} x {plan.accumulation(workload)} examples a step, padding {plan.padding}, "
         f"checkpointing {plan.gradient_checkpointing}",
     )
-    if backend == "unsloth" and workload.model.dtype == "float32":
-        yield failure(
-            "model.dtype",
-            ConfigurationError(
-                "unsloth trains in bfloat16 or float16, the workload says float32",
-                remedy="add --set model.dtype=bfloat16, or train with --backend trl",
-            ),
-        )
-    if backend != "unsloth" and plan.gradient_checkpointing == "offload":
-        yield failure(
-            "plan",
-            ConfigurationError(
-                "plan.gradient_checkpointing=offload is Unsloth's; TRL knows none and full", remedy="set it to full"
-            ),
-        )
-    if backend != "unsloth" and workload.model.dtype == "float16" and workload.model.quantization == "nf4":
+    module = load_backend(backend)
+    try:
+        module.refuse(workload, plan)
+    except ConfigurationError as error:
+        yield failure("backend", error)
+    is_4_bit = workload.model.quantization == "nf4"
+    if module.CASTS_ADAPTER_TO_BFLOAT16 and workload.model.dtype == "float16" and is_4_bit:
         yield warning(
             "model.dtype",
             "TRL keeps a QLoRA adapter in bfloat16, whose gradients float16's scaler cannot handle",

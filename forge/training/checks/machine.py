@@ -10,10 +10,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from forge.training.backends import Backend
+from forge.training.backends import Backend, load_backend
 from forge.training.checks.finding import Finding, failure, ok, warning
 from forge.training.checks.model import is_made
-from forge.training.config.plan import memory_floor_bytes
 from forge.training.config.workload import Workload
 from forge.training.models.weights import ModelWeights
 from forge.training.system.environment import available_ram_bytes, is_wsl
@@ -28,15 +27,15 @@ _ROOM_FOR_ACTIVATIONS = 0.85  # of the free memory; a plan with little beside th
 def check_gpu(workload: Workload, backend: Backend, gpu: dict[str, Any] | None) -> Iterator[Finding]:
     """The GPU and its driver. Raises :class:`MachineError` where the work needs CUDA and there is none."""
     if gpu is None:
-        reasons = [f"the {backend} backend"] if backend != "trl" else []
+        reasons = [f"the {backend} backend"] if load_backend(backend).NEEDS_GPU else []
         reasons += ["model.quantization=nf4"] if workload.model.quantization == "nf4" else []
         reasons += [f"optimizer.name={workload.optimizer.name}"] if "8bit" in workload.optimizer.name else []
         if reasons:
             raise MachineError(
                 f"{', '.join(reasons)} need{'s' * (len(reasons) == 1)} a CUDA GPU and this machine shows none",
-                remedy="train on a machine with a GPU; `smoke` and workloads of its kind train on a CPU",
+                remedy="train on a machine with a GPU; `smoke` and configs of its kind train on a CPU",
             )
-        yield ok("GPU", "none: trl trains on the CPU")
+        yield ok("GPU", f"none: {backend} trains on the CPU")
         return
     free, total = gpu["memory_free_bytes"] or 0, gpu["memory_total_bytes"] or 0
     yield ok("GPU", f"{gpu['name']}, driver {gpu['driver']}, {free / _GIB:.1f} of {total / _GIB:.1f} GiB free")
@@ -90,6 +89,39 @@ def _check_cuda_build(gpu: dict[str, Any]) -> Iterator[Finding]:
         yield ok("PyTorch", f"built for CUDA {build}, the driver knows {gpu['driver_cuda']}")
 
 
+def memory_floor_bytes(workload: Workload, config: dict[str, Any]) -> int:
+    """Bytes that weights, adapter, its gradients and optimizer state need whatever the plan.
+
+    ``config``: the base's ``config.json``. Counts the linear layers at 4 bits plus double-quantised
+    constants (4.127 bits per weight: Dettmers et al. 2023, section 3) under nf4, embedding and head
+    at 16 bits; activations and the CUDA context are not in it.
+    """
+    hidden, layers = config["hidden_size"], config["num_hidden_layers"]
+    intermediate, vocabulary = config["intermediate_size"], config["vocab_size"]
+    head = config.get("head_dim") or hidden // config["num_attention_heads"]
+    # as many key-value heads as query heads where the configuration does not say: transformers' default
+    keys = (config.get("num_key_value_heads") or config["num_attention_heads"]) * head
+    queries = config["num_attention_heads"] * head
+    shapes = {
+        "q_proj": (hidden, queries),
+        "k_proj": (hidden, keys),
+        "v_proj": (hidden, keys),
+        "o_proj": (queries, hidden),
+        "gate_proj": (hidden, intermediate),
+        "up_proj": (hidden, intermediate),
+        "down_proj": (intermediate, hidden),
+    }
+    element = 4 if workload.model.dtype == "float32" else 2
+    bits = 4.127 if workload.model.quantization == "nf4" else 8 * element
+    linear = layers * sum(a * b for a, b in shapes.values()) * bits / 8
+    tied = 1 if config.get("tie_word_embeddings") else 2
+    embeddings = tied * vocabulary * hidden * element
+    rank = workload.lora.rank
+    adapter = layers * sum(rank * (a + b) for name, (a, b) in shapes.items() if name in workload.lora.targets)
+    state = 2 if "8bit" in workload.optimizer.name else 8
+    return int(linear + embeddings + adapter * (4 + 4 + state))
+
+
 def check_memory(workload: Workload, base: ModelWeights, gpu: dict[str, Any] | None) -> Iterator[Finding]:
     """What must be in memory whatever the plan, against what is free. Raises :class:`GpuMemoryError`."""
     try:
@@ -117,8 +149,7 @@ def check_memory(workload: Workload, base: ModelWeights, gpu: dict[str, Any] | N
 def check_disk(workload: Workload, base: ModelWeights, directory: Path) -> Iterator[Finding]:
     """Room for the run and its export beside ``directory``, and for the base where it must be made yet."""
     from forge.training.export.disk_space import peak_disk_bytes
-    from forge.training.train.checkpoint import size_bytes
-    from forge.training.train.saving import KEPT
+    from forge.training.train.checkpoint import KEPT, size_bytes
 
     adapter = _adapter_bytes(workload, base)
     export = peak_disk_bytes(

@@ -25,13 +25,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from forge.training.backends import Backend, load_plan
+from forge.training.backends import Backend, load_backend, load_plan
 from forge.training.checks.bracket import GRAIN, bracket, measure, predict
 from forge.training.config.workload import load_workload
-from forge.training.system.errors import ConfigurationError, GpuMemoryError, MachineError
+from forge.training.system.errors import ConfigurationError, MachineError
 from forge.training.system.files import read_json_object
-from forge.training.system.signals import StopRequest
-from forge.training.train.ending import translated
+from forge.training.system.oom import memory_that_ran_out
 from forge.training.train.run import base_directory
 
 _GIB = 1 << 30
@@ -138,7 +137,7 @@ class Prober:
             self.trainer.take_step(self.model, batch, num_trained)
             torch.cuda.synchronize()
         except RuntimeError as error:
-            if not isinstance(translated(error, self.trainer.job, self.trainer.stop), GpuMemoryError):
+            if memory_that_ran_out(error) != "GPU":
                 raise
             return False
         finally:
@@ -224,19 +223,18 @@ def measure_context(
         own = [f"data.train={_short_documents(folder)}", *_ALONE]
         workload = load_workload(workload_name, [*overrides, *own])
         plan = load_plan(workload, backend, plan_overrides)
+        module = load_backend(backend)
+        module.refuse(workload, plan)
         import torch
 
         if not torch.cuda.is_available():
             raise MachineError("context is measured on a CUDA GPU and this machine shows none")
         base = base_directory(workload)
-        from forge.training.backends import load_backend
-
-        module = load_backend(backend)
         module.prepare(plan)  # as a run does: before anything of CUDA begins
         with card_of(int(budget_gib * _GIB) if budget_gib is not None else None) as card:
             from transformers import TrainerCallback
 
-            from forge.training.backends.job import TrainingJob
+            from forge.training.backends.job import StepObserver, TrainingJob
             from forge.training.data.inputs import prepare_inputs
 
             inputs = prepare_inputs(workload, base, folder / "run")
@@ -251,12 +249,12 @@ def measure_context(
                     raise _Done
 
             try:
-                trainer = module.build(job)
+                trainer = module.build(job, StepObserver())
                 trainer.add_callback(Probe())
                 with suppress(_Done):
                     trainer.train()
             except RuntimeError as error:
-                if not isinstance(translated(error, job, StopRequest()), GpuMemoryError):
+                if memory_that_ran_out(error) != "GPU":
                     raise
                 found = {"cap_bytes": card.cap_bytes, "points": [], "tries": []}
                 found["why"] = "the weights and a first step of short documents do not fit"

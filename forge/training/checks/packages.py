@@ -8,13 +8,13 @@ import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 
-from forge.training.backends import Backend
+from forge.training.backends import Backend, load_backend
 from forge.training.checks.finding import Finding, failure, ok, warning
 from forge.training.config.workload import Workload
 from forge.training.system.environment import ROOT, package_version
 from forge.training.system.errors import MachineError
 
-# What the training stack is made of; the rest of a requirements file only supports it.
+# What training is made of; the rest of a requirements file only supports it.
 _STACK = (
     *("torch", "triton", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes"),
     *("unsloth", "unsloth_zoo", "xformers", "torchao", "tokenizers", "safetensors"),
@@ -31,27 +31,27 @@ _CHILD_SECONDS = 120
 
 def check_packages(workload: Workload, backend: Backend, has_gpu: bool) -> Iterator[Finding]:
     """Missing packages and floors are errors, other versions than the pinned warnings."""
-    found = {name: package_version(name) for name in _STACK}
-    needed = [*_NEEDED, *(("unsloth", "unsloth_zoo", "triton") if backend == "unsloth" else ())]
-    if backend == "unsloth" or workload.model.quantization == "nf4" or "8bit" in workload.optimizer.name:
-        needed.append("bitsandbytes")
-    kind = "legacy" if backend == "legacy" else "gpu" if has_gpu or backend == "unsloth" else "cpu"
-    file = f"requirements-{kind}.txt"
-    missing = [name for name in needed if found[name] is None]
+    module = load_backend(backend)
+    installed = {name: package_version(name) for name in _STACK}
+    needed = {*_NEEDED, *module.PACKAGES}
+    if workload.model.quantization == "nf4" or "8bit" in workload.optimizer.name:
+        needed.add("bitsandbytes")
+    file = module.PINNED_BY or f"requirements-{'gpu' if has_gpu or module.NEEDS_GPU else 'cpu'}.txt"
+    missing = [name for name in _STACK if name in needed and installed[name] is None]
     if missing:
-        remedy = f"install {file}" + ("" if has_gpu or backend == "trl" else " on a machine with a CUDA GPU")
+        remedy = f"install {file}" + (" on a machine with a CUDA GPU" if module.NEEDS_GPU and not has_gpu else "")
         yield failure("packages", MachineError(f"not installed: {', '.join(missing)}", remedy=remedy))
     pins = _read_pins(file)
     differing = [
-        f"{name} {found[name]} (pinned {pins[name]})"
-        for name in _STACK
-        if name in pins and found[name] is not None and str(found[name]).partition("+")[0] != pins[name]
+        f"{name} {version} (pinned {pins[name]})"
+        for name, version in installed.items()
+        if name in pins and version is not None and version.partition("+")[0] != pins[name]
     ]
-    if differing and backend == "legacy":
+    if differing and module.PINNED_BY is not None:
         yield failure(
             "packages",
             MachineError(
-                "this interpreter is not the legacy stack: " + ", ".join(differing),
+                f"this interpreter is not the {backend} stack: " + ", ".join(differing),
                 remedy=f"install {file} into an environment of its own and train with its python",
             ),
         )
@@ -59,7 +59,7 @@ def check_packages(workload: Workload, backend: Backend, has_gpu: bool) -> Itera
         yield warning("packages", ", ".join(differing), f"results can differ; {file} is the tested set")
     elif pins and not missing:
         yield ok("packages", f"as pinned in {file}")
-    yield from _check_floors(backend)
+    yield from _check_floors(backend, is_pinned=module.PINNED_BY is not None)
 
 
 def _read_pins(file: str) -> dict[str, str]:
@@ -72,14 +72,14 @@ def _read_pins(file: str) -> dict[str, str]:
     return {match[1]: match[2] for match in found if match}
 
 
-def _check_floors(backend: Backend) -> Iterator[Finding]:
+def _check_floors(backend: Backend, *, is_pinned: bool) -> Iterator[Finding]:
     for name, (floor, why) in SECURITY_FLOORS.items():
         installed = package_version(name)
         if installed is None or _numbers(installed) >= _numbers(floor):
             continue
         message = f"{name} {installed} is below {floor} ({why})"
-        if backend == "legacy":
-            yield warning("security", message, "train only models that you trust with the legacy stack")
+        if is_pinned:
+            yield warning("security", message, f"train only models that you trust with {backend}")
         else:
             yield failure("security", MachineError(message, remedy=f"install {name} {floor} or newer"))
 

@@ -7,7 +7,7 @@ every token in its loss, are the workload's.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -50,39 +50,3 @@ class Plan(BaseModel):
     def accumulation(self, workload: Workload) -> int:
         """Micro-batches an optimizer step."""
         return workload.training.effective_batch // self.micro_batch
-
-
-def _key_value_heads(config: dict[str, Any]) -> int:
-    """As many as query heads where the configuration does not say: transformers' default."""
-    return int(config.get("num_key_value_heads") or config["num_attention_heads"])
-
-
-def memory_floor_bytes(workload: Workload, config: dict[str, Any]) -> int:
-    """Bytes that weights, adapter, its gradients and optimizer state need whatever the plan.
-
-    ``config``: the base's ``config.json``. Counts the linear layers at 4 bits plus double-quantised
-    constants (4.127 bits a weight: Dettmers et al. 2023, section 3) under nf4, embedding and head
-    at 16 bits; activations and the CUDA context are not in it.
-    """
-    hidden, layers = config["hidden_size"], config["num_hidden_layers"]
-    intermediate, vocabulary = config["intermediate_size"], config["vocab_size"]
-    head = config.get("head_dim") or hidden // config["num_attention_heads"]
-    queries, keys = config["num_attention_heads"] * head, _key_value_heads(config) * head
-    shapes = {
-        "q_proj": (hidden, queries),
-        "k_proj": (hidden, keys),
-        "v_proj": (hidden, keys),
-        "o_proj": (queries, hidden),
-        "gate_proj": (hidden, intermediate),
-        "up_proj": (hidden, intermediate),
-        "down_proj": (intermediate, hidden),
-    }
-    element = 4 if workload.model.dtype == "float32" else 2
-    bits = 4.127 if workload.model.quantization == "nf4" else 8 * element
-    linear = layers * sum(a * b for a, b in shapes.values()) * bits / 8
-    tied = 1 if config.get("tie_word_embeddings") else 2
-    embeddings = tied * vocabulary * hidden * element
-    rank = workload.lora.rank
-    adapter = layers * sum(rank * (a + b) for name, (a, b) in shapes.items() if name in workload.lora.targets)
-    state = 2 if "8bit" in workload.optimizer.name else 8
-    return int(linear + embeddings + adapter * (4 + 4 + state))

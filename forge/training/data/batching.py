@@ -1,4 +1,4 @@
-"""Which examples each optimizer step trains on, how they are laid out in micro-batches, what is largest among them.
+"""Which examples each optimizer step trains on, how they are laid out in micro-batches, and the largest of those.
 
 No torch here.
 """
@@ -12,7 +12,6 @@ import numpy as np
 
 from forge.training.config.plan import Plan
 from forge.training.config.workload import Workload
-from forge.training.data.examples import Examples
 
 
 def num_steps(workload: Workload, num_examples: int) -> int:
@@ -85,13 +84,3 @@ def longest_document(batch: dict[str, Any]) -> int:
     """Tokens of a collated micro-batch's longest document, padding counted where there is any."""
     positions = batch.get("position_ids")
     return int(batch["input_ids"].shape[1]) if positions is None else int(positions.max()) + 1
-
-
-def to_dataset(examples: Examples, max_length: int) -> Any:
-    """The examples as a ``datasets.Dataset`` of ``input_ids`` and ``labels``."""
-    from datasets import Dataset
-
-    dataset = Dataset.from_dict({"input_ids": examples.input_ids, "labels": examples.labels})
-    # Unsloth refuses padding-free batches unless somebody vouches that no row exceeds max_length
-    dataset._unsloth_truncated_to = max_length
-    return dataset

@@ -1,9 +1,10 @@
-"""Checkpoints that are complete or not there.
+"""Checkpoints that are complete or not there, and the adapters that a run keeps.
 
 ``transformers`` writes a checkpoint's files one after another and resumes from the highest
 number, complete or not; a missing optimizer file is skipped in silence. Here a checkpoint counts
 only once a seal, written last, names every file with its size and SHA-256, and itself. The best adapter so far
-and the step log are part of it, so a resumed run goes on from one moment and not from several.
+and the step log are part of it, so a run resumes from one moment and not from several. A save asks for disk space
+first; one that fails is removed and leaves the others.
 """
 
 from __future__ import annotations
@@ -13,15 +14,31 @@ import json
 import os
 import re
 import shutil
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from forge.training.backends.job import TrainingJob
+from forge.training.data.inputs import Inputs
 from forge.training.system.errors import DataError, DiskError
-from forge.training.system.files import flush, flush_tree, sha256_file, sha256_json, write_json
+from forge.training.system.files import (
+    disk_errors,
+    flush,
+    flush_tree,
+    read_json_object,
+    require_free_bytes,
+    sha256_file,
+    sha256_json,
+    staged_directory,
+    write_json,
+)
 
 SEAL = "forge-seal.json"
 LOG = "steps.jsonl"
+KEPT = 2  # sealed checkpoints of a run, beside the one it resumed from
+_BEST_RECORD = "best.json"  # beside the best adapter: its step, held-out loss and digest
 _BEST = "best."  # before the names of the best adapter's files: a folder of them would be loaded as a second adapter
 _NAME = re.compile(r"checkpoint-(\d+)")
 _REQUIRED = (
@@ -191,8 +208,8 @@ def size_bytes(num_parameters: int, optimizer: str) -> int:
     return num_parameters * (8 + (3 if "8bit" in optimizer else 8)) + (2 << 20)
 
 
-def describe_identity(workload_sha256: str, inputs: Any, backend: str) -> dict[str, str]:
-    """What makes two runs the same work, by digest. ``inputs``: :class:`forge.training.train.record.Inputs`."""
+def describe_identity(workload_sha256: str, inputs: Inputs, backend: str) -> dict[str, str]:
+    """What makes two runs the same work, by digest."""
     return {
         "workload": workload_sha256,
         "base": inputs.base_sha256,
@@ -201,3 +218,91 @@ def describe_identity(workload_sha256: str, inputs: Any, backend: str) -> dict[s
         "validation_examples": str(inputs.validation_examples_sha256),
         "backend": backend,
     }
+
+
+class Saver:
+    """Writes a run's checkpoints. ``identity``: of :func:`describe_identity`; ``on_sealed`` is given a name."""
+
+    def __init__(
+        self,
+        job: TrainingJob,
+        identity: dict[str, str],
+        *,
+        resumed_from: Checkpoint | None,
+        on_sealed: Callable[[str], None],
+    ) -> None:
+        self._job, self._identity, self._on_sealed = job, identity, on_sealed
+        self._resumed_from = resumed_from.path if resumed_from else None
+        self._seconds_before = resumed_from.train_seconds if resumed_from else 0.0
+        self._started = self.last_saved = time.monotonic()
+        self._size_bytes = 0
+        self.directory = job.run_dir / "checkpoints"
+
+    def begin(self, num_parameters: int) -> None:
+        """Start to count the training's seconds. Raises :class:`DiskError` if the run's files cannot fit.
+
+        They are: the checkpoints kept and the one being written, the best adapter and the last one.
+        """
+        self._started = self.last_saved = time.monotonic()
+        self._size_bytes = size_bytes(num_parameters, self._job.workload.optimizer.name)
+        present = sum(path.stat().st_size for path in self._job.run_dir.rglob("*") if path.is_file())
+        needed = (KEPT + 2) * self._size_bytes
+        remedy = "free space, or train into another place with --out"
+        require_free_bytes(self._job.run_dir, max(needed - present, self._size_bytes), "the run", remedy)
+
+    @property
+    def train_seconds(self) -> float:
+        """Seconds of training so far, those of the processes before a resume included."""
+        return self._seconds_before + time.monotonic() - self._started
+
+    @contextlib.contextmanager
+    def saving(self, step: int) -> Iterator[None]:
+        """Around the backend's own save of a step. Raises :class:`DiskError` and removes what was half written."""
+        run_dir, path = self._job.run_dir, self.directory / f"checkpoint-{step}"
+        remedy = "free space; the same command resumes from the newest checkpoint"
+        require_free_bytes(run_dir, self._size_bytes, f"the checkpoint of step {step}", remedy)
+        delete(path)
+        try:
+            with disk_errors(path, "save"):
+                self.directory.mkdir(parents=True, exist_ok=True)
+                yield
+                add_run_state(path, run_dir / LOG, run_dir / "best" if (run_dir / "best").is_dir() else None)
+                seal(path, self._identity, train_seconds=self.train_seconds)
+        except DiskError:
+            shutil.rmtree(path, ignore_errors=True)
+            raise
+        self._size_bytes = max(self._size_bytes, sum(p.stat().st_size for p in path.rglob("*") if p.is_file()))
+        rotate(self.directory, keep=KEPT, resumed_from=self._resumed_from)
+        self.last_saved = time.monotonic()
+        self._on_sealed(path.name)
+
+
+def save_adapter(model: Any, job: TrainingJob, directory: Path, evaluated: tuple[int, float] | None = None) -> None:
+    """Write ``adapter_model.safetensors`` and ``adapter_config.json``, complete or not at all."""
+    with staged_directory(directory, force=True) as staging:
+        model.save_pretrained(staging, safe_serialization=True)
+        for name in _UNNEEDED:
+            (staging / name).unlink(missing_ok=True)
+        config = json.loads((staging / "adapter_config.json").read_text(encoding="utf-8"))
+        config["base_model_name_or_path"] = job.workload.model.path
+        write_json(staging / "adapter_config.json", config)
+        if evaluated is not None:
+            digest = sha256_file(staging / "adapter_model.safetensors")
+            content = {"step": evaluated[0], "validation_loss": evaluated[1], "adapter_sha256": digest}
+            write_json(staging / _BEST_RECORD, content)
+        for path in staging.iterdir():
+            path.chmod(0o644)
+
+
+def read_best(directory: Path) -> tuple[int, float] | None:
+    """Step and held-out loss of the best adapter so far, ``None`` if there is none. Raises :class:`DataError`."""
+    if not directory.is_dir():
+        return None
+    content = read_json_object(directory / _BEST_RECORD)
+    try:
+        step, loss, digest = int(content["step"]), float(content["validation_loss"]), content["adapter_sha256"]
+        if sha256_file(directory / "adapter_model.safetensors") == digest:
+            return step, loss
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise DataError(f"{directory} is damaged", remedy="restore it from a copy, or start afresh with --force")

@@ -1,4 +1,4 @@
-"""What a run measures about itself: seconds, tokens and labels a step, memory by phase.
+"""What a run measures about itself: seconds, tokens and labels per step, memory by phase.
 
 The trainer's own counters are not used: they count padding as tokens, hide NaN and restart after
 a resume. Labels are hashed as they reach the model, in a form that does not depend on how a
@@ -9,17 +9,31 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import math
+import statistics
 import time
 from collections import deque
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
+
+import numpy as np
 
 from forge.training.data.conversation import IGNORED
 from forge.training.system.files import write_text
-from forge.training.train.record import MemoryPhase
+from forge.training.train.record import Losses, MemoryPhase, RunRecord
+
+NUM_WARMUP_STEPS = 2  # left out of the steady figures: compilation, allocator, caches
+
+
+class MicroBatch(NamedTuple):
+    """One micro-batch as it was collated. ``labels``: of each document, as :func:`document_labels` has them."""
+
+    labels: list[bytes]
+    num_tokens: list[int]  # of each document
+    num_trained: int  # tokens that carry a loss
+    num_divisor: int  # labels that the backend divides the loss by
 
 
 def document_labels(batch: Mapping[str, Any]) -> list[bytes]:
@@ -42,48 +56,66 @@ def document_labels(batch: Mapping[str, Any]) -> list[bytes]:
     return [d[1:].astype("<i4").tobytes() for d in documents]
 
 
+def cut_log(path: Path, until_step: int) -> list[dict[str, Any]]:
+    """Cut the step log down to the steps that still count, the others being done again. Returns its lines."""
+    lines = []
+    if until_step and path.is_file():
+        for text in path.read_text(encoding="utf-8").splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue  # the line that a kill cut short
+            if line["step"] <= until_step:
+                lines.append(line)
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+    return lines
+
+
 class Meter:
-    """Collects micro-batches as they are fetched and turns them into one line a step."""
+    """Collects micro-batches as they are fetched and turns them into one line per step. Enter it to open the log."""
 
     def __init__(
         self,
         log_path: Path,
+        lines: list[dict[str, Any]],
         accumulation: int,
         cuda: bool,
         *,
-        resumed_step: int = 0,
         loss_counts_first_labels: bool = False,
     ) -> None:
-        """``resumed_step``: steps of the log that still count; later ones are done again.
-
-        ``loss_counts_first_labels``: the stack divides a step's loss by all labels, those included
-        that no token predicts (transformers 4, ``get_batch_samples``); the log has it per trained token.
-        """
-        before = _read_log(log_path, resumed_step)
-        write_text(log_path, "".join(json.dumps(line) + "\n" for line in before))
-        self.path = log_path
-        self._log = open(log_path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - lives as long as the run
+        """``lines``: of the steps before a resume. ``loss_counts_first_labels``: of the backend's module."""
+        self._log_path = log_path
+        self._log: IO[str] | None = None
         self._accumulation = accumulation
         self._cuda = cuda
         self._loss_counts_first_labels = loss_counts_first_labels
-        self._pending: deque[tuple[list[bytes], list[int], int, int]] = deque()
+        self._pending: deque[MicroBatch] = deque()
         self._mark = time.perf_counter()
         self._loss: Any = None
-        steps = [line for line in before if "loss" in line]
+        steps = [line for line in lines if "loss" in line]
         self.step_seconds: list[float] = [line["seconds"] for line in steps]
         self.step_tokens: list[int] = [line["tokens"] for line in steps]
         self.step_documents: list[int] = [line["documents"] for line in steps]
         self.losses: list[float] = [line["loss"] for line in steps]
         self.batch_digests: list[str] = [line["labels_sha256"] for line in steps]
-        self.validation = [(line["step"], line["validation_loss"]) for line in before if "validation_loss" in line]
+        validation = [line for line in lines if "validation_loss" in line]
+        self.validation: list[tuple[int, float]] = [(line["step"], line["validation_loss"]) for line in validation]
         self.memory: list[MemoryPhase] = []
+
+    def __enter__(self) -> Meter:
+        self._log = open(self._log_path, "a", encoding="utf-8", buffering=1)  # a checkpoint copies whole lines
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._log is not None:
+            self._log.close()
 
     def fetched(self, batch: Mapping[str, Any]) -> None:
         """Note a collated micro-batch; the loader may fetch one ahead of the step it belongs to."""
-        documents = document_labels(batch)
-        trained = sum(_num_trained(d) for d in documents)
-        counted = int((batch["labels"] != IGNORED).sum()) if self._loss_counts_first_labels else trained
-        self._pending.append((documents, [len(d) // 4 + 1 for d in documents], trained, counted))
+        labels = document_labels(batch)
+        trained = sum(int((np.frombuffer(document, dtype="<i4") != IGNORED).sum()) for document in labels)
+        divisor = int((batch["labels"] != IGNORED).sum()) if self._loss_counts_first_labels else trained
+        self._pending.append(MicroBatch(labels, [len(d) // 4 + 1 for d in labels], trained, divisor))
 
     def add_loss(self, loss: Any) -> None:
         """Add a micro-batch's share of the step's loss (a detached scalar on its device)."""
@@ -106,17 +138,17 @@ class Meter:
         now = time.perf_counter()
         count = len(self._pending) if is_last else self._accumulation
         batches = [self._pending.popleft() for _ in range(min(count, len(self._pending)))]
-        documents = sorted(d for batch in batches for d in batch[0])
-        trained = sum(batch[2] for batch in batches)
+        documents = sorted(document for batch in batches for document in batch.labels)
+        trained = sum(batch.num_trained for batch in batches)
         figures: dict[str, Any] = {
             "seconds": now - self._mark,
             "documents": len(documents),
-            "tokens": sum(sum(batch[1]) for batch in batches),
-            "tokens_squared": sum(n * n for batch in batches for n in batch[1]),
-            "micro_batch_tokens": [sum(batch[1]) for batch in batches],
+            "tokens": sum(sum(batch.num_tokens) for batch in batches),
+            "tokens_squared": sum(n * n for batch in batches for n in batch.num_tokens),
+            "micro_batch_tokens": [sum(batch.num_tokens) for batch in batches],
             "trained_tokens": trained,
             "labels_sha256": hashlib.sha256(b"".join(hashlib.sha256(d).digest() for d in documents)).hexdigest(),
-            "loss": self.step_loss() * (sum(batch[3] for batch in batches) / trained if trained else 1.0),
+            "loss": self.step_loss() * (sum(batch.num_divisor for batch in batches) / trained if trained else 1.0),
         }
         self._mark, self._loss = now, None
         self.step_seconds.append(figures["seconds"])
@@ -128,6 +160,7 @@ class Meter:
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one line to the step log."""
+        assert self._log is not None
         self._log.write(json.dumps(line, allow_nan=True) + "\n")
 
     def phase(self, name: str) -> None:
@@ -147,31 +180,24 @@ class Meter:
             )
         )
 
-    def flush(self) -> None:
-        """Have the disk hold the step log: a checkpoint is about to rely on it."""
-        self._log.flush()
-        os.fsync(self._log.fileno())
-
-    def close(self) -> None:
-        """Close the step log."""
-        self._log.close()
-
-
-def _read_log(path: Path, until_step: int) -> list[dict[str, Any]]:
-    if not until_step or not path.is_file():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue  # the line that a kill cut short
-        if line["step"] <= until_step:
-            lines.append(line)
-    return lines
+    def fill(self, record: RunRecord) -> None:
+        """Put what was measured into the run's record. Steady figures need more steps than the warm-up."""
+        record.memory = self.memory
+        record.batch_digests = self.batch_digests
+        record.num_steps = len(self.losses)
+        if not self.losses:
+            return
+        record.losses = Losses(
+            first_train_loss=_finite(statistics.fmean(self.losses[:5])),
+            last_train_loss=_finite(statistics.fmean(self.losses[-5:])),
+        )
+        skip = NUM_WARMUP_STEPS if len(self.step_seconds) > NUM_WARMUP_STEPS + 1 else 0
+        seconds = self.step_seconds[skip:]
+        record.timing.num_warmup_steps_left_out = skip
+        record.timing.steady_step_seconds_median = statistics.median(seconds)
+        record.timing.documents_per_second = sum(self.step_documents[skip:]) / sum(seconds)
+        record.timing.tokens_per_second = sum(self.step_tokens[skip:]) / sum(seconds)
 
 
-def _num_trained(document: bytes) -> int:
-    import numpy as np
-
-    return int((np.frombuffer(document, dtype="<i4") != IGNORED).sum())
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

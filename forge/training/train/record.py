@@ -7,6 +7,7 @@ a guess, never zero.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,8 +17,8 @@ from forge.training.backends import Backend
 from forge.training.config.overrides import listed, shown, validation_errors
 from forge.training.config.workload import Workload
 from forge.training.data.inputs import Inputs
-from forge.training.system.errors import DataError
-from forge.training.system.files import is_there, read_json_object, write_json
+from forge.training.system.errors import DataError, DivergedError, GpuMemoryError, Interrupted
+from forge.training.system.files import is_there, read_json_object, sha256_json, write_json
 
 SCHEMA_VERSION = 1
 Status = Literal["running", "completed", "interrupted", "diverged", "out_of_memory", "failed"]
@@ -68,7 +69,7 @@ class Losses(_Part):
 
 
 class Resume(_Part):
-    """The run went on at ``at`` from ``step``, ``after`` it ended as that status says (running: killed)."""
+    """The run resumed at ``at`` from ``step``, ``after`` it had ended as that status says (running: killed)."""
 
     at: str  # UTC, ISO 8601
     step: int
@@ -99,7 +100,7 @@ class RunRecord(_Part):
     memory: list[MemoryPhase] = Field(default_factory=list)
     environment: dict[str, Any] = Field(default_factory=dict)
     adapter_sha256: str | None = None
-    batch_digests: list[str] = Field(default_factory=list)  # labels as they reach the model, a step each
+    batch_digests: list[str] = Field(default_factory=list)  # labels as they reach the model, one per step
     notes: list[str] = Field(default_factory=list)  # what was unusual: spikes of the loss
     resumes: list[Resume] = Field(default_factory=list)
 
@@ -114,6 +115,30 @@ class RunRecord(_Part):
     def write(self, run_dir: Path) -> None:
         """Write ``run.json`` atomically."""
         write_json(run_dir / "run.json", self.model_dump(mode="json"))
+
+
+def describe_trainable(model: Any) -> Trainable:
+    """Count and digest the trainable parameters under names that no backend's wrapper changes."""
+    rows, dtypes = [], set()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            rows.append([name.replace(".default", "").replace("._orig_mod", ""), list(parameter.shape)])
+            dtypes.add(str(parameter.dtype).removeprefix("torch."))
+    return Trainable(
+        num_parameters=sum(math.prod(shape) for _, shape in rows),
+        names_sha256=sha256_json(sorted(rows)),
+        dtype=",".join(sorted(dtypes)),
+    )
+
+
+def status_of(error: BaseException) -> Status:
+    """The record's status for an error that ended a run."""
+    kinds: dict[type[BaseException], Status] = {
+        GpuMemoryError: "out_of_memory",
+        DivergedError: "diverged",
+        Interrupted: "interrupted",
+    }
+    return next((status for kind, status in kinds.items() if isinstance(error, kind)), "failed")
 
 
 def read_record(run_dir: Path | str) -> RunRecord:
@@ -136,7 +161,7 @@ def read_record(run_dir: Path | str) -> RunRecord:
 
 
 def completed_record(run_dir: Path | str) -> RunRecord:
-    """Like :func:`read_record`, but refuses a run that did not complete or whose workload is none."""
+    """Like :func:`read_record`, but refuses a run that did not complete or whose config is invalid."""
     record = read_record(run_dir)
     if record.status != "completed":
         raise DataError(

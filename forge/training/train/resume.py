@@ -3,7 +3,7 @@
 Free to change on a resume, because it changes nothing that the run computes: names, descriptions and
 paths (data and weights are known by content), ``report_to``, ``export``, ``evaluation``, ``gate``,
 ``model.offline``, ``training.save_every_*``, ``training.spike_limit``, and the plan. Packages may
-change too, and are said: their rounding is not the same.
+change too, and are reported: their rounding is not the same.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ _REMEDY = "resume with what it was started with, train into another directory, o
 
 
 def previous_run(run_dir: Path, workload: Workload, backend: Backend, *, resume: bool, force: bool) -> RunRecord | None:
-    """The run to go on with, ``None`` to begin one. Touches nothing.
+    """The run to resume, ``None`` to begin one. Touches nothing.
 
     Raises :class:`ConfigurationError` if the directory holds other work, :class:`DataError` if
     ``resume`` is asked and there is nothing to resume, :class:`DiskError` if somebody else's files are there.
     """
     if resume and force:
-        raise ConfigurationError("--resume goes on and --force starts afresh", remedy="choose one")
+        raise ConfigurationError("--resume continues a run and --force starts afresh", remedy="choose one")
     if force:
         return None
     if not (run_dir / "run.json").exists():
         if resume:
             raise DataError(f"{run_dir} holds no run to resume", remedy="start it without --resume")
-        strangers = [name for name in _MADE_BY_A_RUN if (run_dir / name).exists()]
-        if strangers and not (run_dir / STATUS).exists():
+        unknown = [name for name in _MADE_BY_A_RUN if (run_dir / name).exists()]
+        if unknown and not (run_dir / STATUS).exists():
             raise DiskError(
-                f"{run_dir / strangers[0]} exists already, and no run.json says what it is",
+                f"{run_dir / unknown[0]} exists already, and no run.json says what it is",
                 remedy="name another directory with --out, or replace it with --force",
             )
         return None
@@ -75,7 +75,7 @@ def refuse_other_inputs(run_dir: Path, before: Inputs, now: Inputs) -> None:
 
 
 def allowed_changes(before: RunRecord, plan: Plan, environment: dict[str, Any]) -> list[str]:
-    """What differs and may: a line ``key: old -> new`` each."""
+    """What differs and may: one line ``key: old -> new`` per difference."""
     lines = [
         f"plan.{key}: {before.plan.get(key)} -> {value}"
         for key, value in plan.model_dump().items()
@@ -105,9 +105,3 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def smaller_micro_batch(plan: Plan, workload: Workload) -> int | None:
-    """The largest micro-batch of at most half the size that divides the effective batch; ``None`` at one."""
-    effective = workload.training.effective_batch
-    return next((size for size in range(plan.micro_batch // 2, 0, -1) if effective % size == 0), None)

@@ -1,53 +1,58 @@
-"""One training run from a workload to an adapter and a record, in this process."""
+"""One training run from a config to an adapter and a record, in this process, from top to bottom.
+
+:func:`train` is the run: checks, resume or start, the backend's trainer, the loop, the adapter, the record. What it
+calls stands below it in the same order. Where the gate's instruments change a trainer: :func:`build_trainer`.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
-from importlib.util import find_spec
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from forge.training.backends import Backend, load_plan
-from forge.training.backends.job import TrainingJob
+from forge.training.backends import Backend, BackendModule, load_backend, load_plan
+from forge.training.backends.job import StepObserver, TrainingJob
 from forge.training.config.plan import Plan
 from forge.training.config.workload import Workload
-from forge.training.data.inputs import PreparedInputs, prepare_inputs, refuse_unusable_sources
-from forge.training.system.environment import has_cuda_gpu
-from forge.training.system.errors import ForgeError
-from forge.training.system.files import locked, write_text
+from forge.training.data.inputs import Inputs, PreparedInputs, prepare_inputs, refuse_unusable_sources
+from forge.training.models.digests import model_shape
+from forge.training.system.environment import describe_environment
+from forge.training.system.errors import DiskError, ForgeError, MachineError
+from forge.training.system.files import as_disk_error, locked, sha256_file, write_text
+from forge.training.system.oom import as_memory_error
 from forge.training.system.signals import StopRequest
-from forge.training.train.attempt import Attempt, Listener
-from forge.training.train.checkpoint import delete_all
-from forge.training.train.record import RunRecord
-from forge.training.train.resume import clear, clear_partials, previous_run, refuse_other_inputs
+from forge.training.train.checkpoint import (
+    LOG,
+    Checkpoint,
+    Saver,
+    choose,
+    delete_all,
+    describe_identity,
+    restore,
+    save_adapter,
+)
+from forge.training.train.metrics import Meter, cut_log
+from forge.training.train.record import Resume, RunRecord, describe_trainable, status_of
+from forge.training.train.resume import allowed_changes, clear, clear_partials, previous_run, refuse_other_inputs
 from forge.training.train.status import StatusFile
 
 
-def choose_backend(name: str) -> Backend:
-    """``auto`` is unsloth where it is installed and a CUDA GPU answers, else trl. Imports no torch."""
-    if name != "auto":
-        return name  # type: ignore[return-value]  # the command line has checked it
-    return "unsloth" if find_spec("unsloth") is not None and has_cuda_gpu() else "trl"
+@dataclass(frozen=True)
+class Listener:
+    """Who is told: lines for people, the plan before the first step, every step's figures."""
 
-
-def base_directory(workload: Workload) -> Path:
-    """The base model's directory; stand-ins are made by a process of their own, unpatched by Unsloth."""
-    command = [sys.executable, "-m", "forge.training", "base", workload.model.path]
-    if workload.model.revision:
-        command += ["--revision", workload.model.revision]
-    if workload.model.offline is not None:
-        command += ["--offline" if workload.model.offline else "--online"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise _child_error(done.returncode, f"the base model {workload.model.path} cannot be used (see above)")
-    return Path(done.stdout.strip().splitlines()[-1])
-
-
-def _child_error(code: int, message: str) -> ForgeError:
-    error = ForgeError(message)
-    error.exit_code = code if 0 < code < 10 else 1
-    return error
+    announce: Callable[[str], None]
+    on_plan: Callable[[TrainingJob, dict[str, Any]], None]
+    on_step: Callable[[int, dict[str, Any]], None]
 
 
 def train(
@@ -62,11 +67,13 @@ def train(
 ) -> RunRecord:
     """Train and leave ``adapter/``, ``run.json``, ``steps.jsonl``, ``status.json`` in ``run_dir``.
 
-    Goes on with a run of the same work that is there and returns a complete one as it is; ``resume``
+    Resumes a run of the same work that is there and returns a complete one as it is; ``resume``
     insists that there is one, ``force`` replaces it. Raises the errors of
     :mod:`forge.training.system.errors`; record and status then say how the run ended.
     """
     plan = load_plan(workload, backend, plan_overrides)
+    module = load_backend(backend)
+    module.refuse(workload, plan)
     with locked(run_dir), StopRequest().caught() as stop:
         before = previous_run(run_dir, workload, backend, resume=resume, force=force)
         if before is not None and before.status == "completed":
@@ -78,11 +85,41 @@ def train(
             clear(run_dir)
         status = StatusFile(run_dir)
         status.update(step=before.num_steps if before else 0)
+        record: RunRecord | None = None
         try:
-            record = _train(workload, backend, plan, run_dir, before, listener, status, stop)
+            # checks that take time, and the inputs
+            refuse_unusable_sources(workload)
+            base_dir = base_directory(workload)
+            module.prepare(plan)
+            listener.announce(f"base model {base_dir.name}, backend {backend}")
+            inputs = _inputs(workload, base_dir, run_dir, before)
+            for note in inputs.described.notes:
+                listener.announce(note)
+            write_text(run_dir / "workload.yaml", workload.to_yaml())
+            job = TrainingJob(workload, plan, backend, base_dir, run_dir, inputs.train, inputs.validation)
+            # resume or start
+            identity = describe_identity(workload.digest(), inputs.described, backend)
+            checkpoint = _restore_newest(job, identity, listener.announce) if before else None
+            record = _begin_record(job, inputs.described, before, checkpoint, listener.announce)
+            # trainer, loop, adapter
+            saver = Saver(job, identity, resumed_from=checkpoint, on_sealed=lambda name: status.update(checkpoint=name))
+            _train(module, job, checkpoint, saver, record, listener, status, stop)
+            # record
+            record.status = "completed"
+            record.write(run_dir)
+            delete_all(run_dir / "checkpoints")  # the adapter supersedes them
         except BaseException as error:
-            failure = stop.interrupted(" before it trained") if stop.caused(error) else error
-            _note_failure(status, failure)
+            failure = _as_user_error(error, plan, run_dir, stop)
+            if record is not None and record.status == "running":
+                record.status, record.message = status_of(failure), str(failure).partition("\n")[0] or repr(failure)
+                with contextlib.suppress(DiskError):  # where the disk is full, `failure` says so already
+                    record.write(run_dir)
+            status.update(
+                state=status_of(failure),
+                exit_code=failure.exit_code if isinstance(failure, ForgeError) else 1,
+                message=failure.message if isinstance(failure, ForgeError) else repr(failure)[:500],
+                remedy=failure.remedy if isinstance(failure, ForgeError) else None,
+            )
             if failure is error:
                 raise
             raise failure from error
@@ -90,29 +127,18 @@ def train(
         return record
 
 
-def _train(
-    workload: Workload,
-    backend: Backend,
-    plan: Plan,
-    run_dir: Path,
-    before: RunRecord | None,
-    listener: Listener,
-    status: StatusFile,
-    stop: StopRequest,
-) -> RunRecord:
-    refuse_unusable_sources(workload)
-    base_dir = base_directory(workload)
-    from forge.training.backends import load_backend
-
-    module = load_backend(backend)
-    module.prepare(plan)
-    listener.announce(f"base model {base_dir.name}, backend {backend}")
-    inputs = _inputs(workload, base_dir, run_dir, before)
-    for note in inputs.described.notes:
-        listener.announce(note)
-    write_text(run_dir / "workload.yaml", workload.to_yaml())
-    job = TrainingJob(workload, plan, backend, base_dir, run_dir, inputs.train, inputs.validation)
-    return Attempt(job, inputs.described, before, listener, status, stop).run(module)
+def base_directory(workload: Workload) -> Path:
+    """The base model's directory; stand-ins are made by a process of their own, unpatched by Unsloth."""
+    command = [sys.executable, "-m", "forge.training", "base", workload.model.path]
+    if workload.model.revision:
+        command += ["--revision", workload.model.revision]
+    if workload.model.offline is not None:
+        command += ["--offline" if workload.model.offline else "--online"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        message = f"the base model {workload.model.path} cannot be used (see above)"
+        raise ForgeError.of_child(done.returncode, message)
+    return Path(done.stdout.strip().splitlines()[-1])
 
 
 def _inputs(workload: Workload, base_dir: Path, run_dir: Path, before: RunRecord | None) -> PreparedInputs:
@@ -125,13 +151,157 @@ def _inputs(workload: Workload, base_dir: Path, run_dir: Path, before: RunRecord
     return inputs
 
 
-def _note_failure(status: StatusFile, failure: BaseException) -> None:
-    """How the run ended, into its status."""
-    from forge.training.train.ending import status_of
+def _restore_newest(job: TrainingJob, identity: dict[str, str], announce: Callable[[str], None]) -> Checkpoint | None:
+    """The checkpoint to resume from, step log and best adapter as they were then; ``None``: from the first step."""
+    needs_scaler = job.workload.model.dtype == "float16"
+    checkpoint, remarks = choose(job.run_dir / "checkpoints", identity, needs_scaler=needs_scaler)
+    for remark in remarks:
+        announce(remark)
+    if checkpoint is None:
+        announce("no checkpoint was sealed: starting from the first step")
+        shutil.rmtree(job.run_dir / "best", ignore_errors=True)
+    else:
+        restore(checkpoint, job.run_dir / LOG, job.run_dir / "best")
+    return checkpoint
 
-    status.update(
-        state=status_of(failure),
-        exit_code=failure.exit_code if isinstance(failure, ForgeError) else 1,
-        message=failure.message if isinstance(failure, ForgeError) else repr(failure)[:500],
-        remedy=failure.remedy if isinstance(failure, ForgeError) else None,
+
+def _begin_record(
+    job: TrainingJob,
+    inputs: Inputs,
+    before: RunRecord | None,
+    checkpoint: Checkpoint | None,
+    announce: Callable[[str], None],
+) -> RunRecord:
+    """Write the record of a run that is running, with what differs from the process before it."""
+    environment = describe_environment(with_torch=True)
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    step = checkpoint.step if checkpoint else 0
+    record = RunRecord(
+        status="running",
+        backend=job.backend,
+        workload=job.workload.model_dump(mode="json"),
+        workload_sha256=job.workload.digest(),
+        plan=job.plan.model_dump(),
+        seed=job.workload.training.seed,
+        base_path=str(job.base_dir),
+        started_at=before.started_at if before else now,
+        num_steps=step,
+        num_planned_steps=job.num_steps,
+        inputs=inputs,
+        model_shape=model_shape(job.base_dir),
+        environment=environment,
     )
+    if before is not None:
+        changes = allowed_changes(before, job.plan, environment)
+        for line in changes:
+            announce(f"changed since it began: {line}")
+        record.notes = list(before.notes)
+        record.resumes = [*before.resumes, Resume(at=now, step=step, after=before.status, changes=changes)]
+    record.write(job.run_dir)
+    return record
+
+
+def _train(
+    module: BackendModule,
+    job: TrainingJob,
+    checkpoint: Checkpoint | None,
+    saver: Saver,
+    record: RunRecord,
+    listener: Listener,
+    status: StatusFile,
+    stop: StopRequest,
+) -> None:
+    """Build the trainer, take every step that is left and keep the adapter. What was measured goes into the record."""
+    import torch
+
+    from forge.training.train.callbacks import StepCallback, StoppedEarly
+
+    def on_step(step: int, figures: dict[str, Any]) -> None:
+        status.step_done(step)
+        listener.on_step(step, figures)
+
+    def is_stop_requested() -> bool:
+        return stop.number is not None
+
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(job.run_dir / "tensorboard")
+    cuda = torch.cuda.is_available()
+    lines = cut_log(job.run_dir / LOG, checkpoint.step if checkpoint else 0)
+    counts_first = module.LOSS_COUNTS_FIRST_LABELS
+    with Meter(job.run_dir / LOG, lines, job.accumulation, cuda, loss_counts_first_labels=counts_first) as meter:
+        callback = StepCallback(job, meter, saver, stop, on_step, listener.announce)
+        try:
+            # the backend's trainer
+            started = time.perf_counter()
+            if cuda:
+                torch.backends.cuda.enable_cudnn_sdp(job.plan.attention == "default")
+            observer = StepObserver(callback.begin, meter.fetched, meter.add_loss, saver.saving, is_stop_requested)
+            trainer = build_trainer(module, job, observer)
+            trainer.add_callback(callback)
+            record.timing.load_seconds = time.perf_counter() - started
+            meter.phase("load")
+            record.trainable = describe_trainable(trainer.model)
+            resumed_from = checkpoint.path if checkpoint else None
+            plan = {"trainable": record.trainable, "resumed_from": resumed_from.name if resumed_from else None}
+            listener.on_plan(job, plan)
+            saver.begin(record.trainable.num_parameters)
+            status.update(state="running", step=record.num_steps, num_planned_steps=job.num_steps)
+            with stop.deferred():
+                # the loop
+                with contextlib.suppress(StoppedEarly):
+                    trainer.train(resume_from_checkpoint=str(resumed_from) if resumed_from else None)
+                done = int(trainer.state.global_step)
+                if is_stop_requested() and done < job.num_steps and not callback.is_out_of_patience():
+                    raise stop.interrupted(f" after step {done} of {job.num_steps}")
+                record.timing.train_seconds = saver.train_seconds
+                meter.phase("train")
+                # the adapter
+                record.adapter_sha256 = _keep_adapter(trainer.model, job, has_best=callback.best is not None)
+                meter.phase("save")
+        finally:
+            meter.fill(record)
+            callback.fill(record)
+
+
+def build_trainer(module: BackendModule, job: TrainingJob, observer: StepObserver) -> Any:
+    """The backend's trainer. Raises :class:`MachineError` for a tracker that is not installed.
+
+    **The seam**: a run looks this function up in this module when it needs its trainer, and the gate's instruments
+    put another in its place, which calls it and changes the trainer before the first step. They are
+    ``harness/parity/probes/float32_adapter.py`` and ``harness/reliability/probes/constrained_run.py``; nothing else of
+    a run may be replaced.
+    """
+    try:
+        return module.build(job, observer)
+    except RuntimeError as error:
+        if "Callback requires" in str(error):
+            raise MachineError(f"report_to: {error}", remedy="install that tracker, or --set report_to=[]") from error
+        raise
+
+
+def _keep_adapter(model: Any, job: TrainingJob, *, has_best: bool) -> str:
+    """The best adapter of a run that evaluates, else the last one, becomes the run's. Returns its SHA-256."""
+    adapter = job.run_dir / "adapter"
+    if has_best:
+        shutil.rmtree(adapter, ignore_errors=True)  # of a process killed between these lines and its record
+        os.replace(job.run_dir / "best", adapter)
+    else:
+        save_adapter(model, job, adapter)
+    return sha256_file(adapter / "adapter_model.safetensors")
+
+
+def _as_user_error(error: BaseException, plan: Plan, run_dir: Path, stop: StopRequest) -> BaseException:
+    """The error as :mod:`forge.training.system.errors` has it, where it is the user's: memory, a signal, disk."""
+    if isinstance(error, ForgeError):
+        return error
+    remedies = []
+    if plan.micro_batch > 1:
+        remedies.append("--plan micro_batch=1 (the same mathematics)")
+    if plan.gradient_checkpointing == "none":
+        remedies.append("--plan gradient_checkpointing=full (the same mathematics)")
+    remedies += ["--set data.max_length=... (shorter documents)", "--set lora.rank=... (a smaller adapter)"]
+    memory_error = as_memory_error(error, "training", "in order of cost: " + "; ".join(remedies))
+    if memory_error is not None:
+        return memory_error
+    if stop.caused(error):
+        return stop.interrupted(" before it trained")
+    return as_disk_error(error, run_dir) or error

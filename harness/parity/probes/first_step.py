@@ -33,8 +33,8 @@ from typing import Any
 
 import numpy as np
 
-from forge.training.backends import BACKENDS, load_plan
-from forge.training.backends.job import TrainingJob
+from forge.training.backends import BACKENDS, load_backend, load_plan
+from forge.training.backends.job import StepObserver, TrainingJob
 from forge.training.config.workload import Workload, load_workload
 from forge.training.system.errors import ConfigurationError
 from forge.training.system.files import sha256_file
@@ -71,10 +71,9 @@ def measure(
         raise ConfigurationError(f"no backend {backend!r}", remedy=f"take reference or {', '.join(BACKENDS)}")
     name: Any = "trl" if backend == "reference" else backend
     plan = load_plan(workload, name, plan_overrides)
-    base = base_directory(workload)
-    from forge.training.backends import load_backend
-
     module = load_backend(name)
+    module.refuse(workload, plan)
+    base = base_directory(workload)
     if not (name == "unsloth" and "unsloth" in sys.modules):  # imported for a step before this one
         module.prepare(plan)
     import torch
@@ -122,7 +121,7 @@ def _measure_backend(
     from harness.parity.probes.batch import draw_adapter
     from harness.parity.probes.loop import Done, Observer
 
-    trainer = module.build(job)
+    trainer = module.build(job, StepObserver())
     adapter = draw_adapter(trainer.model, job.workload.training.seed)
     if fault is not None:
         plant(fault, trainer)

@@ -1,4 +1,4 @@
-"""``train`` with the adapter kept in float32 whatever the stack: ``python -m harness.parity.probes.float32_adapter``.
+"""``train`` with the adapter kept in float32 whatever the backend: ``python -m harness.parity.probes.float32_adapter``.
 
 TRL casts the adapter of a 4-bit base to bfloat16 and Unsloth keeps float32. The former loses every update below half
 a spacing: over 100 steps of a tiny model 2e-3 nats of training loss, several times what any other rounding moves.
@@ -16,7 +16,11 @@ kernels or in another precision, the same to every digit that counts:
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from forge.training.backends import BackendModule
+    from forge.training.backends.job import StepObserver, TrainingJob
 
 ROUNDINGS = ("eager", "float32", "float32_head")
 
@@ -28,14 +32,14 @@ def main() -> None:
         named.append(sys.argv.pop(1).partition("=")[2])
     from forge.training import cli
     from forge.training.system.errors import ConfigurationError
-    from forge.training.train import attempt
+    from forge.training.train import run
 
-    build = attempt.build_trainer
+    build = run.build_trainer
 
-    def built(module: Any, job: Any) -> Any:
+    def built(module: BackendModule, job: TrainingJob, observer: StepObserver) -> Any:
         if unknown := set(named) - set(ROUNDINGS):
             raise ConfigurationError(f"--rounding={unknown.pop()}: unknown", remedy=f"take {' or '.join(ROUNDINGS)}")
-        trainer = build(module, job)
+        trainer = build(module, job, observer)
         for name, parameter in trainer.model.named_parameters():
             if ".lora_" in name:
                 parameter.data = parameter.data.float()
@@ -48,7 +52,7 @@ def main() -> None:
             causal.lm_head.forward = _float32_product(causal.lm_head.weight)
         return trainer
 
-    attempt.build_trainer = built
+    run.build_trainer = built  # the seam: see there
     cli.main()
 
 

@@ -6,7 +6,7 @@ import hashlib
 from typing import Any
 
 from forge.training.system.files import sha256_json
-from forge.training.train.ending import describe_trainable
+from forge.training.train.record import describe_trainable
 
 
 def describe_settings(trainer: Any) -> dict[str, Any]:

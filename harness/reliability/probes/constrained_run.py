@@ -14,7 +14,11 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from forge.training.backends import BackendModule
+    from forge.training.backends.job import StepObserver, TrainingJob
 
 CAP, TRACE, DETERMINISTIC = "--cap-gib", "--trace", "--deterministic"
 
@@ -28,11 +32,11 @@ def main() -> None:
     if DETERMINISTIC in options:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when CUDA begins; PyTorch refuses without it
     from forge.training import cli
-    from forge.training.train import attempt
+    from forge.training.train import run
 
-    build = attempt.build_trainer
+    build = run.build_trainer
 
-    def built(module: Any, job: Any) -> Any:
+    def built(module: BackendModule, job: TrainingJob, observer: StepObserver) -> Any:
         import torch
 
         if CAP in options:
@@ -40,12 +44,12 @@ def main() -> None:
             torch.cuda.set_per_process_memory_fraction(min(1.0, share))
         if DETERMINISTIC in options:
             torch.use_deterministic_algorithms(True)  # warnings alone would leave SDPA's backward as it is
-        trainer = build(module, job)
+        trainer = build(module, job, observer)
         if TRACE in options:
             trainer.add_callback(_tracer(options[TRACE]))
         return trainer
 
-    attempt.build_trainer = built
+    run.build_trainer = built  # the seam: see there
     cli.main()
 
 

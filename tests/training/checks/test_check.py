@@ -15,9 +15,9 @@ from rich.console import Console
 
 from forge.training.checks import machine, packages
 from forge.training.checks.check import Finding, check_workload, exit_code, print_findings
-from forge.training.checks.machine import check_disk, check_gpu, check_memory
+from forge.training.checks.machine import check_disk, check_gpu, check_memory, memory_floor_bytes
 from forge.training.checks.model import check_export, find_base
-from forge.training.config.workload import Workload
+from forge.training.config.workload import Workload, load_workload
 from forge.training.models.weights import read_weights
 from forge.training.system.environment import ROOT
 from forge.training.system.errors import GpuMemoryError, MachineError
@@ -305,6 +305,20 @@ def test_an_8_gb_card_is_told_what_does_not_fit(base: Path, tmp_path: Path, monk
     whole = workload(tmp_path, "qwen2-7b", model={"dtype": "bfloat16"})
     with pytest.raises(GpuMemoryError, match=r"1\d\.\d\d GiB, 7\.00 GiB of GPU memory are free"):
         list(check_memory(whole, weights, GPU))
+
+
+def test_the_memory_floor_of_qwen2_7b_in_nf4_is_the_published_one() -> None:
+    config = {
+        "hidden_size": 3584,
+        "num_hidden_layers": 28,
+        "intermediate_size": 18944,
+        "vocab_size": 152064,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+    }
+    gib = memory_floor_bytes(load_workload("legacy_256"), config) / 2**30
+    assert 5.3 < gib < 5.6  # 3.14 linears + 2.03 embedding and head + 0.24 adapter, computed by hand
 
 
 def test_what_the_gpu_lacks_is_said(base: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from forge.training.backends import load_plan
+from forge.training.config import workload as workloads
 from forge.training.config.workload import WORKLOADS, load_workload
 from forge.training.config.yaml import parse_scalar
 from forge.training.system.errors import ConfigurationError
@@ -263,7 +264,7 @@ def test_a_wrong_file_of_plans_is_one_message(
 ) -> None:
     workload = load_workload(write(tmp_path, MINIMAL))
     (tmp_path / "mine.plans.yaml").write_text(text, encoding="utf-8")
-    monkeypatch.setattr("forge.training.config.workload.WORKLOADS", tmp_path)
+    monkeypatch.setattr(workloads, "WORKLOADS", tmp_path)
     with pytest.raises(ConfigurationError, match=said):
         load_plan(workload, "trl")
 

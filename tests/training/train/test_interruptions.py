@@ -238,8 +238,8 @@ def planted_everywhere(folder: Path, fault: str) -> dict[str, str]:
     """An environment in which every ``train`` command has the fault, those that processes become included."""
     site = folder / f"site-{fault}"
     site.mkdir(exist_ok=True)
-    code = f"import sys\nif 'train' in sys.orig_argv:\n    from tests import run_faults\n    run_faults.{fault}()\n"
-    (site / "sitecustomize.py").write_text(code)
+    code = f"    from tests.support import run_faults\n    run_faults.{fault}()\n"
+    (site / "sitecustomize.py").write_text(f"import sys\nif 'train' in sys.orig_argv:\n{code}")
     return {"PYTHONPATH": os.pathsep.join([str(site), str(ROOT)])}
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from forge.training.system.errors import DivergedError
-from forge.training.train.health import FEWEST, MOST_SKIPPED, SkippedSteps, SpikeDetector
+from forge.training.train.callbacks import FEWEST_STEPS, MOST_SKIPPED, SkippedSteps, SpikeDetector
 
 
 def test_a_loss_of_more_than_twice_the_median_is_a_spike_and_ends_nothing_by_itself() -> None:
-    detector = SpikeDetector([2.0] * FEWEST, limit=None)
+    detector = SpikeDetector([2.0] * FEWEST_STEPS, limit=None)
     assert detector.watch(9, 4.0) is None
     assert "step 10: loss 4.1000 is 2.0 times the median" in (detector.watch(10, 4.1) or "")
     assert all(detector.watch(step, 9.0) for step in range(11, 200))  # it stays a spike however long it stays up
@@ -17,11 +17,12 @@ def test_a_loss_of_more_than_twice_the_median_is_a_spike_and_ends_nothing_by_its
 
 def test_the_first_steps_of_a_run_are_no_spikes() -> None:
     detector = SpikeDetector([], limit=1)
-    assert [detector.watch(step, loss) for step, loss in enumerate([1.0, 30.0] * (FEWEST // 2))] == [None] * FEWEST
+    losses = [1.0, 30.0] * (FEWEST_STEPS // 2)
+    assert all(detector.watch(step, loss) is None for step, loss in enumerate(losses))
 
 
 def test_so_many_spikes_in_a_row_end_the_run_and_a_sound_step_forgives() -> None:
-    detector = SpikeDetector([2.0] * FEWEST, limit=3)
+    detector = SpikeDetector([2.0] * FEWEST_STEPS, limit=3)
     for loss in (9.0, 9.0, 2.0, 9.0, 9.0):
         detector.watch(9, loss)
     with pytest.raises(DivergedError, match=r"3 such steps in a row, and training\.spike_limit is 3") as caught:
@@ -31,7 +32,7 @@ def test_so_many_spikes_in_a_row_end_the_run_and_a_sound_step_forgives() -> None
 
 def test_spikes_before_a_resume_count() -> None:
     with pytest.raises(DivergedError):
-        SpikeDetector([*[2.0] * FEWEST, 9.0, 9.0], limit=3).watch(11, 9.0)
+        SpikeDetector([*[2.0] * FEWEST_STEPS, 9.0, 9.0], limit=3).watch(11, 9.0)
 
 
 def test_a_falling_loss_is_judged_by_what_it_has_come_to() -> None:
