@@ -40,7 +40,7 @@ soak: setup ## kill training at every write, and training and export 50 times at
 	CRASH_POINTS=all $(PYTEST) tests/training/train/test_interruptions.py -m slow -k at_any_write
 	$(PY) -m tests.support.random_kills
 
-gate: ## the acceptance gate on this GPU: make gate TRAIN=corpus.train.jsonl [OUT=runs/gate] [SECONDS=N to go on later]
+gate: ## the acceptance gate on this GPU: make gate TRAIN=corpus.train.jsonl [OUT=runs/gate] [SECONDS=N to resume later]
 	@test -n "$(TRAIN)" || { echo "error: name the documents: make gate TRAIN=corpus.train.jsonl" >&2; exit 2; }
 	@test -x .venv-gpu/bin/python || { echo "error: no .venv-gpu here; first: make gpu-env legacy-env" >&2; exit 4; }
 	@mkdir -p $(OUT) && rm -f $(OUT)/benchmark.json $(OUT)/benchmark.json.partial
@@ -57,7 +57,7 @@ lint: setup ## ruff and mypy --strict
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	MYPYPATH=scripts $(PY) -m mypy scripts/*.py
+	MYPYPATH=scripts $(PY) -m mypy scripts/*.py scripts/lab/*.py
 
 format: setup ## let ruff rewrite what it can
 	$(PY) -m ruff check --fix .

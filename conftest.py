@@ -13,7 +13,7 @@ from hypothesis import settings
 from forge.training.system.environment import has_cuda_gpu
 from harness.pytest_plugin import (  # noqa: F401 - hooks, found here by their names
     fail_instead_of_skip,
-    order_rooms,
+    order_suites,
     prepare_json,
     pytest_benchmark_compare_machine_info,
     pytest_benchmark_generate_machine_info,
@@ -22,6 +22,7 @@ from harness.pytest_plugin import (  # noqa: F401 - hooks, found here by their n
     pytest_runtest_teardown,
     pytest_sessionfinish,
     refuse_idle_recorder,
+    refuse_unknown_names,
     start_clock,
 )
 
@@ -43,13 +44,12 @@ settings.load_profile("forge")
 def pytest_addoption(parser: pytest.Parser) -> None:
     """The gate's options; ARCHITECTURE.md, "The gate"."""
     group = parser.getgroup("gate", "the acceptance gate (-m gpu)")
-    group.addoption("--gate-train", metavar="FILE", help="documents to train on: what `dataset` wrote")
-    group.addoption("--gate-store", metavar="DIR", default="runs/gate/store", help="where runs are kept, to go on with")
-    group.addoption("--gate-seconds", metavar="N", type=float, help="begin nothing that could end later than this")
-    group.addoption("--gate-run-seconds", metavar="N", type=float, help="stop a run after so long (900), as an outcome")
-    group.addoption("--gate-halves", action="store_true", help="a pair may be parted: the next session follows at once")
-    group.addoption("--gate-only", metavar="NAMES", help="measure only these, in this order; the store has the rest")
-    group.addoption("--gate-model", metavar="PATH", help="base model instead of random weights in Qwen2-7B's shape")
+    group.addoption("--gate-train", metavar="FILE", help="documents to train on: the JSONL that `forge dataset` wrote")
+    group.addoption("--gate-store", metavar="DIR", default="runs/gate/store", help="results; the next session resumes")
+    group.addoption("--gate-seconds", metavar="N", type=float, help="start nothing that would not end in N seconds")
+    group.addoption("--gate-run-seconds", metavar="N", type=float, help="stop a run after N seconds (default 900)")
+    group.addoption("--gate-only", metavar="NAMES", help="measure only these, comma-separated, in this order")
+    group.addoption("--gate-model", metavar="PATH", help="base model (default: random weights of Qwen2-7B's shape)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -58,11 +58,12 @@ def pytest_configure(config: pytest.Config) -> None:
     prepare_json(config)
     if _asks_for_gpu(config):
         refuse_idle_recorder(config)
+        refuse_unknown_names(config)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Parity before speed."""
-    order_rooms(items)
+    order_suites(items)
 
 
 @pytest.hookimpl(wrapper=True)

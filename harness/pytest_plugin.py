@@ -67,17 +67,17 @@ def gate_deadline(config: pytest.Config) -> float | None:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# A session's options, as every room reads them
+# A session's options, as every suite reads them
 
-OTHER_ROOMS = ("parity", "export", "reliability")  # whole in --gate-only, which names harness/perf's things one by one
+SUITES = ("parity", "export", "reliability")  # whole in --gate-only, which names the parts of harness/perf one by one
 
 
 def gate_documents(config: pytest.Config) -> Path:
     """``--gate-train``, absolute. Raises ``pytest.UsageError`` (exit 4) without that option."""
-    told: str | None = config.getoption("--gate-train")
-    if not told:
+    train: str | None = config.getoption("--gate-train")
+    if not train:
         raise pytest.UsageError("the gate trains on real documents: --gate-train FILE (README.md, section 'The gate')")
-    return Path(told).absolute()
+    return Path(train).absolute()
 
 
 def gate_only(config: pytest.Config) -> tuple[str, ...]:
@@ -85,8 +85,18 @@ def gate_only(config: pytest.Config) -> tuple[str, ...]:
     return tuple(filter(None, (config.getoption("--gate-only") or "").split(",")))
 
 
+def refuse_unknown_names(config: pytest.Config) -> None:
+    """Raise ``pytest.UsageError`` (exit 4) where ``--gate-only`` names what no suite measures."""
+    from harness.perf.suite import ORDER
+
+    known = (*SUITES, *ORDER)
+    unknown = [name for name in gate_only(config) if name not in known]
+    if unknown:
+        raise pytest.UsageError(f"--gate-only: the gate measures no {unknown[0]!r}; known: {', '.join(known)}")
+
+
 def room_measures(config: pytest.Config, room: str) -> bool:
-    """Whether one of :data:`OTHER_ROOMS` may measure: ``--gate-only`` names it, or nothing."""
+    """Whether one of :data:`SUITES` may measure: ``--gate-only`` names it, or nothing."""
     only = gate_only(config)
     return not only or room in only
 
@@ -172,16 +182,16 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 # A gate is judged in order and never by what it left out
 
-_ROOMS = ("harness/parity/", "harness/perf/", "harness/export/")
+_SUITE_ORDER = ("harness/parity/", "harness/perf/", "harness/export/", "harness/reliability/")
 
 
-def order_rooms(items: list[pytest.Item]) -> None:
+def order_suites(items: list[pytest.Item]) -> None:
     """Parity before speed: how fast a wrong model is trained is of no interest. The sort is stable."""
 
-    def room(item: pytest.Item) -> int:
-        return next((place for place, name in enumerate(_ROOMS) if item.nodeid.startswith(name)), -1)
+    def place(item: pytest.Item) -> int:
+        return next((place for place, name in enumerate(_SUITE_ORDER) if item.nodeid.startswith(name)), -1)
 
-    items.sort(key=room)
+    items.sort(key=place)
 
 
 def fail_instead_of_skip(item: pytest.Item, report: pytest.TestReport) -> None:

@@ -2,10 +2,10 @@
 
 pytest-benchmark is here the recorder and the comparer, not the stopwatch: the stopwatch is in the run that left the
 samples. :func:`record_metric` replays them through a clock that jumps by one sample a round, so what is stored is
-exactly what was measured. Every metric is lower-is-better. What has no samples (a ceiling, what was not run) goes to
+exactly what was measured. Every metric is lower-is-better. What has no samples (what was not run, say) goes to
 :func:`record_facts`.
 
-Checked against pytest-benchmark 5.3.1. How entries are shown, kept and compared: hooks.py. Nothing here imports torch.
+Checked against pytest-benchmark 5.3.1. How entries are shown, kept and compared: pytest_plugin.py. No torch here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 Unit = Literal["seconds", "bytes", "nats"]
 UNITS = ("seconds", "bytes", "nats")
 NO_UNIT = "none"  # of facts
-RECORD_KINDS = ("metric", "claim", "ladder", "context", "ceiling", "not_run", "parity", "export", "reliability")
+RECORD_KINDS = (
+    *("metric", "claim", "ablation", "max_context", "matmul_peak", "not_run"),
+    *("parity", "export", "reliability"),
+)
 VERDICTS = ("PASS", "FAIL", "INCONCLUSIVE", "INCOMPLETE")
 
 _MAX_EXACT = 2**53  # a whole number above it may change when it becomes a float
@@ -72,7 +75,7 @@ def record_metric(
 
 
 def record_facts(benchmark: BenchmarkFixture, *, metric: str, record_kind: str, **extra: Any) -> None:
-    """Store ``extra_info`` alone: a ceiling, context points, a claim without a complete pair, what was not run.
+    """Store ``extra_info`` alone: FLOPs, context points, a claim without a complete pair, what was not run.
 
     The entry is in the JSON with unit "none" and one sample of 0.0, and in no table. Errors as :func:`record_metric`.
     """

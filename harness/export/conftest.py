@@ -9,8 +9,8 @@ from harness.export.exports import Exports
 from harness.measurement.results import RunSpec, Store
 from harness.parity.session import Ladder
 from harness.parity.suite import CANDIDATE, WORKLOAD
-from harness.perf.suite import MODEL
 from harness.pytest_plugin import announcer, gate_deadline, gate_documents, room_measures
+from harness.session import MODEL
 
 SEED = 42
 

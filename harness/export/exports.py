@@ -24,7 +24,7 @@ from harness.export.claims import CLAIMS
 from harness.export.findings import Finding, stated
 from harness.measurement.environment import EVALUATOR, environment, interpreter, train_command
 from harness.measurement.gpu_monitor import machine_id, wait_until_free
-from harness.measurement.key import TRAINING, code_sha256_of, identify
+from harness.measurement.key import identify, source_sha256
 from harness.measurement.probe import run_probe
 from harness.measurement.process import run_process
 from harness.measurement.redact import log_tail
@@ -228,10 +228,7 @@ class Exports:
     def _key(self, spec: RunSpec) -> str:
         """Of everything that can change the run, its export or, beside a probe's own code, what a probe says of it."""
         if spec not in self._keys:
-            files = []
-            for folder in ("adapter", "evaluation", "export", "llamacpp"):
-                files += sorted((TRAINING / folder).glob("*.py"))
-            code = [[path.relative_to(TRAINING).as_posix(), code_sha256_of(path)] for path in files]
+            code = source_sha256("forge.training.export.export", "forge.training.evaluation.evaluate")
             self._keys[spec] = sha256_json([identify(spec).key, code])
         return self._keys[spec]
 

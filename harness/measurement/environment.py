@@ -70,16 +70,16 @@ def interpreter(backend: Backend) -> str:
     variable = "FORGE_LEGACY_PYTHON" if backend == "legacy" else "FORGE_GPU_PYTHON"
     named = os.environ.get(variable)
     if named:
-        found = shutil.which(named)
-        if found is None:
-            raise MachineError(f"{variable}={named} is no program", remedy="name a Python interpreter, or unset it")
-        return os.path.abspath(found)  # not resolved: a virtual environment is known by its link's place
+        program = shutil.which(named)
+        if program is None:
+            raise MachineError(f"{variable}={named} is not a program", remedy="name a Python interpreter, or unset it")
+        return os.path.abspath(program)  # not resolved: a virtual environment is known by its link's place
     if backend != "legacy":
         return sys.executable
     own = ROOT / ".venv-legacy" / "bin" / "python"
     if not own.is_file():
         raise MachineError(
-            "the legacy stack has no interpreter here",
+            "the legacy backend has no interpreter here",
             remedy="`make legacy-env` makes .venv-legacy; FORGE_LEGACY_PYTHON names one that is elsewhere",
         )
     return str(own)

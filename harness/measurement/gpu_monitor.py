@@ -1,4 +1,4 @@
-"""What the gate's own process sees of the GPU while a run goes on, by NVML and without CUDA."""
+"""What the gate's own process sees of the GPU during a run, by NVML and without CUDA."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from forge.training.system.environment import describe_gpu
 from forge.training.system.errors import MachineError
 from harness.measurement.results import Monitor
 
-Probe = Callable[[], dict[str, Any] | None]  # what describe_gpu() answers; None without a GPU
+ReadGpu = Callable[[], dict[str, Any] | None]  # describe_gpu() or its like; None without a GPU
 
 SAMPLES_PER_SECOND = 5
 FREE_BELOW_BYTES = 2 << 30  # an idle device reports some hundred MiB of its own
 # A process that ends gives its memory back a little later than its exit code.
 PATIENCE_SECONDS = 15.0
 # What slows a run for reasons outside of it. The power cap is none: large GPUs reach it at full load. A bit that is
-# set for a moment is none either: in two samples of a hundred it costs a run less than the noise between two runs.
+# set for a moment is none either: in two samples of a hundred, it costs a run less than the noise between two runs.
 DISTURBING_REASONS = {"hardware slowdown", "thermal, software", "thermal, hardware", "power brake"}
 MOST_DISTURBED_SHARE = 0.02
 
@@ -49,18 +49,18 @@ def _gpu_uuids() -> list[str]:
         return []
 
 
-def wait_until_free(probe: Probe, patience_seconds: float = PATIENCE_SECONDS) -> dict[str, Any] | None:
+def wait_until_free(read_gpu: ReadGpu, patience_seconds: float = PATIENCE_SECONDS) -> dict[str, Any] | None:
     """The GPU's state once nobody else uses it, ``None`` without a GPU. Raises :class:`MachineError`."""
     deadline = time.monotonic() + patience_seconds
     while True:
-        state = probe()
+        state = read_gpu()
         problem = None if state is None else _in_use(state)
         if problem is None:
             return state
         if time.monotonic() >= deadline:
             raise MachineError(
                 f"the GPU is not free: {problem}; what is measured beside others proves nothing",
-                remedy="end the other program (nvidia-smi lists it), then run the same again: it goes on from here",
+                remedy="end the other program (nvidia-smi lists it), then run the same again: it resumes here",
             )
         time.sleep(min(1.0, patience_seconds))
 
@@ -75,14 +75,14 @@ def _in_use(state: dict[str, Any]) -> str | None:
 
 
 class GpuMonitor:
-    """Samples a probe in a thread while the block runs; then :meth:`summary`.
+    """Reads the GPU in a thread while the block runs; then :meth:`summary`.
 
     Foreign processes are counted and not looked up, because in a container NVML's process numbers are the
     host's: a training run is one process on the GPU, so all but one are others'.
     """
 
-    def __init__(self, probe: Probe = describe_gpu, *, before: dict[str, Any] | None = None) -> None:
-        self._probe = probe
+    def __init__(self, read_gpu: ReadGpu = describe_gpu, *, before: dict[str, Any] | None = None) -> None:
+        self._read_gpu = read_gpu
         self._before = before
         self._samples: list[dict[str, Any]] = []
         self._stop = threading.Event()
@@ -98,7 +98,7 @@ class GpuMonitor:
 
     def _sample(self) -> None:
         while not self._stop.wait(1 / SAMPLES_PER_SECOND):
-            sample = self._probe()
+            sample = self._read_gpu()
             if sample is not None:
                 self._samples.append(sample)
 

@@ -11,6 +11,7 @@ import ast
 import hashlib
 import io
 import json
+import re
 import subprocess
 import tokenize
 from dataclasses import dataclass
@@ -26,17 +27,20 @@ from forge.training.system.files import sha256_file, sha256_json
 from harness.measurement.environment import EVALUATOR, environment, interpreter, settings
 from harness.measurement.results import RunSpec
 
-TRAINING = ROOT / "forge" / "training"
-FLOAT32_ADAPTER = ROOT / "harness" / "parity" / "probes" / "float32_adapter.py"
-
-# Of forge/training, what no training run executes. `train` finds its base by a child process, `base`, which,
-# once, rebuilds Qwen2's tokenizer: hence the exceptions to "all but llamacpp/".
-_NOT_EXECUTED = ("adapter/", "export/", "evaluation/", "checks/", "llamacpp/", "pipeline.py")
-_EXECUTED_ALL_THE_SAME = ("__init__", "install", "native", "parent")
-# Of those files, the functions that only a resumed run executes: a measured run is a fresh one (`arms.train_command`).
+# Of forge/training, what a training run executes: folders and files. The part of llamacpp/ with which a run's child
+# process, `forge base`, tries a tokenizer that it made.
+_EXECUTED = (
+    *("config", "data", "models", "backends", "train", "system"),
+    *("llamacpp/__init__.py", "llamacpp/install.py", "llamacpp/native.py", "llamacpp/parent.py"),
+    *("__init__.py", "__main__.py", "cli.py"),
+)
+# Of those files, the functions that only a resumed run executes: a measured run is a fresh one (`train_command`).
 RESUMES: dict[str, frozenset[str]] = {"backends/trainer.py": frozenset({"_load_from_checkpoint"})}
 # What turns a repository into a corpus: executed only by a run that is given no corpus.
 _MAKES_CORPUS = ("data/corpus", "data/discovery.py", "data/split.py")
+
+# A module named in a text, as what is to run in a child process: "forge.training.export.gguf:convert".
+_MODULE_IN_TEXT = re.compile(r"((?:forge|harness)(?:\.\w+)+)(?::\w+)?")
 
 _SAMPLE_BYTES, _NUM_SAMPLES = 64 << 10, 64
 
@@ -70,15 +74,15 @@ def identify(spec: RunSpec) -> Identity:
         "settings": settings(),
     }
     if workload.data.train is None:
-        parts["corpus_code"] = _sha256_of(measured_files(makes_corpus=True))
+        parts["corpus_code"] = _sha256_of(executed_files(makes_corpus=True))
     if spec.evaluate:
         parts["evaluation"] = {
-            "code": evaluation_sha256(),
+            "code": source_sha256("forge.training.evaluation.evaluate"),
             "packages": package_versions(EVALUATOR),
-            "asked": workload.evaluation.model_dump(mode="json"),  # not in the workload's digest
+            "section": workload.evaluation.model_dump(mode="json"),  # not in the workload's digest
         }
     if spec.float32_adapter:
-        parts["float32_adapter"] = code_sha256_of(FLOAT32_ADAPTER)
+        parts["float32_adapter"] = source_sha256("harness.parity.probes.float32_adapter")
     parts = json.loads(json.dumps(parts))  # as it will be read back
     return Identity(sha256_json(parts), parts)
 
@@ -100,35 +104,94 @@ def _short(value: Any) -> Any:
     return value[:8] if is_digest else value
 
 
-def measured_files(*, makes_corpus: bool = False) -> list[Path]:
-    """The Python files that a training run can execute, sorted, relative to ``forge/training``.
+def executed_files(*, makes_corpus: bool = False) -> list[Path]:
+    """The Python files that a training run can execute, sorted.
 
     ``makes_corpus``: instead those that it executes besides where it makes its corpus itself.
     """
-    found = sorted(path.relative_to(TRAINING) for path in TRAINING.rglob("*.py"))
-    kept = {Path("llamacpp") / f"{name}.py" for name in _EXECUTED_ALL_THE_SAME}
-    executed = [path for path in found if path in kept or not path.as_posix().startswith(_NOT_EXECUTED)]
-    return [path for path in executed if path.as_posix().startswith(_MAKES_CORPUS) == makes_corpus]
+    training = _training()
+    files: set[Path] = set()
+    for name in _EXECUTED:
+        files |= {training / name} if name.endswith(".py") else set((training / name).rglob("*.py"))
+    return sorted(
+        path
+        for path in files
+        if path.is_file() and path.relative_to(training).as_posix().startswith(_MAKES_CORPUS) == makes_corpus
+    )
 
 
 def code_sha256() -> str:
-    """SHA-256 over path and code of :func:`measured_files`, less the functions of :data:`RESUMES`."""
-    return _sha256_of(measured_files())
+    """SHA-256 over path and code of :func:`executed_files`, less the functions of :data:`RESUMES`."""
+    return _sha256_of(executed_files())
 
 
 def resume_sha256() -> str:
     """SHA-256 over the files of :data:`RESUMES`, those functions included: for what resumes from a checkpoint."""
-    return sha256_json([[name, code_sha256_of(TRAINING / name, is_resumed=True)] for name in sorted(RESUMES)])
+    return sha256_json([[name, code_sha256_of(_training() / name, is_resumed=True)] for name in sorted(RESUMES)])
 
 
-def evaluation_sha256() -> str:
-    """SHA-256 over path and code of what an evaluation executes beside what training does."""
-    files = [TRAINING / "adapter" / "lora.py", *sorted((TRAINING / "evaluation").glob("*.py"))]
-    return _sha256_of([path.relative_to(TRAINING) for path in files])
+def source_sha256(*modules: str) -> str:
+    """SHA-256 over path and code of :func:`source_files`: with :func:`code_sha256`, all that ``modules`` execute."""
+    return _sha256_of(source_files(*modules))
+
+
+def source_files(*modules: str) -> list[Path]:
+    """The project's Python files that ``modules`` can import, themselves included, less :func:`executed_files`.
+
+    Imports inside functions count, and modules named in a text (:mod:`forge.training.llamacpp.parent` is given its
+    tasks so). The imports of a file that a training run executes are not followed: they are in the same list, but for
+    the commands' (`cli.py`), of which a training run carries out its own, and for the makers of a corpus.
+    """
+    executed = set(executed_files())
+    waiting = [path for module in modules for path in _files_of(module)]
+    reached: set[Path] = set()
+    while waiting:
+        path = waiting.pop()
+        if path not in reached:
+            reached.add(path)
+            imported, in_texts = _modules_in(path.read_text(encoding="utf-8"))
+            names = in_texts if path in executed else imported | in_texts
+            waiting += [file for name in names for file in _files_of(name)]
+    return sorted(reached - executed)
+
+
+def imports_of(path: Path) -> set[Path]:
+    """The project's Python files that a file imports, in functions too."""
+    imported, _ = _modules_in(path.read_text(encoding="utf-8"))
+    return {file for name in imported for file in _files_of(name)}
+
+
+@cache
+def _modules_in(source: str) -> tuple[frozenset[str], frozenset[str]]:
+    """Names that may be modules of the project: imported, and in texts that are nothing but such a name."""
+    imported: set[str] = set()
+    in_texts: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            imported |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            match = _MODULE_IN_TEXT.fullmatch(node.value)
+            in_texts |= {match[1]} if match else set()
+    return frozenset(imported), frozenset(in_texts)
+
+
+def _files_of(module: str) -> list[Path]:
+    """The files that importing a module executes: its packages' and its own; none for other projects' modules."""
+    parts = module.split(".")
+    if parts[0] not in ("forge", "harness"):
+        return []
+    packages = [ROOT.joinpath(*parts[:count], "__init__.py") for count in range(1, len(parts) + 1)]
+    return [path for path in (*packages, ROOT.joinpath(*parts).with_suffix(".py")) if path.is_file()]
+
+
+def _training() -> Path:
+    return ROOT / "forge" / "training"
 
 
 def _sha256_of(files: list[Path]) -> str:
-    return sha256_json([[path.as_posix(), code_sha256_of(TRAINING / path)] for path in files])
+    return sha256_json([[path.relative_to(ROOT).as_posix(), code_sha256_of(path)] for path in files])
 
 
 def code_sha256_of(path: Path, *, is_resumed: bool = False) -> str:
@@ -137,12 +200,12 @@ def code_sha256_of(path: Path, *, is_resumed: bool = False) -> str:
     Without its functions of :data:`RESUMES` too, unless ``is_resumed``. Raises :class:`DataError` for a file that
     does not parse.
     """
-    name = path.relative_to(TRAINING).as_posix() if path.is_relative_to(TRAINING) else ""
+    name = path.relative_to(_training()).as_posix() if path.is_relative_to(_training()) else ""
     unused = frozenset() if is_resumed else RESUMES.get(name, frozenset())
     try:
         return _code_sha256(path.read_text(encoding="utf-8"), unused)
     except (SyntaxError, tokenize.TokenError) as error:
-        raise DataError(f"{path} is no Python: {error}", remedy="correct it before measuring") from error
+        raise DataError(f"{path} is not Python: {error}", remedy="correct it before measuring") from error
 
 
 @cache
@@ -230,7 +293,7 @@ def _describe_data(workload: Workload) -> dict[str, Any]:
             validation = sha256_file(data.validation) if data.validation else None
             return {"train_sha256": sha256_file(data.train), "validation_sha256": validation}
         assert data.documents is not None
-        root = TRAINING / "data" / "embedded" if data.documents == "embedded" else Path(data.documents)
+        root = _training() / "data" / "embedded" if data.documents == "embedded" else Path(data.documents)
         files = sorted(p for p in root.rglob("*") if p.is_file() and ".git" not in p.relative_to(root).parts)
         return {
             "documents_sha256": sha256_json([[p.relative_to(root).as_posix(), sha256_file(p)] for p in files]),

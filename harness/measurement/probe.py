@@ -1,9 +1,8 @@
-"""Forge's probes as stored measurements: started as processes of their own, never measured twice."""
+"""Probes as stored measurements: each a process of its own, and none measured twice."""
 
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -15,26 +14,10 @@ from forge.training.system.errors import ForgeError
 from forge.training.system.files import read_json_object, sha256_json, write_json
 from harness.measurement.environment import environment, interpreter
 from harness.measurement.gpu_monitor import machine_id, wait_until_free
-from harness.measurement.key import code_sha256, code_sha256_of, identify, package_versions, resume_sha256
+from harness.measurement.key import code_sha256, identify, package_versions, resume_sha256, source_sha256
 from harness.measurement.process import run_process
 from harness.measurement.redact import log_tail, portable_setting
 from harness.measurement.results import RunSpec, Store
-
-# Modules beside a probe, which are in no training run's key: harness/*/probes/ and forge's checks/.
-_SIBLING = re.compile(r"^\s*from (harness\.\w+\.probes\.\w+|forge\.training\.checks\.\w+) import", re.MULTILINE)
-
-
-def source_sha256(module: str) -> str:
-    """Digest of a probe's code, with that of the modules beside it that it imports, theirs included."""
-    found: dict[str, str] = {}
-    waiting = [module]
-    while waiting:
-        name = waiting.pop()
-        if name not in found:
-            path = ROOT / f"{name.replace('.', '/')}.py"
-            found[name] = code_sha256_of(path)
-            waiting += _SIBLING.findall(path.read_text(encoding="utf-8"))
-    return found[module] if len(found) == 1 else sha256_json(sorted(found.items()))
 
 
 def run_probe(
@@ -55,15 +38,15 @@ def run_probe(
 
     ``None``: it might not end before ``deadline``, taking ``expected_seconds`` (by default its limit).
     ``is_alone``: whether it waits for the GPU to be free; others may be beside a probe that measures no time and
-    no memory (the store's lock is then held around all of them). ``resumes``: its runs go on from checkpoints, and
+    no memory (the store's lock is then held around all of them). ``resumes``: its runs resume from checkpoints, and
     what is executed for that belongs to its key. ``work``: what it trains, so that workload, documents and plan belong
-    to its key, not only their names. Raises :class:`ForgeError` with the probe's own
-    exit code and last words where it fails; a failure is not stored.
+    to its key, not only their names. Raises :class:`ForgeError` with the probe's own exit code and the end of its
+    log where it fails; a failure is not stored.
     """
     name = module.rpartition(".")[2]
     parts = {
         "probe": name,
-        "source": source_sha256(module),
+        "source": source_sha256(module),  # with "code": all of the project's that it executes
         "code": code_sha256(),
         "packages": package_versions(backend),
         "arguments": [portable_setting(argument) for argument in arguments],
@@ -75,7 +58,7 @@ def run_probe(
         known = identify(work).parts
         parts["work"] = {"workload": known["workload"], "plan": known["plan"]}
     key = sha256_json(parts)
-    path = store.directory / "probes" / f"{name}-{backend}-{key[:12]}.json"
+    path = store.probe_path(f"{name}-{backend}-{key[:12]}")
     if path.is_file():
         return read_json_object(path)
     needed = time_limit_seconds if expected_seconds is None else expected_seconds
@@ -100,9 +83,7 @@ def run_probe(
             answer = None
         if not isinstance(answer, dict):
             why = f"did not end within {time_limit_seconds:g} s" if ended.timed_out else f"exit code {ended.exit_code}"
-            failure = ForgeError(f"the {name} probe of {backend} failed: {why}\n{log}")
-            failure.exit_code = ended.exit_code if 0 < ended.exit_code < 10 else 1
-            raise failure
+            raise ForgeError.of_child(ended.exit_code, f"the {name} probe of {backend} failed: {why}\n{log}")
         stored = {
             "schema_version": 1,
             "key": key,

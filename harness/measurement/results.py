@@ -1,4 +1,4 @@
-"""What measured runs leave, on disk: ``STORE/runs/RUN_ID.json`` and ``STORE/trials/NAME.json``.
+"""What was measured, on disk: ``STORE/runs/RUN_ID.json``, ``STORE/trials/NAME.json``, ``STORE/probes/NAME.json``.
 
 Outcomes are only ever added. They hold no path, host or user name, so that a store can be committed.
 """
@@ -20,7 +20,7 @@ from forge.training.system.errors import ConfigurationError, DataError
 from forge.training.system.files import disk_errors, locked, read_json_object, refuse_existing, write_json
 from harness.measurement.redact import portable, portable_setting
 
-Status = Literal["completed", "out_of_memory", "diverged", "timeout", "crashed", "refused", "no_record"]
+RunStatus = Literal["completed", "out_of_memory", "diverged", "timeout", "crashed", "refused", "no_record"]
 Order = Literal["AB", "BA"]
 Role = Literal["baseline", "candidate"]
 ROLES: dict[Order, tuple[Role, Role]] = {"AB": ("baseline", "candidate"), "BA": ("candidate", "baseline")}
@@ -101,7 +101,7 @@ class Outcome(_Part):
     key: str
     key_parts: dict[str, Any]
     spec: RunSpec
-    status: Status
+    status: RunStatus
     message: str | None = None
     exit_code: int | None  # negative: the number of the signal that ended it
     started_at: str  # UTC, ISO 8601
@@ -235,7 +235,7 @@ class Store:
         write_json(self.trial_path(state.name), state.model_dump(mode="json"))
 
     def put_away_trial(self, name: str) -> None:
-        """Keep a trial that holds no longer under ``trials/old/``, out of the way of its successor."""
+        """Keep a trial that is another one by now under ``trials/old/``, out of the way of its successor."""
         path = self.trial_path(name)
         numbers = [int(old.suffixes[0][1:]) for old, _ in self.trials_put_away(name)]
         with disk_errors(path.parent):
@@ -244,8 +244,8 @@ class Store:
 
     def trials_put_away(self, name: str = "*") -> list[tuple[Path, TrialState]]:
         """What :meth:`put_away_trial` has kept of a trial, or of all."""
-        found = sorted((self.directory / "trials" / "old").glob(f"{name}.*.json"))
-        return [(path, _read(path, TrialState)) for path in found]
+        paths = sorted((self.directory / "trials" / "old").glob(f"{name}.*.json"))
+        return [(path, _read(path, TrialState)) for path in paths]
 
     def take_up_trial(self, path: Path, state: TrialState) -> None:
         """Make a trial that was put away the current one of its name; there is none, or it was put away before."""
@@ -253,10 +253,26 @@ class Store:
             os.replace(path, self.trial_path(state.name))
 
     def trial_path(self, name: str) -> Path:
-        """Where a trial is kept. Raises :class:`ConfigurationError` for a name that is none."""
+        """Where a trial is kept. Raises :class:`ConfigurationError` for an invalid name."""
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
             raise ConfigurationError(f"{name!r} cannot name a trial", remedy="use letters, digits, _ and -")
         return self.directory / "trials" / f"{name}.json"
+
+    def probe_path(self, name: str) -> Path:
+        """Where a probe's answer is kept."""
+        return self.directory / "probes" / f"{name}.json"
+
+    def probe_paths(self, pattern: str = "*") -> list[Path]:
+        """The probes' answers whose names match ``pattern`` (as of :mod:`glob`), sorted."""
+        return sorted((self.directory / "probes").glob(f"{pattern}.json"))
+
+    def judged_path(self, suite: str, name: str) -> Path:
+        """Where a suite keeps what it judged of files that are gone later."""
+        return self.directory / suite / f"{name}.json"
+
+    def beside(self, name: str) -> Path:
+        """A directory beside the store: for files that are large or of this machine, and are made again if lost."""
+        return self.directory.parent / name
 
     def _run_path(self, run_id: str) -> Path:
         return self.directory / "runs" / f"{run_id}.json"

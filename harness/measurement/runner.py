@@ -21,18 +21,18 @@ from forge.training.system.files import disk_errors, read_json_object
 from forge.training.system.oom import memory_that_ran_out
 from forge.training.train.record import RunRecord, read_record
 from harness.measurement.environment import EVALUATOR, environment, evaluate_command, train_command
-from harness.measurement.gpu_monitor import GpuMonitor, Probe, machine_id, wait_until_free
+from harness.measurement.gpu_monitor import GpuMonitor, ReadGpu, machine_id, wait_until_free
 from harness.measurement.key import explain, identify
 from harness.measurement.process import Ended, run_process
 from harness.measurement.redact import log_tail, portable, without_paths
-from harness.measurement.results import Monitor, Outcome, RunSpec, Status, Store
+from harness.measurement.results import Monitor, Outcome, RunSpec, RunStatus, Store
 
 Command = Callable[[RunSpec, Path], list[str]]
 
 TIME_LIMIT_SECONDS = 900.0
 _LARGEST_FILE_BYTES = 64 << 20  # of what a run leaves; a real one is a thousandth of it
 
-_BY_EXIT_CODE: dict[int, Status] = {
+_BY_EXIT_CODE: dict[int, RunStatus] = {
     **{2: "refused", 3: "refused", 4: "refused", 6: "refused", 9: "refused"},
     **{5: "out_of_memory", 7: "diverged"},
 }
@@ -45,7 +45,7 @@ def run_once(
     time_limit_seconds: float = TIME_LIMIT_SECONDS,
     command: Command = train_command,
     evaluation_command: Callable[[Path], list[str]] = evaluate_command,
-    probe: Probe = describe_gpu,
+    read_gpu: ReadGpu = describe_gpu,
     grace_seconds: float = 10.0,
     is_alone: bool = True,
 ) -> Outcome:
@@ -66,9 +66,9 @@ def run_once(
     with store.lock(), _scratch(store, None if is_alone else identity.key) as scratch:
         run_dir = scratch / "run"
         run_dir.mkdir()
-        before = wait_until_free(probe) if is_alone else None
+        before = wait_until_free(read_gpu) if is_alone else None
         started_at = datetime.now(UTC).isoformat(timespec="seconds")
-        with GpuMonitor(probe if is_alone else _no_gpu, before=before) as monitor:
+        with GpuMonitor(read_gpu if is_alone else _no_gpu, before=before) as monitor:
             ended = run_process(
                 command(spec, run_dir),
                 environment=environment(spec.backend),
@@ -111,7 +111,7 @@ def run_once(
 
 
 def _no_gpu() -> None:
-    """A probe that sees none."""
+    """A machine without one, as a monitor sees it."""
 
 
 @contextmanager
@@ -142,7 +142,7 @@ def _judge(
     seen: Monitor,
     changed: list[str],
     time_limit_seconds: float,
-) -> tuple[Status, str | None]:
+) -> tuple[RunStatus, str | None]:
     """Status and message: first what spoils any measurement, then how the process ended."""
     if seen.num_foreign_processes_max:
         return "refused", f"met a foreign process on the GPU (at most {seen.num_foreign_processes_max} at a time)"
@@ -155,19 +155,19 @@ def _judge(
         if record is not None and record.status == "completed":
             return "completed", None
         return "no_record", f"its record says {record.status}" if record is not None else why_no_record
-    said = (record.message if record else None) or _last_error(log)
+    error = (record.message if record else None) or _last_error(log)
     if code in _BY_EXIT_CODE:
-        return _BY_EXIT_CODE[code], said
+        return _BY_EXIT_CODE[code], error
     if memory_that_ran_out(log):
-        return "out_of_memory", said
-    return "crashed", f"{_ending(code)}{f': {said}' if said else ''}"
+        return "out_of_memory", error
+    return "crashed", f"{_ending(code)}{f': {error}' if error else ''}"
 
 
 @dataclass(frozen=True)
 class _Evaluated:
     """What became of an evaluation; ``content`` is there if and only if it completed."""
 
-    status: Status
+    status: RunStatus
     message: str | None
     content: dict[str, Any] | None
     wall_seconds: float
@@ -189,7 +189,7 @@ def _evaluate(command: list[str], run_dir: Path, time_limit_seconds: float, grac
     )
     log, code = log_tail(ended.output), ended.exit_code
 
-    def failed(status: Status, why: str | None) -> _Evaluated:
+    def failed(status: RunStatus, why: str | None) -> _Evaluated:
         return _Evaluated(status, f"its evaluation: {why}", None, ended.wall_seconds)
 
     if ended.timed_out:
@@ -218,11 +218,11 @@ def _ending(code: int) -> str:
 
 
 def _last_error(log: str) -> str | None:
-    """What a log says last: forge's own ``error:`` line, else its last line."""
+    """The last of forge's own ``error:`` lines of a log, else its last line."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    said = errors or lines
-    return said[-1] if said else None
+    last = (errors or lines)[-1:]
+    return last[0] if last else None
 
 
 def _record_of(run_dir: Path) -> tuple[RunRecord | None, str]:

@@ -1,21 +1,20 @@
-"""Interleaved pairs of two arms, AB BA AB ..., that can be interrupted anywhere and go on.
+"""Interleaved pairs of two arms, AB BA AB ..., that can be interrupted anywhere and resumed.
 
-The two runs of a pair follow one another on one machine, so that what drifts slowly (temperature, clocks)
-meets both. The number of pairs is fixed before the first. ``run_trial(name, spec, spec, n, store)`` is the
-A/A control.
+The two runs of a pair follow one another on one machine, so that what drifts slowly (temperature, clocks) meets both.
+The number of pairs is fixed before the first. ``run_trial(name, spec, spec, n, store)`` is the A/A control.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from forge.training.system.errors import ConfigurationError, DataError, ForgeError
+from forge.training.system.errors import ConfigurationError, DataError
 from harness.measurement.gpu_monitor import DISTURBING_REASONS, MOST_DISTURBED_SHARE
-from harness.measurement.key import identify
-from harness.measurement.metrics import Metric, WorkMismatch, check_same_work, measure
+from harness.measurement.key import Identity, explain, identify
+from harness.measurement.metrics import check_same_work
 from harness.measurement.results import (
     ROLES,
     OpenPair,
@@ -28,22 +27,13 @@ from harness.measurement.results import (
     Store,
     TrialState,
 )
-from harness.measurement.resume import (
-    Identities,
-    expected_seconds,
-    forget_short_timeout,
-    found_of_open_pair,
-    open_trial,
-)
 from harness.measurement.runner import TIME_LIMIT_SECONDS, run_once
 
-__all__ = ["Metric", "Trial", "WorkMismatch"]
-__all__ += ["check_same_work", "measure", "read_trial", "run_single", "run_trial"]
-
 _MOST_SET_ASIDE = 2  # of one pair
-_SPARE = 1.1  # times a pair's expected seconds must be left before the deadline
+_SPARE = 1.1  # something is started only if 1.1 times its expected time is left
 
 Announce = Callable[[str], None]
+Identities = dict[Role, Identity]
 
 
 class Run(Protocol):
@@ -68,7 +58,6 @@ class Trial:
     failure: Outcome | None = None
     failed_role: Role | None = None
     stopped: str | None = None
-    is_halved: bool = False  # the first run of the next pair is there and waits for its second
 
     @property
     def is_complete(self) -> bool:
@@ -101,31 +90,29 @@ def run_trial(
     run: Run = run_once,
     time_limit_seconds: float = TIME_LIMIT_SECONDS,
     unseen_seconds: float = 0.0,
-    may_halve: bool = False,
     announce: Announce = lambda line: None,
 ) -> Trial:
     """Measure what is missing of a trial and return it, complete or with the reason in ``stopped``.
 
-    ``deadline``: on :func:`time.monotonic`'s clock; a pair that, by earlier runs, cannot end before it is not
-    started (``unseen_seconds``: what a run is taken to need where the store has none of either arm). With
-    ``may_halve`` its first run is made all the same where that ends in time: for a session that the next one follows
-    at once on this machine, and that measures nothing else. A run that fails (memory, NaN, time, crash) ends the
-    trial: further pairs cannot change the verdict.
+    ``deadline``: on :func:`time.monotonic`'s clock; a pair that, by earlier runs, cannot end before it is not started
+    (``unseen_seconds``: what a run is taken to need where the store has none of either arm). A run that fails (memory,
+    NaN, time, crash) ends the trial for good: further pairs cannot change the verdict. One that was refused (full disk,
+    another process on the GPU) ends it until the next call.
 
-    Raises :class:`ConfigurationError` for another ``num_pairs`` or other specs than the trial began with,
-    :class:`WorkMismatch` where runs differ in their work, and the reason of a run that was refused.
+    Raises :class:`ConfigurationError` for another ``num_pairs`` or other specs than the trial began with, or where what
+    is measured changes while it goes on, :class:`WorkMismatch` where runs differ in their work.
     """
     with store.lock():
         specs: dict[Role, RunSpec] = {"baseline": baseline, "candidate": candidate}
         identities: Identities = {role: identify(spec) for role, spec in specs.items()}
-        state = open_trial(name, specs, num_pairs, identities, store, announce)
-        state = forget_short_timeout(state, time_limit_seconds, store)
+        state = _open_trial(name, specs, num_pairs, identities, store, announce)
+        state = _forget_short_timeout(state, time_limit_seconds, store)
 
         def run_role(role: Role) -> Outcome:
             outcome = run(specs[role], store=store, time_limit_seconds=time_limit_seconds)
             if outcome.key != identities[role].key:
                 raise ConfigurationError(
-                    f"trial {name}: what is measured changed since the trial was taken up",
+                    f"trial {name}: what is measured changed while it was measured",
                     remedy="run the same again; pairs of the old state are put away and measured anew",
                 )
             return outcome
@@ -136,56 +123,49 @@ def run_trial(
                 times, reason = _MOST_SET_ASIDE + 1, state.set_aside[-1].reason
                 return _trial(state, store, f"pair {index} was disturbed {times} times, the last by {reason}")
             order: Order = "AB" if index % 2 else "BA"
-            found = found_of_open_pair(state, identities, store)
-            keys = [identities[role].key for role in ROLES[order][len(found) :]]
-            needed, first = (expected_seconds(some, identities, store, unseen_seconds) for some in (keys, keys[:1]))
-            left = float("inf") if deadline is None else deadline - time.monotonic()
-            is_half = may_halve and not found and needed * _SPARE >= left > first * _SPARE
-            if keys and needed * _SPARE >= left and not is_half:
-                return _trial(state, store, f"no time left for pair {index}, which takes about {needed:.0f} seconds")
-            if not found:
+            finished = _finished_pair(state, identities, store)
+            if not finished:
+                needed = _expected_seconds(identities, store, unseen_seconds)
+                if deadline is not None and time.monotonic() + needed * _SPARE >= deadline:
+                    return _trial(
+                        state, store, f"no time left for pair {index}, which takes about {needed:.0f} seconds"
+                    )
                 newest = store.run_ids()[-1:]
                 opened = OpenPair(index=index, order=order, after=newest[0] if newest else None)
                 state = _noted(state, store, open_pair=opened)
-            if is_half:
-                announce(f"{name}: first half of pair {index} of {num_pairs}, for which the time lasts")
-                run_role(ROLES[order][0])
-                return replace(
-                    _trial(state, store, f"the second half of pair {index} comes first next"), is_halved=True
-                )
-            state = _measure_pair(state, found, run_role, store, announce)
+            state, refused = _measure_pair(state, finished, run_role, store, announce)
+            if refused is not None:
+                return _trial(state, store, f"{refused.spec.label()} was refused: {refused.message}")
         return _trial(state, store)
 
 
 def _measure_pair(
-    state: TrialState, found: list[Outcome], run_role: Callable[[Role], Outcome], store: Store, announce: Announce
-) -> TrialState:
-    """Run what is missing of the open pair and note what became of it."""
+    state: TrialState, finished: list[Outcome], run_role: Callable[[Role], Outcome], store: Store, announce: Announce
+) -> tuple[TrialState, Outcome | None]:
+    """Run the open pair, unless it was ``finished`` before, and note what became of it; the run that was refused."""
     assert state.open_pair is not None
     index, order = state.open_pair.index, state.open_pair.order
-    done: dict[Role, str] = {}
+    run_ids: dict[Role, str] = {}
     for position, role in enumerate(ROLES[order]):
-        if position < len(found):
-            outcome = found[position]
+        if finished:
+            outcome = finished[position]
         else:
             announce(f"{state.name}: pair {index} of {state.num_pairs}, {getattr(state, role).label()}")
             outcome = run_role(role)
             why = f": {outcome.message}" if outcome.message else ""
             announce(f"  {outcome.status} after {outcome.wall_seconds:.0f} seconds{why}")
-        done[role] = outcome.run_id
+        run_ids[role] = outcome.run_id
         disturbance = _disturbance(outcome)
         if disturbance is not None:
             announce(f"  set aside: {disturbance}")
-            aside = SetAside(index=index, run_ids=list(done.values()), reason=disturbance)
-            return _noted(state, store, open_pair=None, set_aside=[*state.set_aside, aside])
+            aside = SetAside(index=index, run_ids=list(run_ids.values()), reason=disturbance)
+            return _noted(state, store, open_pair=None, set_aside=[*state.set_aside, aside]), None
         if outcome.status == "refused":
-            refusal = ForgeError(f"{outcome.spec.label()} was refused: {outcome.message}")
-            refusal.exit_code = outcome.exit_code if outcome.exit_code in (2, 3, 4, 6, 9) else 4
-            raise refusal
+            return state, outcome
         if outcome.status != "completed":
-            return _noted(state, store, open_pair=None, failure=outcome.run_id, failed_role=role)
-    pair = Pair(index=index, order=order, baseline=done["baseline"], candidate=done["candidate"])
-    return _noted(state, store, open_pair=None, pairs=[*state.pairs, pair])
+            return _noted(state, store, open_pair=None, failure=outcome.run_id, failed_role=role), None
+    pair = Pair(index=index, order=order, baseline=run_ids["baseline"], candidate=run_ids["candidate"])
+    return _noted(state, store, open_pair=None, pairs=[*state.pairs, pair]), None
 
 
 def _noted(state: TrialState, store: Store, **changes: Any) -> TrialState:
@@ -247,6 +227,138 @@ def read_trial(name: str, store: Store, *, specs: tuple[RunSpec, RunSpec] | None
     if specs is not None and [identify(spec).key for spec in specs] != [state.baseline_key, state.candidate_key]:
         return None
     return _trial(state, store)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Resuming a trial: is it still the same one, and what counts of an interrupted pair
+
+
+def _open_trial(
+    name: str,
+    specs: dict[Role, RunSpec],
+    num_pairs: int,
+    identities: Identities,
+    store: Store,
+    announce: Announce,
+) -> TrialState:
+    """The stored trial if it is this one; a new one where there is none or what it measures has changed.
+
+    A trial is put away when the code or the GPU changes, and taken up again when they are as they were: the sessions of
+    one gate may get different GPU models.
+
+    Raises :class:`ConfigurationError` for another number of pairs or other specs than it began with.
+    """
+    if num_pairs < 1:
+        raise ConfigurationError(f"trial {name} is asked for {num_pairs} pairs", remedy="at least one pair")
+    new = TrialState(
+        name=name,
+        baseline=specs["baseline"].portable(),
+        candidate=specs["candidate"].portable(),
+        num_pairs=num_pairs,
+        baseline_key=identities["baseline"].key,
+        candidate_key=identities["candidate"].key,
+        baseline_parts=identities["baseline"].parts,
+        candidate_parts=identities["candidate"].parts,
+    )
+    old = store.read_trial(name)
+    if old is not None and _is_same(old, new, str(store.trial_path(name))):
+        return old
+    if old is not None:
+        announce(f"{name}: put away, because what is measured has changed:")
+        for line in _changes(old, new):
+            announce(line)
+        store.put_away_trial(name)
+    for path, state in reversed(store.trials_put_away(name)):
+        if _keys(state) == _keys(new) and _is_same(state, new, str(path)):
+            announce(f"{name}: taken up again with {len(state.pairs)} of {num_pairs} pairs, as it was put away")
+            store.take_up_trial(path, state)
+            return state
+    store.write_trial(new)
+    return new
+
+
+def _is_same(old: TrialState, new: TrialState, place: str) -> bool:
+    """Whether the stored trial is resumed. The number of pairs and the arms are fixed before the first pair."""
+    remedy = f"adding pairs until it passes would prove nothing, so both are fixed; to start over delete {place}"
+    same_specs = (old.baseline, old.candidate) == (new.baseline, new.candidate)
+    if not same_specs and all(
+        before[part] == now[part]
+        for before, now in ((old.baseline_parts, new.baseline_parts), (old.candidate_parts, new.candidate_parts))
+        for part in ("code", "gpu")
+    ):
+        raise ConfigurationError(
+            f"trial {old.name} began with other arms:\n" + "\n".join(_changes(old, new)), remedy=remedy
+        )
+    if _keys(old) != _keys(new):
+        return False
+    if old.num_pairs != new.num_pairs:
+        raise ConfigurationError(
+            f"trial {old.name} began with {old.num_pairs} pairs and is now asked for {new.num_pairs}", remedy=remedy
+        )
+    return True
+
+
+def _keys(state: TrialState) -> tuple[str, str]:
+    return state.baseline_key, state.candidate_key
+
+
+def _changes(old: TrialState, new: TrialState) -> list[str]:
+    lines = explain(old.baseline_parts, new.baseline_parts, "  baseline ")
+    return lines + explain(old.candidate_parts, new.candidate_parts, "  candidate ")
+
+
+def _forget_short_timeout(state: TrialState, time_limit_seconds: float, store: Store) -> TrialState:
+    """A run that was stopped for its time ends no trial once it may take longer."""
+    if state.failure is None:
+        return state
+    failure = store.read(state.failure)
+    if failure.status != "timeout" or time_limit_seconds <= failure.wall_seconds + 1:
+        return state
+    aside = SetAside(index=0, run_ids=[failure.run_id], reason="stopped at a time limit that was raised since")
+    state = state.model_copy(update={"failure": None, "failed_role": None, "set_aside": [*state.set_aside, aside]})
+    store.write_trial(state)
+    return state
+
+
+def _finished_pair(state: TrialState, identities: Identities, store: Store) -> list[Outcome]:
+    """Both runs of a pair that were stored before the gate was killed, in their order; else empty.
+
+    A pair of which only the first run is there is measured anew: the two runs of a pair follow one another.
+    """
+    opened, ids = state.open_pair, store.run_ids()
+    if opened is None or (opened.after is not None and opened.after not in ids):
+        return []
+    since = ids[ids.index(opened.after) + 1 :] if opened.after is not None else ids
+    if len(since) != 2 or set(since) & _counted_elsewhere(store):
+        return []
+    outcomes = [store.read(run_id) for run_id in since]
+    keys = [identities[role].key for role in ROLES[opened.order]]
+    is_pair = [outcome.key for outcome in outcomes] == keys and outcomes[0].machine == outcomes[1].machine
+    return outcomes if is_pair and all(outcome.status != "refused" for outcome in outcomes) else []
+
+
+def _counted_elsewhere(store: Store) -> set[str]:
+    """Runs that some trial has taken or set aside already."""
+    taken: set[str] = set()
+    for state in (*store.trials(), *(state for _, state in store.trials_put_away())):
+        taken |= {run_id for pair in state.pairs for run_id in (pair.baseline, pair.candidate)}
+        taken |= {run_id for aside in state.set_aside for run_id in aside.run_ids}
+        taken |= {state.failure} if state.failure else set()
+    return taken
+
+
+def _expected_seconds(identities: Identities, store: Store, unseen: float) -> float:
+    """What a pair takes: each arm's longest run so far; one without a run takes as long as the other, or ``unseen``."""
+    longest = [
+        max((outcome.wall_seconds for outcome in store.with_key(identity.key)), default=None)
+        for identity in identities.values()
+    ]
+    known = max((seconds for seconds in longest if seconds is not None), default=unseen)
+    return sum(known if seconds is None else seconds for seconds in longest)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# One run beside the trials
 
 
 def run_single(

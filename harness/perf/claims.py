@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from harness import verdict
 from harness.stats import Interval, pairs_needed, ratio_interval
 
 Status = Literal["PASS", "FAIL", "INCONCLUSIVE", "INCOMPLETE"]
@@ -112,7 +113,7 @@ CLAIMS: tuple[Claim, ...] = (
 )
 
 
-class Verdict(_Part):
+class Verdict(verdict.Verdict):
     """What the pairs say about a claim. ``to_dict`` and back loses nothing and holds no inf or NaN.
 
     ``low``, ``high``: the 95% interval of the claim's ratio, None where there is none.
@@ -121,15 +122,15 @@ class Verdict(_Part):
     itself. Adding them to the old pairs and judging again would pass too often.
     """
 
+    name: str = ""
+    statement: str = ""
     claim: dict[str, Any]
-    status: Status
     estimate: Annotated[float | None, Field(allow_inf_nan=False)] = None
     low: Annotated[float | None, Field(allow_inf_nan=False)] = None
     high: Annotated[float | None, Field(allow_inf_nan=False)] = None
     num_pairs: Annotated[int, Field(ge=0)]
     num_pairs_planned: Annotated[int, Field(ge=1)]
     pairs_needed: Annotated[int | None, Field(ge=2)] = None
-    reason: str
 
     @model_validator(mode="after")
     def _pass_is_earned(self) -> Self:
@@ -180,6 +181,8 @@ def judge(
         ends = (interval.estimate, interval.low, interval.high) if interval else ()
         estimate, low, high = (end if 0 < end < math.inf else None for end in ends or (0.0, 0.0, 0.0))
         return Verdict(
+            name=claim.name,
+            statement=claim.statement,
             claim=claim.model_dump(mode="json"),
             status=status,
             estimate=estimate,

@@ -1,7 +1,7 @@
-"""What of this suite is still to be measured, with expected minutes: ``python -m harness.perf.remaining [STORE]``.
+"""Remaining measurements of this suite, with expected minutes: ``python -m harness.perf.remaining [STORE]``.
 
 Nothing is measured and no GPU needed. Seconds are those of the store's own runs of that arm, else of suite.py
-(one H200). A stretch is what one call of scripts/gate_stretch.sh measures.
+(one H200). A session is what ``--gate-seconds`` allows.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ from forge.training.backends import load_plan
 from forge.training.config.workload import load_workload
 from forge.training.system.errors import ForgeError
 from forge.training.system.files import read_json_object
-from harness.measurement.key import code_sha256
-from harness.measurement.probe import source_sha256
+from harness.measurement.key import code_sha256, source_sha256
 from harness.measurement.results import Outcome, Store
 from harness.perf.suite import (
-    CEILING_TAKES_SECONDS,
+    ABLATION,
     CONTEXT_TAKES_SECONDS,
     EXPECTED_SECONDS,
     FP16,
-    LADDER,
     ORDER,
+    PEAK_TAKES_SECONDS,
     SINGLES,
     TRIALS,
     Arm,
@@ -43,10 +42,10 @@ class Item:
     units: tuple[float, ...]
 
 
-def outlook(store: Store) -> list[Item]:
+def remaining(store: Store) -> list[Item]:
     """Every item of :data:`ORDER`, in that order. Raises :class:`DataError` for a damaged store."""
     outcomes = [outcome for outcome in store.outcomes() if outcome.status != "refused"]
-    probes = [read_json_object(path) for path in (store.directory / "probes").glob("*.json")]
+    probes = [read_json_object(path) for path in store.probe_paths()]
     seen: set[tuple[str, Arm]] = set()
     items = []
     for name in ORDER:
@@ -55,31 +54,31 @@ def outlook(store: Store) -> list[Item]:
             pair = [(planned.workload, planned.baseline), (planned.workload, planned.candidate)]
             state = store.read_trial(name)
             done, total = len(state.pairs) if state else 0, planned.num_pairs or _num_pairs(planned.workload)
-            units = [sum(_seconds(outcomes, *one) for one in pair)] * (total - done)
+            units = [sum(_seconds(outcomes, *run) for run in pair)] * (total - done)
             seen |= {(workload, _alike(arm)) for workload, arm in pair}
-        elif name in ("singles", "ladder"):
-            runs = [(workload, arm) for workload, arm in ((*SINGLES, FP16) if name == "singles" else LADDER)]
+        elif name in ("singles", "ablation"):
+            runs = (*SINGLES, FP16) if name == "singles" else ABLATION
             new = [run for run in runs if (run[0], _alike(run[1])) not in seen]
             seen |= {(workload, _alike(arm)) for workload, arm in new}
             missing = [run for run in new if not any(map(_is_current, _runs_of(outcomes, *run)))]
             done, units = len(runs) - len(missing), [_seconds(outcomes, *run) for run in missing]
-        elif name == "ceiling":
+        elif name == "matmul_peak":
             done = int(any(_is_of("harness.perf.probes.matmul_peak", probe) for probe in probes))
-            units = [CEILING_TAKES_SECONDS] * (1 - done)
+            units = [PEAK_TAKES_SECONDS] * (1 - done)
         else:
-            there = {
+            measured = {
                 (probe["backend"], probe["budget_gib"])
                 for probe in probes
                 if _is_of("harness.perf.probes.max_context", probe)
             }
-            done = len(CONTEXT_TAKES_SECONDS.keys() & there)
-            units = [seconds for asked, seconds in CONTEXT_TAKES_SECONDS.items() if asked not in there]
+            done = len(CONTEXT_TAKES_SECONDS.keys() & measured)
+            units = [seconds for probe, seconds in CONTEXT_TAKES_SECONDS.items() if probe not in measured]
         items.append(Item(name, done, tuple(units)))
     return items
 
 
-def num_stretches(units: Iterable[float], seconds: float) -> int:
-    """Stretches of so many seconds that the units take in their order; none is begun that its stretch cannot end."""
+def num_sessions(units: Iterable[float], seconds: float) -> int:
+    """Sessions of so many seconds that the units take in their order; none is begun that its session cannot end."""
     count, left = 0, 0.0
     for unit in units:
         if unit > left:
@@ -120,8 +119,8 @@ def _is_of(module: str, probe: dict[str, Any]) -> bool:
 
 
 def _seconds(outcomes: list[Outcome], workload: str, arm: Arm) -> float:
-    found = [outcome.wall_seconds for outcome in _runs_of(outcomes, workload, arm) if outcome.status == "completed"]
-    return statistics.median(found) if found else EXPECTED_SECONDS[workload]
+    known = [outcome.wall_seconds for outcome in _runs_of(outcomes, workload, arm) if outcome.status == "completed"]
+    return statistics.median(known) if known else EXPECTED_SECONDS[workload]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -130,19 +129,19 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m harness.perf.remaining", description=(__doc__ or "").split("\n\n")[0]
     )
     parser.add_argument("store", nargs="?", type=Path, default=Path("runs/gate/store"), metavar="STORE")
-    parser.add_argument("--seconds", type=float, default=470.0, help="measured in one stretch (default 470)")
-    told = parser.parse_args(arguments)
+    parser.add_argument("--seconds", type=float, default=470.0, help="of measuring in one session (default 470)")
+    options = parser.parse_args(arguments)
     try:
-        items = outlook(Store(told.store))
+        items = remaining(Store(options.store))
     except ForgeError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     so_far: list[float] = []
-    print(f"{'':28}{'done':>5}{'left':>5}{'minutes':>9}   stretches of {told.seconds:g} s up to here")
+    print(f"{'':28}{'done':>5}{'left':>5}{'minutes':>9}   sessions of {options.seconds:g} s up to here")
     for item in items:
         so_far += item.units
         minutes = sum(item.units) / 60
-        up_to = num_stretches(so_far, told.seconds)
+        up_to = num_sessions(so_far, options.seconds)
         print(f"{item.name:28}{item.num_done:5}{len(item.units):5}{minutes:9.1f}   {up_to}")
     print(f"{'together':28}{'':10}{sum(so_far) / 60:9.1f}")
     return 0

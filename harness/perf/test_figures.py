@@ -1,28 +1,31 @@
-"""What the report shows beside the claims: every arm, the ladder, the context, the ceiling. What is missing is red."""
+"""What the report shows beside the claims: every arm, ablation, longest context, FLOPs. What is missing is red."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import pytest
 
-from harness.measurement.metrics import Metric, check_same_work, training_steps
-from harness.measurement.utilisation import model_flops_per_second
-from harness.perf.entries import METRICS, record_runs
-from harness.perf.session import Gate
+from forge.training.system.errors import ForgeError
+from harness.measurement.metrics import Metric, check_same_work, model_flops_per_second, training_steps
+from harness.measurement.results import Outcome
 from harness.perf.suite import (
+    ABLATION,
+    CONTEXT_ARMS,
     CONTEXT_BUDGETS_GIB,
     CONTEXT_WORKLOAD,
     FP16,
-    LADDER,
+    ITEM_OF_ARM,
     LEGACY,
-    SINGLES,
-    TRIALS,
+    METRICS,
     TRL,
     UNSLOTH,
     Arm,
+    PerfSuite,
+    describe_runs,
 )
-from harness.recorder import CLOCK, record_facts
+from harness.recorder import CLOCK, record_facts, record_metric
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(0)]  # the first test waits for the measuring
 
@@ -31,131 +34,130 @@ def _name(value: Any) -> str:
     return value.name if isinstance(value, Arm) else str(value)
 
 
-def _arms() -> list[tuple[str, Arm]]:
-    found: dict[tuple[str, str], tuple[str, Arm]] = {}
-    for name, planned in TRIALS.items():
-        if name != "control_aa":
-            for arm in (planned.baseline, planned.candidate):
-                found.setdefault((planned.workload, arm.name), (planned.workload, arm))
-    return [*found.values(), *SINGLES]
-
-
-def _item(workload: str, arm: Arm) -> str:
-    """The item of the gate's order that measures an arm."""
-    for name, planned in TRIALS.items():
-        if planned.workload == workload and arm in (planned.baseline, planned.candidate):
-            return name
-    return "singles"
-
-
 def _not_run(benchmark: Any, what: str, reason: str) -> NoReturn:
     record_facts(benchmark, metric="none", record_kind="not_run", what=what, reason=reason)
     pytest.fail(f"INCOMPLETE: {what}: {reason}")
 
 
+def _measured(benchmark: Any, perf: PerfSuite, item: str, what: str, ask: Callable[[], Any]) -> Any:
+    """What ``ask`` returns; where that is nothing or an error, this test's entry says why and the test is red."""
+    try:
+        result = ask()
+    except ForgeError as error:
+        _not_run(benchmark, what, error.message)
+    return result or _not_run(benchmark, what, perf.why_missing(item))
+
+
+def _record_runs(
+    benchmark: Any, perf: PerfSuite, outcomes: list[Outcome], workload: str, arm: Arm, metric: Metric, **extra: Any
+) -> None:
+    """One entry: a metric of an arm's runs, one sample per run; what did not complete is red."""
+    failed = [outcome for outcome in outcomes if outcome.status != "completed"]
+    if failed:
+        _not_run(benchmark, f"{arm.name} on {workload}", f"{failed[0].status}: {failed[0].message}")
+    samples = perf.samples(outcomes, metric, workload)
+    record_metric(benchmark, samples, metric=metric, unit=METRICS[metric], **describe_runs(outcomes, arm.name), **extra)
+
+
+def _complete(perf: PerfSuite, workload: str, arm: Arm) -> list[Outcome]:
+    """The first run of an arm, if it completed: a missing one is red in the arm's own test."""
+    try:
+        return [outcome for outcome in perf.runs_of(workload, arm)[:1] if outcome.status == "completed"]
+    except ForgeError:
+        return []
+
+
 @pytest.mark.benchmark(group="arms", timer=CLOCK)
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize(("workload", "arm"), _arms(), ids=_name)
-def test_every_arm_is_measured(gate: Gate, benchmark: Any, workload: str, arm: Arm, metric: Metric) -> None:
-    outcomes = gate.arms.get((workload, arm.name), [])
-    if not outcomes:
-        _not_run(benchmark, f"{arm.name} on {workload}", gate.why_missing(_item(workload, arm)))
-    warmup = gate.num_warmup_steps(workload)
-    complete = [outcome for outcome in outcomes if outcome.status == "completed"]
-    if not complete:
-        _not_run(benchmark, f"{arm.name} on {workload}", f"{outcomes[0].status}: {outcomes[0].message}")
-    for outcome in complete[1:]:
-        check_same_work(complete[0], outcome)
-    record_runs(benchmark, complete, arm.name, metric, warmup)
+@pytest.mark.parametrize(("workload", "arm"), ITEM_OF_ARM, ids=_name)
+def test_every_arm_is_measured(perf: PerfSuite, benchmark: Any, workload: str, arm: Arm, metric: Metric) -> None:
+    what, item = f"{arm.name} on {workload}", ITEM_OF_ARM[workload, arm]
+    outcomes = _measured(benchmark, perf, item, what, lambda: perf.runs_of(workload, arm))
+    for outcome in outcomes[1:]:
+        check_same_work(outcomes[0], outcome)
+    _record_runs(benchmark, perf, outcomes, workload, arm, metric)
 
 
-@pytest.mark.benchmark(group="ladder", timer=CLOCK)
+@pytest.mark.benchmark(group="ablation", timer=CLOCK)
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize(("workload", "rung"), LADDER, ids=_name)
-def test_every_rung_of_the_ladder_is_measured(
-    gate: Gate, benchmark: Any, workload: str, rung: Arm, metric: Metric
+@pytest.mark.parametrize(("workload", "arm"), ABLATION, ids=_name)
+def test_every_arm_of_the_ablation_is_measured(
+    perf: PerfSuite, benchmark: Any, workload: str, arm: Arm, metric: Metric
 ) -> None:
-    outcome = gate.single(workload, rung)
-    if outcome is None:
-        _not_run(benchmark, f"ladder: {rung.name}", gate.why_missing("ladder"))
+    what = f"ablation: {arm.name}"
+    outcome = _measured(benchmark, perf, "ablation", what, lambda: perf.single(workload, arm, "ablation"))
     if outcome.status != "completed":
-        _not_run(benchmark, f"ladder: {rung.name}", f"{outcome.status}: {outcome.message}")
-    record_runs(benchmark, [outcome], rung.name, metric, gate.num_warmup_steps(workload), record_kind="ladder")
+        _not_run(benchmark, what, f"{outcome.status}: {outcome.message}")
+    _record_runs(benchmark, perf, [outcome], workload, arm, metric, record_kind="ablation")
 
 
 @pytest.mark.benchmark(group="fp16", timer=CLOCK)
-def test_what_fp16_does_in_the_legacy_stack_is_known(gate: Gate, benchmark: Any) -> None:
+def test_what_fp16_does_in_the_legacy_stack_is_known(perf: PerfSuite, benchmark: Any) -> None:
     workload, arm = FP16
-    outcome = gate.single(workload, arm)
-    if outcome is None:
-        _not_run(benchmark, f"{arm.name} on {workload}", gate.why_missing("singles"))
+    what = f"{arm.name} on {workload}"
+    outcome = _measured(benchmark, perf, "singles", what, lambda: perf.single(workload, arm))
     ends = outcome.message or "trains; not compared, because the other arms train in bf16"
     facts = {"workload": workload, "backend": arm.backend, "arm": arm.name, "run_ids": [outcome.run_id]}
-    what = f"{arm.name} on {workload}"
     record_facts(
         benchmark, metric="none", record_kind="not_run", what=what, reason=f"{outcome.status}: {ends}", **facts
     )
 
 
-_FOUND = ("predicted_tokens", "tokens_fits", "tokens_fails", "loaded_bytes", "is_embedding_on_host", "why")
+_ANSWERED = ("predicted_tokens", "tokens_fits", "tokens_fails", "loaded_bytes", "is_embedding_on_host", "why")
 
 
-@pytest.mark.benchmark(group="context", timer=CLOCK)
+@pytest.mark.benchmark(group="max_context", timer=CLOCK)
 @pytest.mark.parametrize("budget_gib", CONTEXT_BUDGETS_GIB, ids=lambda gib: f"{gib:g}GiB")
-@pytest.mark.parametrize("arm", [LEGACY, TRL, UNSLOTH], ids=lambda arm: arm.name)
-def test_the_longest_context_in_a_budget_is_known(gate: Gate, benchmark: Any, arm: Arm, budget_gib: float) -> None:
-    found = gate.context(arm, budget_gib)
-    if found is None:
-        _not_run(benchmark, f"context of {arm.name} in {budget_gib:g} GiB", gate.why_missing("context"))
+@pytest.mark.parametrize("arm", CONTEXT_ARMS, ids=lambda arm: arm.name)
+def test_the_longest_context_in_a_budget_is_known(perf: PerfSuite, benchmark: Any, arm: Arm, budget_gib: float) -> None:
+    what = f"context of {arm.name} in {budget_gib:g} GiB"
+    answer = _measured(benchmark, perf, "max_context", what, lambda: perf.max_context(arm, budget_gib))
     record_facts(
         benchmark,
         metric="tokens",
-        record_kind="context",
+        record_kind="max_context",
         workload=CONTEXT_WORKLOAD,
         backend=arm.backend,
         arm=arm.name,
-        plan=found["plan"],
-        probe=found["key"],
+        plan=answer["plan"],
+        probe=answer["key"],
         budget_gib=budget_gib,
-        points=[[tokens, peak] for tokens, peak, _ in found["points"]],
-        **{key: found.get(key) for key in _FOUND},
+        points=[[tokens, peak] for tokens, peak, _ in answer["points"]],
+        **{name: answer.get(name) for name in _ANSWERED},
     )
-    fits, fails = found.get("tokens_fits"), found.get("tokens_fails")
-    assert found.get("why") or (fits and fails and fits < fails), "neither bracketed nor said why not"
+    fits, fails = answer.get("tokens_fits"), answer.get("tokens_fails")
+    assert answer.get("why") or (fits and fails and fits < fails), "neither bracketed nor said why not"
 
 
-@pytest.mark.benchmark(group="ceiling", timer=CLOCK)
+@pytest.mark.benchmark(group="matmul_peak", timer=CLOCK)
 @pytest.mark.parametrize("workload", ["genome_full", "legacy_256"])
-def test_the_use_of_the_gpus_arithmetic_is_known(gate: Gate, benchmark: Any, workload: str) -> None:
-    answer = gate.ceiling()
-    if answer is None:
-        _not_run(benchmark, "matrix-product ceiling", gate.why_missing("ceiling"))
-    warmup = gate.num_warmup_steps(workload)
-    speeds: dict[str, float] = {}
-    outcomes = {arm.name: gate.arms.get((workload, arm.name), [])[:1] for arm in (LEGACY, TRL, UNSLOTH)}
-    for name, found in outcomes.items():
-        for outcome in found:
-            if outcome.status == "completed" and outcome.record:
-                speeds[name] = model_flops_per_second(outcome.record, training_steps(outcome), warmup)
+def test_the_use_of_the_gpus_arithmetic_is_known(perf: PerfSuite, benchmark: Any, workload: str) -> None:
+    answer = _measured(benchmark, perf, "matmul_peak", "matrix-product peak", perf.matmul_peak)
+    warmup, peak = perf.num_warmup_steps(workload), answer["tflops"] * 1e12
+    runs = {arm.name: run for arm in (LEGACY, TRL, UNSLOTH) for run in _complete(perf, workload, arm)}
+    speeds = {
+        name: model_flops_per_second(run.record, training_steps(run), warmup)
+        for name, run in runs.items()
+        if run.record
+    }
     record_facts(
         benchmark,
         metric="model_flops_per_second",
-        record_kind="ceiling",
+        record_kind="matmul_peak",
         workload=workload,
         tflops=answer["tflops"],
         probe=answer["key"],
         model_flops_per_second=speeds,
-        utilisation={name: speed / (answer["tflops"] * 1e12) for name, speed in speeds.items()},
-        run_ids=[outcome.run_id for found in outcomes.values() for outcome in found if outcome.status == "completed"],
+        utilisation={name: speed / peak for name, speed in speeds.items()},
+        run_ids=[run.run_id for run in runs.values()],
     )
-    assert all(0 < speed < answer["tflops"] * 1e12 for speed in speeds.values()), "faster than the ceiling: miscounted"
-    assert len(speeds) == len(outcomes), f"INCOMPLETE: measured are {', '.join(speeds) or 'none'}"
+    assert all(0 < speed < peak for speed in speeds.values()), "faster than the matrix products: miscounted"
+    assert len(speeds) == 3, f"INCOMPLETE: measured are {', '.join(speeds) or 'none'}"
 
 
 @pytest.mark.parametrize("workload", ["genome_full", "legacy_256", "genome_8k"])
-def test_all_arms_of_a_workload_did_the_same_work(gate: Gate, workload: str) -> None:
-    outcomes = [found[0] for (name, _), found in gate.arms.items() if name == workload]
-    complete = [outcome for outcome in outcomes if outcome.status == "completed"]
-    assert len(complete) > 1, f"INCOMPLETE: {len(complete)} arms of {workload} measured"
-    for outcome in complete[1:]:
-        check_same_work(complete[0], outcome)
+def test_all_arms_of_a_workload_did_the_same_work(perf: PerfSuite, workload: str) -> None:
+    outcomes = [run for name, arm in ITEM_OF_ARM if name == workload for run in _complete(perf, workload, arm)]
+    assert len(outcomes) > 1, f"INCOMPLETE: {len(outcomes)} arms of {workload} measured"
+    for outcome in outcomes[1:]:
+        check_same_work(outcomes[0], outcome)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from harness.measurement.results import Store
-from harness.perf.suite import MODEL
 from harness.pytest_plugin import announcer, gate_deadline, gate_documents, room_measures
 from harness.reliability.claims import Survival
+from harness.session import MODEL
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from typing import Any
 
 from forge.training.data.inputs import Inputs
 from forge.training.train.record import Losses, MemoryPhase, RunRecord, Trainable
-from harness.measurement.results import RunSpec
+from harness.measurement.results import Monitor, Outcome, RunSpec
 
 SPEC = RunSpec(backend="trl", workload="smoke")
 OTHER = RunSpec(backend="trl", workload="smoke", plan_overrides=("micro_batch=2",))
@@ -69,6 +69,28 @@ for name in ("run.json", "steps.jsonl"):
         stream.write(told[name])
 sys.exit(told["exit_code"])
 """
+
+
+def make_outcome(record: dict[str, Any] | None = None, steps: dict[str, Any] | None = None, **more: Any) -> Outcome:
+    """A completed outcome; ``record`` and ``steps``: changes for :func:`make_record` and :func:`make_steps`."""
+    return Outcome(
+        **{
+            "run_id": "0123456789ab-0001",
+            "key": "0123456789ab",
+            "key_parts": {},
+            "spec": SPEC,
+            "status": "completed",
+            "exit_code": 0,
+            "started_at": "2026-11-24T12:00:00+00:00",
+            "wall_seconds": 3.0,
+            "machine": "0" * 16,
+            "monitor": Monitor(),
+            "log_tail": "",
+            "record": make_record(**(record or {})).model_dump(mode="json"),
+            "steps": make_steps(**(steps or {})),
+            **more,
+        }
+    )
 
 
 def fake(

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from forge.training.config.workload import load_workload
 from forge.training.system.errors import ForgeError
-from forge.training.system.files import read_json_object, sha256_file, sha256_json, write_json
+from forge.training.system.files import read_json_object, sha256_json, write_json
+from harness.measurement.key import code_sha256_of
 from harness.parity.claims import Rung
 from harness.parity.first_step.checks import Check, differing_inputs, direction_check, first_step_checks, layout_checks
 from harness.parity.first_step.compare import read_step
@@ -131,7 +132,7 @@ def find_checks(
     Raises :class:`NotMeasured`, :class:`CandidateFailed`, :class:`ForgeError`.
     """
     asked, layouts = asked or quantizations(ladder), layouts or ladder.step_layouts
-    code = [sha256_file(Path(__file__).with_name(name)) for name in _JUDGES]
+    code = [code_sha256_of(Path(__file__).with_name(name)) for name in _JUDGES]
 
     def stored_as(measured: Measured) -> Path:
         key = sha256_json([checks_of.__name__, measured.digests, code])

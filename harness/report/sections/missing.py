@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from harness.perf.suite import CONTEXT_BUDGETS_GIB, LADDER, SINGLES, TRIALS
+from harness.perf.suite import ABLATION, CONTEXT_BUDGETS_GIB, SINGLES, TRIALS
 from harness.report.arms import BACKENDS, Arm
 from harness.report.evidence import KINDS, Evidence
 from harness.report.page.content import Row, Section, Table
@@ -135,7 +135,7 @@ def _planned() -> Iterable[str]:
             if name != _CONTROL:
                 yield f"{arm.name} on {planned.workload}"
     yield from (f"{arm.name} on {workload}" for workload, arm in SINGLES)
-    yield from (f"ladder: {rung.name}" for _, rung in LADDER)
+    yield from (f"ladder: {arm.name}" for _, arm in ABLATION)
     yield from (_context(backend, budget) for backend in BACKENDS for budget in CONTEXT_BUDGETS_GIB)
     yield "matrix-product ceiling"
     yield _EXPORT

@@ -15,7 +15,6 @@ import pytest
 from forge.training.system.environment import ROOT
 from forge.training.system.errors import CheckError, ConfigurationError
 from forge.training.system.files import sha256_file
-from harness.measurement.probe import source_sha256
 from harness.measurement.results import Store
 from harness.parity import architectures
 from harness.parity.claims import Rung
@@ -242,20 +241,6 @@ def test_an_unknown_backend_is_refused(bench: Bench) -> None:
     workload = first_step.frozen_workload("smoke", overrides(bench.base, bench.folder / "train.jsonl"))
     with pytest.raises(ConfigurationError, match="no backend 'other'"):
         first_step.measure(workload, "other", [])
-
-
-def test_a_probes_key_follows_every_file_of_probes_that_it_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("harness.measurement.probe.ROOT", tmp_path)
-    probes = tmp_path / "harness" / "parity" / "probes"
-    probes.mkdir(parents=True)
-    (probes / "one.py").write_text("from harness.parity.probes.two import x\n")
-    (probes / "two.py").write_text("def f():\n    from harness.parity.probes.three import y\n")
-    (probes / "three.py").write_text("y = 1\n")
-    before = source_sha256("harness.parity.probes.one")
-    (probes / "three.py").write_text("y = 2\n")
-    assert source_sha256("harness.parity.probes.one") != before
 
 
 def test_the_command_says_what_is_wrong_in_one_line() -> None:

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,11 +14,10 @@ from forge.training.backends import load_plan
 from forge.training.config.workload import load_workload
 from forge.training.system.environment import ROOT
 from harness.measurement.results import Store
-from harness.measurement.utilisation import model_flops
 from harness.perf.claims import CLAIMS
-from harness.perf.remaining import num_stretches, outlook
-from harness.perf.session import Gate
-from harness.perf.suite import LADDER, LEGACY, ORDER, SINGLES, TRIALS
+from harness.perf.remaining import num_sessions, remaining
+from harness.perf.suite import ABLATION, ITEM_OF_ARM, LEGACY, ORDER, SINGLES, TRIALS, PerfSuite
+from harness.session import Session
 from tests.support.tiny_gate import make_project, run_pytest
 
 RUNS = ROOT / "docs" / "results" / "2026-11-25-h200-gate" / "store" / "runs"
@@ -56,7 +54,7 @@ def gate(
 def verdicts(where: Path) -> dict[str, str]:
     entries = json.loads((where / "results" / "benchmark.json").read_text())["benchmarks"]
     found = [entry["extra_info"]["verdict"] for entry in entries if entry["extra_info"].get("verdict")]
-    return {verdict["claim"]["name"]: verdict["status"] for verdict in found}
+    return {verdict["name"]: verdict["status"] for verdict in found}
 
 
 @pytest.mark.slow
@@ -102,7 +100,8 @@ def test_arms_that_do_other_work_are_refused_with_both_values(tmp_path: Path, do
     assert done.returncode == 1
     assert "not the same work" in done.stdout
     assert "workload_sha256: " in done.stdout
-    assert "genome_full_speed" not in verdicts(tmp_path)
+    assert verdicts(tmp_path)["genome_full_speed"] == "FAIL"
+    assert verdicts(tmp_path)["control_aa"] == "PASS"
 
 
 def test_a_candidate_out_of_memory_fails_and_a_baseline_gains_it_nothing(tmp_path: Path, documents: Path) -> None:
@@ -113,14 +112,14 @@ def test_a_candidate_out_of_memory_fails_and_a_baseline_gains_it_nothing(tmp_pat
 
 
 def test_a_context_that_cannot_be_measured_leaves_the_others(tmp_path: Path, documents: Path) -> None:
-    done = gate(tmp_path, documents, "--gate-only", "context", "-k", "context", ARM_CONTEXT_FAILS="trl")
+    done = gate(tmp_path, documents, "--gate-only", "max_context", "-k", "context", ARM_CONTEXT_FAILS="trl")
     assert done.returncode == 1
     assert "6 passed" in done.stdout
     assert "3 failed" in done.stdout
     assert "the max_context probe of trl failed: exit code 4" in done.stdout
     assert len(list((tmp_path / "store" / "probes").glob("max_context-*.json"))) == 6
-    whole = {item.name: item for item in outlook(Store(tmp_path / "store"))}
-    assert (whole["context"].num_done, len(whole["context"].units)) == (6, 3)
+    whole = {item.name: item for item in remaining(Store(tmp_path / "store"))}
+    assert (whole["max_context"].num_done, len(whole["max_context"].units)) == (6, 3)
 
 
 def test_a_session_without_time_is_incomplete_and_red(tmp_path: Path, documents: Path) -> None:
@@ -130,56 +129,53 @@ def test_a_session_without_time_is_incomplete_and_red(tmp_path: Path, documents:
     assert "INCOMPLETE" in done.stdout
 
 
-def test_a_session_that_parts_a_pair_measures_nothing_after_its_first_half(tmp_path: Path, documents: Path) -> None:
-    """200 seconds are enough for half a pair of whole documents, and for a pair of short ones that would part it."""
-    some = ("--gate-only", "genome_full,legacy_256", "-k", "test_claims", "--gate-halves")
-    gate(tmp_path, documents, *some, "--gate-seconds", "200")
-    assert len(Store(tmp_path / "store").run_ids()) == 1
-    gate(tmp_path, documents, *some, "--gate-seconds", "120")
-    trial = Store(tmp_path / "store").read_trial("genome_full")
-    assert trial is not None
-    assert (len(trial.pairs), trial.pairs[0].baseline[-4:], trial.pairs[0].candidate[-4:]) == (5, "0001", "0002")
-
-
-def test_the_outlook_counts_what_a_store_lacks(tmp_path: Path, documents: Path) -> None:
-    whole = {item.name: item for item in outlook(Store(tmp_path / "store"))}
+def test_what_remains_is_what_a_store_lacks(tmp_path: Path, documents: Path) -> None:
+    whole = {item.name: item for item in remaining(Store(tmp_path / "store"))}
     assert [item.num_done + len(item.units) for item in whole.values()][:3] == [5, 5, 5]
-    assert (whole["ladder"].num_done, len(whole["ladder"].units)) == (2, len(LADDER) - 2), (
-        "two rungs are the claims' arms"
+    ablation = whole["ablation"]
+    assert (ablation.num_done, len(ablation.units)) == (2, len(ABLATION) - 2), "two are the claims' arms"
+    assert (
+        gate(tmp_path, documents, "--gate-only", "control_aa,matmul_peak", "-k", "control or arithmetic").returncode
+        == 1
     )
-    assert gate(tmp_path, documents, "--gate-only", "control_aa,ceiling", "-k", "control or arithmetic").returncode == 1
-    after = {item.name: item for item in outlook(Store(tmp_path / "store"))}
-    assert (after["control_aa"].units, after["ceiling"].units) == ((), ())
+    after = {item.name: item for item in remaining(Store(tmp_path / "store"))}
+    assert (after["control_aa"].units, after["matmul_peak"].units) == ((), ())
     assert after["genome_full"] == whole["genome_full"]
     assert after["legacy_256"].units[0] < whole["legacy_256"].units[0], "the store knows better what an arm takes"
-    assert num_stretches([200, 200, 200, 90, 10], 470) == 2
+    assert num_sessions([200, 200, 200, 90, 10], 470) == 2
 
 
 @pytest.mark.parametrize("changed", [None, "plan", "code"])
-def test_the_outlook_counts_no_run_of_another_plan_or_of_other_code(
+def test_a_run_of_another_plan_or_of_other_code_remains_to_be_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str | None
 ) -> None:
-    run = json.loads((RUNS / "eca913433db2-0108.json").read_text())  # the ladder's rung before the last
+    run = json.loads((RUNS / "eca913433db2-0108.json").read_text())  # the ablation's arm before the last
     code = run["key_parts"]["code"]
     monkeypatch.setattr("harness.perf.remaining.code_sha256", lambda: code)
-    before = {item.name: item.num_done for item in outlook(Store(tmp_path))}
+    before = {item.name: item.num_done for item in remaining(Store(tmp_path))}
     if changed:
         run["key_parts"][changed] = "another"
     (tmp_path / "runs").mkdir(parents=True)
     (tmp_path / "runs" / "eca913433db2-0108.json").write_text(json.dumps(run))
-    after = {item.name: item.num_done for item in outlook(Store(tmp_path))}
-    assert after == before | {"ladder": before["ladder"] + (changed is None)}
+    after = {item.name: item.num_done for item in remaining(Store(tmp_path))}
+    assert after == before | {"ablation": before["ablation"] + (changed is None)}
 
 
 def test_what_a_session_names_is_measured_in_that_order(
     tmp_path: Path, documents: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured: list[str] = []
-    monkeypatch.setattr(Gate, "_measure", lambda self, name: measured.append(name))
-    Gate(store=Store(tmp_path), train=documents, only=("context", "singles")).measure_all()
-    assert measured == ["context", "singles"]
-    Gate(store=Store(tmp_path), train=documents).measure_all()
+    monkeypatch.setattr(PerfSuite, "_parts_of", lambda self, name: measured.append(name) or [])
+    PerfSuite(Session(Store(tmp_path), documents, only=("max_context", "singles"))).measure_all()
+    assert measured == ["max_context", "singles"]
+    PerfSuite(Session(Store(tmp_path), documents)).measure_all()
     assert measured[2:] == list(ORDER)
+
+
+def test_a_name_that_no_suite_measures_is_refused_at_once(tmp_path: Path, documents: Path) -> None:
+    done = gate(tmp_path, documents, "--gate-only", "parity,ladder")
+    assert done.returncode == 4
+    assert "'ladder'" in done.stderr
 
 
 def test_a_session_tells_what_the_store_has_of_what_it_leaves_out(tmp_path: Path, documents: Path) -> None:
@@ -190,8 +186,8 @@ def test_a_session_tells_what_the_store_has_of_what_it_leaves_out(tmp_path: Path
 
     no_time = ("control_aa", "--gate-seconds", "0.001")
     assert arithmetic(*no_time) == ["not_run"]
-    assert arithmetic("ceiling") == ["ceiling"]
-    assert arithmetic(*no_time) == ["ceiling"]
+    assert arithmetic("matmul_peak") == ["matmul_peak"]
+    assert arithmetic(*no_time) == ["matmul_peak"]
 
 
 def test_without_a_gpu_the_gate_exits_with_4_and_says_so(tmp_path: Path, documents: Path) -> None:
@@ -230,29 +226,22 @@ def test_a_skipped_test_of_the_gate_is_a_failed_one(tmp_path: Path) -> None:
 
 
 def test_parity_is_judged_before_speed_and_speed_before_export(tmp_path: Path) -> None:
-    for room in ("export", "parity", "perf"):
-        (tmp_path / "harness" / room).mkdir(parents=True)
-        (tmp_path / "harness" / room / f"test_{room}.py").write_text(f"def test_{room}():\n    pass\n")
+    for suite in ("export", "parity", "perf", "reliability"):
+        (tmp_path / "harness" / suite).mkdir(parents=True)
+        (tmp_path / "harness" / suite / f"test_{suite}.py").write_text(f"def test_{suite}():\n    pass\n")
     project = make_project(tmp_path, "def test_other():\n    pass\n")
     listed = run_pytest(project, "--collect-only", "-q", "harness").stdout
-    places = [listed.index(f"::test_{name}") for name in ("other", "parity", "perf", "export")]
+    places = [listed.index(f"::test_{name}") for name in ("other", "parity", "perf", "export", "reliability")]
     assert places == sorted(places)
 
 
 def test_every_claim_is_held_by_a_trial_and_every_plan_can_be_carried_out(documents: Path, tmp_path: Path) -> None:
     assert {claim.trial for claim in CLAIMS} <= set(TRIALS)
-    session = Gate(store=Store(tmp_path / "store"), train=documents)
-    specs = [session.spec(workload, arm) for workload, arm in (*SINGLES, *LADDER)]
-    specs += [session.spec(p.workload, arm) for p in TRIALS.values() for arm in (p.baseline, p.candidate)]
+    suite = PerfSuite(Session(Store(tmp_path / "store"), documents))
+    specs = [suite.spec(workload, arm) for workload, arm in (*SINGLES, *ABLATION)]
+    specs += [suite.spec(p.workload, arm) for p in TRIALS.values() for arm in (p.baseline, p.candidate)]
     for spec in specs:
         load_plan(load_workload(spec.workload, spec.overrides), spec.backend, spec.plan_overrides)
-    assert session.spec(*LADDER[0]) == session.spec("genome_full", LEGACY), "the ladder starts at the claims' own arm"
-
-
-def test_model_flops_are_those_counted_by_hand() -> None:
-    shape: dict[str, Any] = {"hidden_size": 4, "num_hidden_layers": 2, "intermediate_size": 8, "vocab_size": 16}
-    shape |= {"num_attention_heads": 2, "num_key_value_heads": 1}
-    layer = 4 * 4 + 4 * 4 + 2 * 4 * 2 + 3 * 4 * 8  # q, o; k, v of one head of two; the MLP
-    weights = 2 * layer + 4 * 16
-    by_hand = 4 * weights * 10 + 6 * 5 * 10 + 3 * 2 * 2 * 4 * 100
-    assert model_flops(shape, 5, 10, 100) == by_hand
+    assert suite.spec(*ABLATION[0]) == suite.spec("genome_full", LEGACY), "the ablation starts at the claims' own arm"
+    assert ITEM_OF_ARM["genome_full", LEGACY] == "genome_full"
+    assert {"control_aa"} == set(TRIALS) - set(ITEM_OF_ARM.values())

@@ -2,7 +2,7 @@
 # What docs/results was measured with, on a GPU machine without a network: bases made on the spot, trained with both
 # backends, exported at real size. From the repository's root:
 #
-#   scripts/gpu_session.sh OUT TRAIN.jsonl VALIDATION.jsonl STAGE...
+#   scripts/lab/gpu_session.sh OUT TRAIN.jsonl VALIDATION.jsonl STAGE...
 #
 # Stages: tiny  8k  full  export. OUT receives the records. The bundle (make gpu-bundle) is unpacked if it is there.
 # Every step has its own time limit, and one that fails does not stop the next.

@@ -16,7 +16,7 @@ import pytest
 from forge.training.system.environment import ROOT
 from harness.measurement.results import Store
 
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "scripts" / "lab"))
 
 import keep_gate
 
@@ -114,7 +114,7 @@ class Machine:
         environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
         environment |= {"FORGE_WORK": str(self.folder / f"work{self.num_stretches}")}
         environment |= {"ARM_USED": str(self.folder / f"used{self.num_stretches}")}  # a killed arm leaves its figure
-        command = ["bash", "scripts/gate_stretch.sh", str(self.out), str(self.train), "perf", "--"]
+        command = ["bash", "scripts/lab/gate_stretch.sh", str(self.out), str(self.train), "perf", "--"]
         command += ["-p", "tests.support.fake_gpu", "-p", "no:cacheprovider", "--gate-only", "genome_full", *options]
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
 
@@ -147,7 +147,7 @@ def write_benchmark(path: Path, verdicts: dict[str, str], gpu: str = "NVIDIA H20
     return path
 
 
-def test_a_gate_carried_out_a_room_at_a_time_keeps_every_rooms_latest_verdicts(tmp_path: Path) -> None:
+def test_a_gate_carried_out_one_suite_at_a_time_keeps_every_suites_latest_verdicts(tmp_path: Path) -> None:
     first = {"perf/test_claims.py::test_fast": "PASS", "parity/test_ladder.py::test_rung": "INCOMPLETE"}
     kept = write_benchmark(tmp_path / "kept.json", first)
     new = write_benchmark(tmp_path / "new.json", {"parity/test_ladder.py::test_rung": "PASS"})
@@ -181,7 +181,7 @@ def test_a_store_of_another_gpu_is_refused_before_anything_is_measured_anew(tmp_
     (tmp_path / "train.jsonl").touch()
     seen = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     environment = {**os.environ, **seen, "FORGE_WORK": str(tmp_path / "work"), "BUNDLE": "none", "STORE": str(store)}
-    command = ["bash", "scripts/gate_stretch.sh", str(tmp_path / "out"), str(tmp_path / "train.jsonl"), "perf"]
+    command = ["bash", "scripts/lab/gate_stretch.sh", str(tmp_path / "out"), str(tmp_path / "train.jsonl"), "perf"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=60, check=False)
     assert done.returncode == 4, done.stderr
     log = (tmp_path / "out" / "gate.log").read_text()
@@ -212,7 +212,7 @@ def test_stretches_that_are_stopped_and_killed_lose_nothing_that_was_measured(tm
     assert done.wait(200) == 1, "the claims of the other trials are INCOMPLETE"
     third = machine.kept()
     assert third[: len(second)] == second
-    assert len(third) <= 10 + 2, "at most the run that was killed and the half of its pair were measured twice"
+    assert len(third) <= 10 + 2, "at most one lone half of a pair for each interruption was measured twice"
     assert sorted(path.name for path in machine.out.iterdir()) == [
         *("benchmark.json", "gate.log", "report.html", "report.md", "store.tar.gz")
     ]

@@ -1,15 +1,14 @@
 #!/usr/bin/env bash
 # One stretch of the gate on a GPU machine without a network, from the repository's root:
 #
-#   scripts/gate_stretch.sh OUT TRAIN.jsonl [perf|parity|export|reliability ...] [-- PYTEST OPTION ...]
+#   scripts/lab/gate_stretch.sh OUT TRAIN.jsonl [perf|parity|export|reliability ...] [-- PYTEST OPTION ...]
 #
 # OUT receives store.tar.gz (all runs, trials and probes), benchmark.json, gate.log, report.md and report.html. The store
-# is packed after every run, so that a kill costs the run that it met and nothing before. scripts/keep_gate.py takes OUT up.
+# is packed after every run, so that a kill costs the pair that it met and nothing before. scripts/lab/keep_gate.py takes OUT up.
 #
 #   LIMIT   seconds until all is written (default 560)
-#   STORE   a store or store.tar.gz to go on from; one that this machine still has from its last stretch goes first
+#   STORE   a store or store.tar.gz to resume from; one that this machine still has from its last stretch goes first
 #   BUNDLE  what `make gpu-bundle` made (default: where it makes it; without it this machine's own packages serve)
-#   HALVES=no  begin no pair that the next stretch, at once and on this machine, would have to end
 #   OTHER_GPU=1  measure although the store is of another GPU: nothing in it counts here
 #
 # The exit code is the gate's: 0 all claims passed, 1 not, 2 stopped, 4 no GPU or another one than the store's,
@@ -20,16 +19,15 @@ set -m # else what runs in the background could not be interrupted
 mkdir -p "$1" || exit 6
 out=$(realpath "$1") train=$(realpath -e "$2") || exit 2
 shift 2
-rooms=()
-while [ $# -gt 0 ] && [ "$1" != -- ]; do rooms+=("harness/$1"); shift; done
+suites=()
+while [ $# -gt 0 ] && [ "$1" != -- ]; do suites+=("harness/$1"); shift; done
 [ $# -eq 0 ] || shift
 options=("$@")
-[ ${#rooms[@]} -gt 0 ] || rooms=(harness/perf)
+[ ${#suites[@]} -gt 0 ] || suites=(harness/perf)
 limit=${LIMIT:-560} bundle=${BUNDLE:-gpu-bundle/forge-gpu-bundle.tar.gz}
 work=${FORGE_WORK:-${XDG_CACHE_HOME:-$HOME/.cache}/forge-gate}
 export FORGE_CACHE=${FORGE_CACHE:-$work/cache} PYTHONUNBUFFERED=1
-halves=(--gate-halves) gate='' watch='' limiter=''
-[ "${HALVES:-yes}" = yes ] || halves=()
+gate='' watch='' limiter=''
 mkdir -p "$work"
 rm -f "$work"/benchmark.json*
 exec 3>&1 >"$out/gate.log" 2>&1
@@ -78,7 +76,7 @@ if [ -f "$bundle" ]; then
 fi
 if [ -n "${STORE:-}" ] && [ ! -d "$work/store" ]; then
     if [ -d "$STORE" ]; then cp -r "$STORE" "$work/store"; else tar xzf "$STORE" -C "$work"; fi || exit 3
-    note "going on from $(find "$work/store/runs" -name '*.json' | wc -l) runs"
+    note "resuming from $(find "$work/store/runs" -name '*.json' | wc -l) runs"
 fi
 gpu=$(python3 -c 'from forge.training.system.environment import describe_gpu as gpu; print((gpu() or {}).get("name", ""))')
 others=$(grep -rhoE '"gpu": "[^"]+"' "$work/store" 2>/dev/null | sort -u)
@@ -86,7 +84,7 @@ if [ -n "$gpu" ] && [ -n "$others" ] && [ -z "${OTHER_GPU:-}" ] && ! grep -qF "\
     note "this GPU is \"$gpu\", the store is of ${others//$'\n'/, }: nothing in it would count (OTHER_GPU=1 measures anew)"
     exit 4
 fi
-if [ -z "${GATE_MODEL:-}" ] && [ "${rooms[*]}" != harness/parity ]; then # the ladder has a base of its own
+if [ -z "${GATE_MODEL:-}" ] && [ "${suites[*]}" != harness/parity ]; then # the ladder has a base of its own
     timeout 200 python3 -m forge.training base qwen2-7b || exit 4
     note "base is there"
 fi
@@ -95,8 +93,8 @@ touch -d @0 "$work/packed"
 (while sleep 3 && kill -0 $$; do [ -z "$(find "$work/store" -name '*.json' -newer "$work/packed" -print -quit 2>/dev/null)" ] || pack; done) 3>&- &
 watch=$!
 judge() { # SECONDS that are left for measuring, SECONDS until it is interrupted
-    python3 -m pytest -m gpu "${rooms[@]}" --tb=line --gate-train "$train" --gate-store "$work/store" \
-        --gate-seconds "$1" --gate-run-seconds 400 "${halves[@]}" ${GATE_MODEL:+--gate-model "$GATE_MODEL"} \
+    python3 -m pytest -m gpu "${suites[@]}" --tb=line --gate-train "$train" --gate-store "$work/store" \
+        --gate-seconds "$1" --gate-run-seconds 400 ${GATE_MODEL:+--gate-model "$GATE_MODEL"} \
         --benchmark-json "$work/benchmark.json" "${options[@]}" 3>&- &
     gate=$!
     (sleep "$2" && kill -INT -- "-$gate") 3>&- & # it ends by itself, unless a run hangs

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Take up what scripts/gate_stretch.sh left: ``scripts/keep_gate.py OUT docs/results/NAME``.
+"""Take up what scripts/lab/gate_stretch.sh left: ``scripts/lab/keep_gate.py OUT docs/results/NAME``.
 
 The store goes to ``NAME/store`` (what is there is only added to), benchmark.json beside it, and the report is made anew
-from both. A gate may be carried out a room at a time: the rooms of the new benchmark.json take the place of the same
-rooms in the kept one, the others stay. Says so and ends with exit code 8 where git would not take all of it: records
-have been lost that way.
+from both. A gate may be carried out one suite at a time: the suites of the new benchmark.json take the place of the
+same suites in the kept one, the others stay. Ends with exit code 8 where git would not take all of it: records have
+been lost that way.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from forge.training.system.files import read_json_object, write_json
 from harness.compare import read_results
 from harness.pytest_plugin import gpu_name
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MEASURED = ("runs", "probes")  # never change once they are there
 
 
@@ -72,7 +72,7 @@ def add_store(new: Path, kept: Path) -> int:
 
 
 def join_benchmarks(new: Path, kept: Path) -> list[str]:
-    """Put a benchmark JSON's rooms (folders of tests) into the kept one; returns the rooms that stay as they were.
+    """Put a benchmark JSON's suites (folders of tests) into the kept one; returns those that stay as they were.
 
     Raises, changing nothing, :class:`DataError` for what is no result of the gate, and :class:`KeepError` where the two
     were made on different GPUs or with other torch.
@@ -82,15 +82,15 @@ def join_benchmarks(new: Path, kept: Path) -> list[str]:
     if kept.is_file():
         if made_with != _made_with(kept):
             raise KeepError(f"{new} was made with {made_with}, {kept} with {_made_with(kept)}", 3)
-        judged = {_room(entry) for entry in content["benchmarks"]}
-        staying = [entry for entry in read_json_object(kept)["benchmarks"] if _room(entry) not in judged]
+        judged = {_suite(entry) for entry in content["benchmarks"]}
+        staying = [entry for entry in read_json_object(kept)["benchmarks"] if _suite(entry) not in judged]
         content["benchmarks"] += staying
     kept.parent.mkdir(parents=True, exist_ok=True)
     write_json(kept, content)
-    return sorted({_room(entry) for entry in staying})
+    return sorted({_suite(entry) for entry in staying})
 
 
-def _room(entry: dict[str, Any]) -> str:
+def _suite(entry: dict[str, Any]) -> str:
     return str(entry["fullname"]).partition("::")[0].rpartition("/")[0]
 
 
