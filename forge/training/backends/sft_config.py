@@ -2,7 +2,7 @@
 
 Importing Unsloth replaces ``trl.SFTConfig`` by a class whose defaults differ in silence (seed
 3407, 8-bit AdamW, weight decay, ...), and defaults move between TRL's releases. So the
-constructor is given every field it knows: what the workload and plan say, and TRL's own default,
+constructor is given every field it knows: what the config and the plan say, and TRL's own default,
 read from TRL's own class, for the rest.
 """
 
@@ -16,7 +16,7 @@ from forge.training.backends.job import TrainingJob
 
 
 def sft_fields(job: TrainingJob) -> dict[str, Any]:
-    """The fields that the workload and the plan decide, by their names in TRL 1.15."""
+    """The fields that the config and the plan decide, by their names in TRL 1.15."""
     workload, plan = job.workload, job.plan
     optimizer, training = workload.optimizer, workload.training
     evaluates = training.evaluate_every_steps is not None and job.validation is not None

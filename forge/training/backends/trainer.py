@@ -102,7 +102,7 @@ def forge_trainer(base: Any) -> Callable[..., Any]:
             return self.accelerator.prepare(loader)
 
         def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-            """The loop's own. Its first call is where everything is ready and nothing of a step is fetched yet."""
+            """A step's micro-batches. The loop's first call begins the run: nothing is fetched before it."""
             if not self._has_begun:
                 self._has_begun = True
                 self.observer.begin(self.state.global_step, self.rehearse, self.evaluate)

@@ -107,7 +107,7 @@ def load_model(job: TrainingJob) -> Any:
 
 
 def lora_config(job: TrainingJob) -> Any:
-    """PEFT's configuration of the workload's adapter."""
+    """PEFT's configuration of the run's adapter."""
     from peft import LoraConfig
 
     lora = job.workload.lora

@@ -32,12 +32,12 @@ _CHILD_SECONDS = 120
 def check_packages(workload: Workload, backend: Backend, has_gpu: bool) -> Iterator[Finding]:
     """Missing packages and floors are errors, other versions than the pinned warnings."""
     module = load_backend(backend)
-    installed = {name: package_version(name) for name in _STACK}
+    installed = {name: package_version(name) for name in (*_STACK, *module.PACKAGES)}
     needed = {*_NEEDED, *module.PACKAGES}
     if workload.model.quantization == "nf4" or "8bit" in workload.optimizer.name:
         needed.add("bitsandbytes")
     file = module.PINNED_BY or f"requirements-{'gpu' if has_gpu or module.NEEDS_GPU else 'cpu'}.txt"
-    missing = [name for name in _STACK if name in needed and installed[name] is None]
+    missing = [name for name, version in installed.items() if name in needed and version is None]
     if missing:
         remedy = f"install {file}" + (" on a machine with a CUDA GPU" if module.NEEDS_GPU and not has_gpu else "")
         yield failure("packages", MachineError(f"not installed: {', '.join(missing)}", remedy=remedy))

@@ -1,8 +1,8 @@
-"""Plan: how a backend lays a workload out on this machine. Never changes a step's mathematics.
+"""Plan: how a backend lays a config's work out on this machine. Never changes a step's mathematics.
 
 A plan decides how the examples of one optimizer step are put into micro-batches, what is kept
 for the backward pass and how padding is avoided. Which examples a step holds, and the weight of
-every token in its loss, are the workload's.
+every token in its loss, are the config's.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class Plan(BaseModel):
     """``padding="none"`` flattens a micro-batch into one row with masked borders (padding-free).
 
     ``attention="flash"`` leaves cuDNN's kernels out, which PyTorch prefers on Hopper: cuDNN plans
-    every new length anew, on an H200 about 0.15 s a document, more than a short document's training.
-    At 32,768 tokens it is 1.0 s a step faster, so ``"mixed"`` leaves it out only where the longest
+    every new length anew, on an H200 about 0.15 s per document, more than a short document's training.
+    At 32,768 tokens it is 1.0 s per step faster, so ``"mixed"`` leaves it out only where the longest
     document of the micro-batch is under ``LONG_DOCUMENT_TOKENS``.
 
     ``grouping`` lays the examples of one optimizer step out in micro-batches: in the order given, by
@@ -48,5 +48,5 @@ class Plan(BaseModel):
     loss_chunk_gib: Annotated[float, Field(gt=0)] | None = None  # None: the backend's choice; unsloth only
 
     def accumulation(self, workload: Workload) -> int:
-        """Micro-batches an optimizer step."""
+        """Micro-batches per optimizer step."""
         return workload.training.effective_batch // self.micro_batch

@@ -1,4 +1,4 @@
-"""Running out of memory: the one list of how it is said, the error it becomes, and how a run continues with less.
+"""Running out of memory: the one list of its phrases, the error it becomes, and how a run continues with less.
 
 All of it is here, so that the question "what happens when memory runs out?" has one place. Of the plan it needs one
 number and of the process its own command line, so nothing of it has to be in ``train/``.
@@ -32,12 +32,12 @@ HOST_PHRASES = ("can't allocate memory", "Cannot allocate memory")
 _MEMORY_ERROR = re.compile(r"^(\w+\.)*_?(Array)?MemoryError\b", re.MULTILINE)  # Python's and NumPy's, in a traceback
 
 
-def memory_that_ran_out(said: BaseException | str) -> Literal["GPU", "host"] | None:
+def memory_that_ran_out(evidence: BaseException | str) -> Literal["GPU", "host"] | None:
     """Which memory ran out, by an error or by the text of a log; ``None``: the cause is another."""
-    text = said if isinstance(said, str) else "".join(traceback.format_exception_only(said))
+    text = evidence if isinstance(evidence, str) else "".join(traceback.format_exception_only(evidence))
     if any(phrase in text for phrase in GPU_PHRASES):
         return "GPU"
-    is_host = isinstance(said, MemoryError) or any(phrase in text for phrase in HOST_PHRASES)
+    is_host = isinstance(evidence, MemoryError) or any(phrase in text for phrase in HOST_PHRASES)
     return "host" if is_host or _MEMORY_ERROR.search(text) else None
 
 

@@ -61,7 +61,7 @@ class TrainingDisplay:
         table.add_row("examples", f"{len(job.train):,} train, {len(job.validation or ()):,} validation")
         table.add_row(
             "tokens",
-            f"{report.num_tokens:,} an epoch, {report.num_trained_tokens:,} of them trained ({workload.data.loss_on});"
+            f"{report.num_tokens:,} per epoch, {report.num_trained_tokens:,} of them trained ({workload.data.loss_on});"
             f" {report.num_cut} documents cut, {report.num_divided} divided into {report.num_parts}",
         )
         steps = f"{job.num_steps:,} of {workload.training.effective_batch} examples"
@@ -141,7 +141,7 @@ def describe_status_line(status: dict[str, Any]) -> str:
     steps = f"step {status['step']} of {status['num_planned_steps']}" if status["num_planned_steps"] else "no step yet"
     kept = f", newest checkpoint {status['checkpoint']}" if status["checkpoint"] else ""
     if status["killed"]:
-        return f"killed at {steps} or later{kept}: the same command goes on from there"
+        return f"killed at {steps} or later{kept}: the same command resumes it"
     why = f": {status['message']}" if status["message"] else ""
     who = f" (process {status['holder']})" if status["holder"] else ""
     return f"{status['state']}{who}, {steps}{kept}{why}"

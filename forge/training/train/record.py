@@ -78,7 +78,7 @@ class Resume(_Part):
 
 
 class RunRecord(_Part):
-    """One backend x one workload x one seed in one process."""
+    """One backend x one config x one seed in one process."""
 
     schema_version: int = SCHEMA_VERSION
     status: Status
@@ -172,5 +172,5 @@ def completed_record(run_dir: Path | str) -> RunRecord:
         Workload.model_validate(record.workload)
     except ValidationError as invalid:
         errors = listed(validation_errors(Workload, invalid, "workload."))
-        raise DataError(f"{run_dir}/run.json holds no workload that this Forge knows:\n{errors}") from invalid
+        raise DataError(f"{run_dir}/run.json holds no config that this Forge knows:\n{errors}") from invalid
     return record

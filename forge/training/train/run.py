@@ -304,4 +304,4 @@ def _as_user_error(error: BaseException, plan: Plan, run_dir: Path, stop: StopRe
         return memory_error
     if stop.caused(error):
         return stop.interrupted(" before it trained")
-    return as_disk_error(error, run_dir) or error
+    return as_disk_error(error, getattr(error, "filename", None) or run_dir) or error

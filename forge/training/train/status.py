@@ -58,7 +58,7 @@ class StatusFile:
         try:
             write_json(self._path, self._status.model_dump(mode="json"))
         except DiskError:
-            return  # whatever fills the disk will be said by the run itself
+            return  # the run itself reports what fills the disk
         self._written = time.monotonic()
 
     def step_done(self, step: int) -> None:
