@@ -13,14 +13,17 @@ from typing import Any, NamedTuple
 import pytest
 from rich.console import Console
 
+from forge.training.backends import Backend
 from forge.training.checks import machine, packages
 from forge.training.checks.check import Finding, check_workload, exit_code, print_findings
 from forge.training.checks.machine import check_disk, check_gpu, check_memory, memory_floor_bytes
 from forge.training.checks.model import check_export, find_base
+from forge.training.config import workload as workloads
 from forge.training.config.workload import Workload, load_workload
 from forge.training.models.weights import read_weights
 from forge.training.system.environment import ROOT
-from forge.training.system.errors import GpuMemoryError, MachineError
+from forge.training.system.errors import ConfigurationError, GpuMemoryError, MachineError
+from forge.training.train import run
 from tests.support.tiny_model import write_base
 
 GPU: dict[str, Any] = {
@@ -276,6 +279,35 @@ def test_the_legacy_stack_is_refused_in_another_interpreter(base: Path, tmp_path
     assert "not the legacy stack" in text
     assert "(pinned 0.26.2)" in text
     assert "requirements-legacy.txt" in text
+
+
+@pytest.mark.parametrize(
+    ("backend", "plan", "named"),
+    [
+        ("unsloth", "{}", "model.dtype=float32"),
+        (
+            "trl",
+            "{gradient_checkpointing: offload, loss_chunk_gib: 1.0}",
+            "checkpointing=offload, plan.loss_chunk_gib=1",
+        ),
+        ("legacy", "{mlp_tile_tokens: 8192}", "plan.mlp_tile_tokens=8192"),
+        ("legacy", "{padding: none}", "plan.padding=none"),
+    ],
+)
+def test_what_a_backend_cannot_do_is_found_and_train_refuses_it_before_it_does_anything(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: Backend, plan: str, named: str
+) -> None:
+    monkeypatch.setattr(workloads, "WORKLOADS", tmp_path)
+    (tmp_path / "w.plans.yaml").write_text(f"{backend}: {plan}\n", encoding="utf-8")
+    asked = workload(tmp_path, base)
+    (finding,) = [f for f in check_workload(asked, backend, tmp_path) if f.subject == "backend"]
+    assert named in finding.message
+    assert finding.exit_code == 2
+    listener = run.Listener(lambda _: None, lambda *_: None, lambda *_: None)
+    with pytest.raises(ConfigurationError) as caught:
+        run.train(asked, backend, [], tmp_path / "run", listener)
+    assert (caught.value.message, caught.value.remedy) == (finding.message, finding.remedy)
+    assert not (tmp_path / "run").exists()
 
 
 def test_versions_below_the_security_floor_are_errors_except_in_the_legacy_stack(
