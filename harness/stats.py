@@ -143,8 +143,8 @@ def tost_power(sd: float, margin: float, num_pairs: int, true_difference: float 
     half = _t_quantile(1 - alpha, num_pairs - 1) * error  # the interval's half width where the sample shows sd itself
 
     def given(sample_sd: float) -> float:
-        room = margin - half * sample_sd  # how far from 0 the mean may fall; below 0: nowhere
-        inside = ndtr((room - true_difference) / error) - ndtr((-room - true_difference) / error)
+        width = margin - half * sample_sd  # how far from 0 the mean may fall; below 0: nowhere
+        inside = ndtr((width - true_difference) / error) - ndtr((-width - true_difference) / error)
         return max(0.0, float(inside))
 
     bends = [(margin - abs(true_difference) + near * error) / half for near in (-8, 0, 8)]

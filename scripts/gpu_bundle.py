@@ -74,7 +74,7 @@ unset _bundle
 """
 LEGACY_PYTHON = """\
 #!/bin/sh
-# The interpreter of the legacy arm: the machine's own, with the pinned old stack before everything else.
+# The interpreter of the legacy arm: the machine's own, with the pinned packages of legacy before everything else.
 bundle=$(cd "$(dirname "$0")" && pwd)
 PYTHONPATH="$bundle/legacy" exec python3 "$@"
 """

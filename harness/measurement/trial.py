@@ -100,7 +100,7 @@ def run_trial(
     another process on the GPU) ends it until the next call.
 
     Raises :class:`ConfigurationError` for another ``num_pairs`` or other specs than the trial began with, or where what
-    is measured changes while it goes on, :class:`WorkMismatch` where runs differ in their work.
+    is measured changes in between, :class:`WorkMismatch` where runs differ in their work.
     """
     with store.lock():
         specs: dict[Role, RunSpec] = {"baseline": baseline, "candidate": candidate}

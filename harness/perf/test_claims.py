@@ -37,15 +37,13 @@ def _named(trial: str, *metrics: str) -> pytest.MarkDecorator:
 
 @pytest.mark.benchmark(group="claim: control", timer=CLOCK)
 @_named("control_aa", "measured_seconds")
-def test_the_legacy_stack_measured_against_itself_shows_no_difference(
-    perf: PerfSuite, hold: Hold, claim: Claim
-) -> None:
+def test_legacy_measured_against_itself_shows_no_difference(perf: PerfSuite, hold: Hold, claim: Claim) -> None:
     judge_and_hold(perf, hold, claim)
 
 
 @pytest.mark.benchmark(group="claim: speed", timer=CLOCK)
 @_named("legacy_256", "measured_seconds")
-def test_the_owners_work_is_at_least_twice_as_fast(perf: PerfSuite, hold: Hold, claim: Claim) -> None:
+def test_the_legacy_workload_is_at_least_twice_as_fast(perf: PerfSuite, hold: Hold, claim: Claim) -> None:
     judge_and_hold(perf, hold, claim)
 
 

@@ -92,7 +92,7 @@ def test_every_arm_of_the_ablation_is_measured(
 
 
 @pytest.mark.benchmark(group="fp16", timer=CLOCK)
-def test_what_fp16_does_in_the_legacy_stack_is_known(perf: PerfSuite, benchmark: Any) -> None:
+def test_what_fp16_does_in_legacy_is_known(perf: PerfSuite, benchmark: Any) -> None:
     workload, arm = FP16
     what = f"{arm.name} on {workload}"
     outcome = _measured(benchmark, perf, "singles", what, lambda: perf.single(workload, arm))

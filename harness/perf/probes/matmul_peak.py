@@ -1,7 +1,7 @@
-"""The GPU's matrix-product ceiling: ``python -m harness.perf.probes.matmul_peak``.
+"""The GPU's peak in matrix products: ``python -m harness.perf.probes.matmul_peak``.
 
-What a training run's arithmetic is held against. Not a data sheet's figure: the best of a few large
-bfloat16 products, on random values (zeros run faster), on this GPU as it is now.
+A training run's FLOPs are compared with it. It is not a data sheet's figure but the best of a few large bfloat16
+products of random values (zeros run faster) on this GPU as it is now.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from harness.measurement.probe_main import probe_main
 SHAPES = ((4096, 4096, 4096), (8192, 8192, 8192), (4096, 3584, 18944), (16384, 3584, 18944), (16384, 18944, 3584))
 
 
-def measure_ceiling(seconds_a_shape: float = 0.5) -> dict[str, Any]:
+def measure_peak(seconds_per_shape: float = 0.5) -> dict[str, Any]:
     """TFLOP/s of each shape and the best of them. Raises :class:`MachineError` without a CUDA GPU.
 
     A product of (m, k) and (k, n) is 2 m k n floating-point operations. Times are medians of CUDA events.
@@ -27,7 +27,7 @@ def measure_ceiling(seconds_a_shape: float = 0.5) -> dict[str, Any]:
     import torch
 
     if not torch.cuda.is_available():
-        raise MachineError("the ceiling is a GPU's and this machine shows none", remedy="run it on a CUDA GPU")
+        raise MachineError("the peak is a GPU's and this machine shows none", remedy="run it on a CUDA GPU")
     shapes: list[dict[str, Any]] = []
     for m, k, n in SHAPES:
         left = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
@@ -36,7 +36,7 @@ def measure_ceiling(seconds_a_shape: float = 0.5) -> dict[str, Any]:
             left @ right
         torch.cuda.synchronize()
         times: list[float] = []
-        while sum(times) < seconds_a_shape * 1000:
+        while sum(times) < seconds_per_shape * 1000:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
             left @ right
@@ -52,7 +52,7 @@ def measure_ceiling(seconds_a_shape: float = 0.5) -> dict[str, Any]:
 def main() -> int:
     """Print the measurement as JSON."""
     parser = argparse.ArgumentParser(prog="harness.perf.probes.matmul_peak", description=__doc__.splitlines()[0])
-    return probe_main(parser, lambda _: measure_ceiling())
+    return probe_main(parser, lambda _: measure_peak())
 
 
 if __name__ == "__main__":

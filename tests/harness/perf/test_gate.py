@@ -20,7 +20,7 @@ from harness.perf.suite import ABLATION, ITEM_OF_ARM, LEGACY, ORDER, SINGLES, TR
 from harness.session import Session
 from tests.support.tiny_gate import make_project, run_pytest
 
-RUNS = ROOT / "docs" / "results" / "2026-11-25-h200-gate" / "store" / "runs"
+ABLATION_RUN = ROOT / "tests" / "data" / "ablation_run.json"  # of an H200; the arm before the last
 
 
 @pytest.fixture(scope="module")
@@ -149,14 +149,14 @@ def test_what_remains_is_what_a_store_lacks(tmp_path: Path, documents: Path) -> 
 def test_a_run_of_another_plan_or_of_other_code_remains_to_be_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str | None
 ) -> None:
-    run = json.loads((RUNS / "eca913433db2-0108.json").read_text())  # the ablation's arm before the last
+    run = json.loads(ABLATION_RUN.read_text())
     code = run["key_parts"]["code"]
     monkeypatch.setattr("harness.perf.remaining.code_sha256", lambda: code)
     before = {item.name: item.num_done for item in remaining(Store(tmp_path))}
     if changed:
         run["key_parts"][changed] = "another"
     (tmp_path / "runs").mkdir(parents=True)
-    (tmp_path / "runs" / "eca913433db2-0108.json").write_text(json.dumps(run))
+    (tmp_path / "runs" / f"{run['run_id']}.json").write_text(json.dumps(run))
     after = {item.name: item.num_done for item in remaining(Store(tmp_path))}
     assert after == before | {"ablation": before["ablation"] + (changed is None)}
 
