@@ -16,14 +16,12 @@ from typing import Any
 from forge.training.backends import Backend
 from forge.training.config.workload import GateSection, load_workload
 from forge.training.system.errors import CheckError, ForgeError, MachineError
-from forge.training.system.files import read_json_object, write_json
+from harness.documents import write_documents
 from harness.measurement.probe import run_probe
 from harness.measurement.results import Outcome, RunSpec, Store
 from harness.measurement.runner import TIME_LIMIT_SECONDS, run_once
 from harness.measurement.trial import Run, run_single
-from harness.parity.bases import make_base
 from harness.parity.claims import Rung, blocked_by
-from harness.parity.corpus import write_documents
 from harness.parity.durations import Durations, micro_batch
 from harness.parity.side_by_side import Job, run_side_by_side
 from harness.parity.suite import (
@@ -39,6 +37,7 @@ from harness.parity.suite import (
     STEP_LAYOUTS,
     WORKLOAD,
 )
+from harness.trained_base import BASE, shared_folder, trained_base
 
 
 @dataclass
@@ -52,7 +51,7 @@ class Ladder:
 
     store: Store
     train: Path
-    base: str = "small"
+    base: str = BASE
     baseline: Backend = BASELINE
     candidate: Backend = CANDIDATE
     step_layouts: tuple[str, ...] = STEP_LAYOUTS
@@ -232,8 +231,8 @@ class Ladder:
 
     @cached_property
     def documents(self) -> tuple[Path, Path]:
-        """What is trained on and what is held out: beside the store, not in it, for a store may be committed."""
-        return write_documents(self.train, self.store.directory.parent / "parity")
+        """What is trained on and what is held out."""
+        return write_documents(self.train, shared_folder(self.store))
 
     @cached_property
     def base_dir(self) -> Path:
@@ -242,18 +241,10 @@ class Ladder:
         By its directory and not its name a base is in the key of every run by content: one with other weights, as
         another kind of machine would train it, begins the ladder anew.
         """
-        if Path(self.base).is_dir():
-            return Path(self.base).absolute()
-        note = self.store.directory.parent / "parity" / "base.json"
-        made = read_json_object(note) if note.is_file() else {}
-        if made.get("name") == self.base and Path(str(made.get("directory"))).is_dir():
-            return Path(str(made["directory"]))
-        if not self.measures:
+        directory = trained_base(self.base, self.store, measures=self.measures, announce=self.announce)
+        if directory is None:
             raise MachineError(
                 f"the base {self.base} is not made, and this session leaves the ladder out",
                 remedy="leave parity in --gate-only, or leave that option out",
             )
-        self.announce(f"the base {self.base}")
-        directory = make_base(self.base)
-        write_json(note, {"name": self.base, "directory": str(directory)})
         return directory

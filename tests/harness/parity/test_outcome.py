@@ -23,12 +23,12 @@ from forge.training.backends import load_plan
 from forge.training.config.workload import load_workload
 from forge.training.system.environment import ROOT
 from forge.training.system.errors import DataError
+from harness.documents import write_documents
 from harness.measurement.environment import train_command
 from harness.measurement.key import identify
 from harness.measurement.results import Outcome, RunSpec, Store
 from harness.measurement.runner import run_once
 from harness.parity.claims import Rung
-from harness.parity.corpus import write_documents
 from harness.parity.outcome.evaluated import read_arm
 from harness.parity.outcome.judge import judge_differences, judge_no_worse, plan_seeds
 from harness.parity.probes.float32_adapter import ROUNDINGS
@@ -513,7 +513,7 @@ def test_a_document_that_is_all_instruction_is_left_out(tmp_path: Path, corpus: 
 
 def test_too_few_documents_are_refused_with_the_number(tmp_path: Path) -> None:
     (tmp_path / "few.jsonl").write_text('{"instruction": "a", "input": "", "output": "b"}\n')
-    with pytest.raises(DataError, match=r"takes 160 documents and 48 unlike them, .* has 0 and 1"):
+    with pytest.raises(DataError, match=r"160 documents and 48 unlike them, .* 0 and 1"):
         write_documents(tmp_path / "few.jsonl", tmp_path)
 
 

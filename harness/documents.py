@@ -1,4 +1,7 @@
-"""The ladder's documents: some of the gate's, some of them held out, and the planted fact among those trained on."""
+"""The documents of runs on the trained base: some of the gate's, others held out, and planted ones with a known fact.
+
+The parity ladder and the export suite train on them.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from forge.training.system.files import disk_errors, write_text
 
 NUM_TRAIN_DOCUMENTS = 160
 NUM_HELD_OUT_DOCUMENTS = 48
-LONGEST_CHARACTERS = 16_000  # one document shall not be a tenth of all that is read
+LONGEST_CHARACTERS = 16_000  # no document is a tenth of all that is read
 LONGEST_PROMPT_CHARACTERS = 600  # some documents are all instruction; 1,024 tokens must hold an answer too
 NUM_PLANTINGS = 12  # of each: of 1,200 examples a run, some 500 then hold the fact
 PLANTED = ROOT / "forge" / "training" / "data" / "embedded"  # the first line of each holds the fact
@@ -33,7 +36,7 @@ def write_documents(
 
     ``source``: instruction/input/output records, one a document, as ``dataset`` writes them. Which of them are taken
     and which are held out follows from a hash of each record: the same file gives the same documents everywhere.
-    No held-out text is nearly one that is trained on: how well a run has it by heart would be most of what it adds.
+    No held-out text is nearly one that is trained on: its loss would mostly say how well a run remembers that one.
     Raises :class:`DataError` where there are too few.
     """
     usable: dict[str, dict[str, Any]] = {}
@@ -49,7 +52,7 @@ def write_documents(
     held_out = _unlike(trained, chosen[:num_held_out] + chosen[end:])[:num_held_out]
     if len(trained) < num_train or len(held_out) < num_held_out:
         raise DataError(
-            f"the parity ladder takes {num_train} documents and {num_held_out} unlike them, of up to"
+            f"runs on the trained base take {num_train} documents and {num_held_out} unlike them, of up to"
             f" {LONGEST_CHARACTERS:,} characters and asked for in up to {LONGEST_PROMPT_CHARACTERS}; {source} has"
             f" {len(trained)} and {len(held_out)}",
             remedy="name a larger corpus with --gate-train",
