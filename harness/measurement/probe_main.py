@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from forge.training.system.errors import ForgeError
 
 
-def probe_main(parser: argparse.ArgumentParser, answer: Callable[[argparse.Namespace], dict[str, Any]]) -> int:
+def probe_main(parser: argparse.ArgumentParser, answer: Callable[[argparse.Namespace], Mapping[str, Any]]) -> int:
     """Print what ``answer`` makes of the arguments. Returns the exit code: 0, or that of a :class:`ForgeError`.
 
     ``answer`` imports what it needs, so that wrong arguments are refused at once.

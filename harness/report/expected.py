@@ -9,6 +9,7 @@ from harness.export.statements import STATEMENTS as EXPORT_STATEMENTS
 from harness.parity.architectures import ARCHITECTURES
 from harness.parity.claims import NAMES, STATEMENTS
 from harness.reliability import claims as survival
+from harness.reliability.suite import BACKENDS
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ EXPECTED: dict[str, tuple[Expected, ...]] = {  # by record_kind, in the order sh
         Expected(claim.name, claim.name, statement=EXPORT_STATEMENTS[claim.name]) for claim in export.CLAIMS
     ),
     "reliability": tuple(
-        Expected(f"{name}_{backend}", f"{name}_{backend}", statement=f"{backend}: {statement}")
-        for name, (_, _, statement) in survival.CLAIMS.items()
-        for backend in survival.BACKENDS
+        Expected(f"{claim.name}_{backend}", f"{claim.name}_{backend}", statement=f"{backend}: {claim.statement}")
+        for claim in survival.CLAIMS
+        for backend in BACKENDS
     ),
 }

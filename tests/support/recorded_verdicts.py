@@ -10,14 +10,15 @@ from functools import partial
 from typing import Any
 
 from harness.export.claims import CLAIMS as EXPORT_CLAIMS
-from harness.export.findings import Finding, by_faults
+from harness.export.findings import Finding
 from harness.export.predictions import judge_chain, judge_file, judge_merged_against_adapter
 from harness.export.statements import BARS
 from harness.parity.architectures import ARCHITECTURES, Found
 from harness.parity.claims import NAMES, Rung
 from harness.parity.suite import BASELINE, CANDIDATE
-from harness.reliability.claims import BACKENDS
 from harness.reliability.claims import CLAIMS as SURVIVAL_CLAIMS
+from harness.reliability.suite import BACKENDS
+from harness.verdict import Verdict, by_faults
 
 Info = tuple[str, str, dict[str, Any]]  # kind, metric, what else the entry holds
 SAID = "synthetic data"
@@ -90,9 +91,14 @@ def _export() -> Iterator[Info]:
 
 
 def _reliability() -> Iterator[Info]:
-    for name, (_, judge, statement) in SURVIVAL_CLAIMS.items():
+    for claim in SURVIVAL_CLAIMS:
         for backend in BACKENDS:
-            status, reason = by_faults(*judge(ANSWERS[name]))
-            said = {"name": f"{name}_{backend}", "statement": f"{backend}: {statement}"}
-            finding = Finding(**said, status=status, reason=reason, figures=ANSWERS[name])
-            yield "reliability", finding.name, {"backend": backend, "verdict": finding.to_dict()}
+            status, reason = by_faults(*claim.judge(ANSWERS[claim.name], **claim.bars))
+            verdict = Verdict(
+                name=f"{claim.name}_{backend}",
+                statement=f"{backend}: {claim.statement}",
+                status=status,
+                reason=reason,
+                figures=ANSWERS[claim.name],
+            )
+            yield "reliability", verdict.name, {"backend": backend, "verdict": verdict.to_dict()}

@@ -1,14 +1,14 @@
-"""What becomes of runs that are killed, stopped or short of memory, on the machine and the stack at hand.
+"""What becomes of runs that are killed, stopped or short of memory, on this machine and with this backend.
 
     python -m harness.reliability.probes.survival WORKLOAD --backend B [--cap-gib G] [--set ...] [--plan ...]
 
-Side by side: two runs that nothing happens to, one that is killed in a step and one that is asked to stop; the
-latter two then go on. All with deterministic kernels. Otherwise the compiler chooses among some kernels by timing
-them on the GPU at hand: two processes may add in different orders, and a resumed run, being two processes, may
-differ from a whole one as if a state had been lost.
+Four runs side by side: two that nothing happens to, one that is killed in a step and one that is stopped. The last two
+are then resumed. All have deterministic kernels. Without them the compiler chooses some kernels by timing them on this
+GPU: two processes may add in different orders, and a resumed run, which is two processes, may then differ from a whole
+one as if a state had been lost.
 
-With ``--cap-gib`` instead a single run whose micro-batches do not fit at first, with ``--stop-only`` a single one
-that is asked to stop, for its seconds at real size. Prints one JSON object.
+With ``--cap-gib`` instead a single run whose micro-batches do not fit at first. With ``--stop-only`` a single run that
+is stopped, for its seconds at real size. Prints one JSON object; its keys are in harness/reliability/answers.py.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from forge.training.train.checkpoint import problem
 from forge.training.train.record import read_record
 from forge.training.train.status import read_status
 from harness.measurement.probe_main import add_settings, probe_main
+from harness.reliability.answers import Difference, LargeRun, Resumed, SmallRun, TightRun
 from harness.reliability.probes.constrained_run import CAP, DETERMINISTIC, TRACE
 
 _LIMIT_SECONDS = 500.0
@@ -40,24 +41,30 @@ class Runs:
     def __init__(self, folder: Path, command: Sequence[str]) -> None:
         self.folder, self.command = folder, command
 
-    def start(self, name: str, *more: str, hindrance: Sequence[str] = ()) -> subprocess.Popen[bytes]:
-        """Begin, or go on with, the run of that name."""
-        module = ["harness.reliability.probes.constrained_run", *hindrance] if hindrance else ["forge.training"]
-        command = [sys.executable, "-m", *module, *self.command, *more, "-o", str(self.folder / name)]
+    def start(self, name: str, *constraints: str) -> subprocess.Popen[bytes]:
+        """Start or resume the run of that name. ``constraints``: options of :mod:`.constrained_run`."""
+        module = ["harness.reliability.probes.constrained_run", *constraints] if constraints else ["forge.training"]
+        command = [sys.executable, "-m", *module, *self.command, "-o", str(self.folder / name)]
         with open(self.folder / f"{name}.log", "ab") as log:
             return subprocess.Popen(command, stdout=log, stderr=log)
 
-    def wait(self, name: str, process: subprocess.Popen[bytes], expected: int) -> float:
-        """Wait for its end. Returns the seconds. Raises :class:`ForgeError` unless it ended with that code."""
+    def wait(self, name: str, process: subprocess.Popen[bytes], expected: int, *, is_resumed: bool = False) -> float:
+        """Wait for its end. Returns the seconds. Raises :class:`ForgeError` unless it ended with that code.
+
+        The error has the run's own exit code: a full disk or a GPU in use says nothing about the run. But a resumed run
+        that refuses to continue, for whatever cause, is a failure to resume (1), and so is any other end.
+        """
         started = time.monotonic()
         try:
-            code = process.wait(timeout=_LIMIT_SECONDS)
+            code: int | None = process.wait(timeout=_LIMIT_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
             code = None
         if code != expected:
             tail = (self.folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")[-1500:]
-            raise ForgeError(f"the run {name!r} ended with {code}, not {expected}:\n{tail}")
+            message = f"the run {name!r} ended with {code}, not {expected}:\n{tail}"
+            own_code = code if code is not None and 0 < code < 10 and not is_resumed else 1
+            raise ForgeError.of_child(own_code, message)
         return time.monotonic() - started
 
     def steps_done(self, name: str) -> int:
@@ -76,38 +83,42 @@ class Runs:
         return self.wait(name, process, -number if number == signal.SIGKILL else 128 + number)
 
 
-def survive(runs: Runs, after_steps: int) -> dict[str, Any]:
-    """Reference twice, killed, stopped, resumed."""
+def survive(runs: Runs, after_steps: int) -> SmallRun:
+    """Two whole runs, one killed and one stopped ``after_steps`` steps; then the last two resumed."""
     trace = runs.folder / "trace"
-    same = (DETERMINISTIC,)
-    whole = {"first": runs.start("first", hindrance=(TRACE, str(trace), *same))}
-    whole["second"] = runs.start("second", hindrance=same)
-    hurt = {name: runs.start(name, hindrance=same) for name in ("killed", "stopped")}
-    runs.interrupt("killed", hurt["killed"], signal.SIGKILL, after_steps=after_steps)
-    stop_seconds = runs.interrupt("stopped", hurt["stopped"], signal.SIGTERM, after_steps=after_steps)
+    whole = {
+        "first": runs.start("first", TRACE, str(trace), DETERMINISTIC),
+        "second": runs.start("second", DETERMINISTIC),
+    }
+    ended = {name: runs.start(name, DETERMINISTIC) for name in ("killed", "stopped")}
+    runs.interrupt("killed", ended["killed"], signal.SIGKILL, after_steps=after_steps)
+    stop_seconds = runs.interrupt("stopped", ended["stopped"], signal.SIGTERM, after_steps=after_steps)
     for name, process in whole.items():
         runs.wait(name, process, 0)
-    resumed = {name: runs.start(name, hindrance=same) for name in hurt}
+    resumed = {name: runs.start(name, DETERMINISTIC) for name in ended}
     for name, process in resumed.items():
-        runs.wait(name, process, 0)
-    found: dict[str, Any] = {
+        runs.wait(name, process, 0, is_resumed=True)
+    return {
         "stop_seconds": stop_seconds,
         "noise": _difference(runs.folder / "first", runs.folder / "second"),
         "events": _events(trace),
+        "killed": _resumed(runs.folder / "first", runs.folder / "killed"),
+        "stopped": _resumed(runs.folder / "first", runs.folder / "stopped"),
     }
-    for name in hurt:
-        record = read_record(runs.folder / name)
-        found[name] = {
-            "difference": _difference(runs.folder / "first", runs.folder / name),
-            "resumed_from_step": record.resumes[-1].step,
-            "num_steps": record.num_steps,
-            "same_labels": record.batch_digests == read_record(runs.folder / "first").batch_digests,
-        }
-    return found
 
 
-def stop(runs: Runs, after_steps: int) -> dict[str, Any]:
-    """One run, asked to stop: seconds from the signal to the end of the process, checkpoint sealed."""
+def _resumed(whole: Path, resumed: Path) -> Resumed:
+    record = read_record(resumed)
+    return {
+        "difference": _difference(whole, resumed),
+        "resumed_from_step": record.resumes[-1].step,
+        "num_steps": record.num_steps,
+        "same_labels": record.batch_digests == read_record(whole).batch_digests,
+    }
+
+
+def stop(runs: Runs, after_steps: int) -> LargeRun:
+    """One run, stopped after ``after_steps`` steps."""
     process = runs.start("stopped")
     seconds = runs.interrupt("stopped", process, signal.SIGTERM, after_steps=after_steps)
     status, record = read_status(runs.folder / "stopped"), read_record(runs.folder / "stopped")
@@ -123,9 +134,9 @@ def stop(runs: Runs, after_steps: int) -> dict[str, Any]:
     }
 
 
-def squeeze(runs: Runs, cap_gib: float) -> dict[str, Any]:
+def squeeze(runs: Runs, cap_gib: float) -> TightRun:
     """One run whose micro-batches do not fit at first."""
-    runs.wait("tight", runs.start("tight", hindrance=(CAP, str(cap_gib))), 0)
+    runs.wait("tight", runs.start("tight", CAP, str(cap_gib)), 0)
     record = read_record(runs.folder / "tight")
     return {
         "cap_gib": cap_gib,
@@ -142,19 +153,19 @@ def _steps(run_dir: Path) -> list[dict[str, Any]]:
     return [line for line in lines if "loss" in line]
 
 
-def _difference(one: Path, other: Path) -> dict[str, Any]:
-    """Of two finished runs: adapters equal to the bit, else by how much; losses, and the first step that differs."""
+def _difference(one: Path, other: Path) -> Difference:
+    """Of two finished runs, by their adapters and their losses."""
     from safetensors.torch import load_file
 
     a, b = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (one, other))
     largest = max(float((a[name].float() - b[name].float()).abs().max()) for name in a)
     norm = sum(float(value.float().square().sum()) for value in a.values()) ** 0.5
-    apart = sum(float((a[name].float() - b[name].float()).square().sum()) for name in a) ** 0.5
+    distance = sum(float((a[name].float() - b[name].float()).square().sum()) for name in a) ** 0.5
     losses = [(x["step"], x["loss"], y["loss"]) for x, y in zip(_steps(one), _steps(other), strict=True)]
     return {
         "identical": a.keys() == b.keys() and all(bool((a[name] == b[name]).all()) for name in a),
         "largest": largest,
-        "relative": apart / norm,
+        "relative": distance / norm,
         "largest_loss": max(abs(x - y) for _, x, y in losses),
         "first_different_step": next((step for step, x, y in losses if x != y), None),
     }
@@ -175,7 +186,7 @@ def _events(trace: Path) -> list[str]:
     return list(kinds)
 
 
-def answer(options: argparse.Namespace) -> dict[str, Any]:
+def answer(options: argparse.Namespace) -> SmallRun | LargeRun | TightRun:
     """What the options ask for, in a folder that is deleted afterwards."""
     command = ["train", options.workload, "--backend", options.backend]
     command += [part for setting in options.overrides for part in ("--set", setting)]
@@ -190,7 +201,7 @@ def answer(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Print the findings as JSON."""
+    """Print the answer as JSON."""
     parser = argparse.ArgumentParser(description="What becomes of runs that are killed, stopped or short of memory.")
     parser.add_argument("workload")
     parser.add_argument("--backend", required=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from harness.reliability.claims import BACKENDS, STOP_LIMIT_SECONDS
+from harness.reliability.claims import STOP_LIMIT_SECONDS
+from harness.reliability.suite import BACKENDS
 from harness.report.evidence import Evidence
 from harness.report.page.content import Row, Section, Table
 from harness.report.page.numbers import NONE, tied

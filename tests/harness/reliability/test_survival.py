@@ -8,18 +8,25 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from forge.training.system.errors import DiskError, ForgeError, GpuMemoryError, LockedError, MachineError
+from harness.conftest import Hold
 from harness.measurement.results import Store
-from harness.reliability.claims import CLAIMS, STOP_LIMIT_SECONDS, Survival
+from harness.recorder import CLOCK
+from harness.reliability.claims import CLAIMS, STOP_LIMIT_SECONDS, verdict
+from harness.reliability.probes.survival import Runs
+from harness.reliability.test_survival import hold_claim
+from harness.session import Session
 from tests.support.run_command import ROOT
 from tests.support.tiny_training import arguments, write_inputs
 
 SAME = {"identical": True, "largest": 0.0, "relative": 0.0, "largest_loss": 0.0, "first_different_step": None}
-APART = {"identical": False, "largest": 1e-3, "relative": 1e-4, "largest_loss": 1e-4, "first_different_step": 11}
+DIFFERENT = {"identical": False, "largest": 1e-3, "relative": 1e-4, "largest_loss": 1e-4, "first_different_step": 11}
 STEP = "step_begin substep_end pre_optimizer_step optimizer_step step_end log"
 RESUMED = {"difference": SAME, "resumed_from_step": 10, "num_steps": 40, "same_labels": True}
 SMALL: dict[str, Any] = {
@@ -40,21 +47,23 @@ TIGHT: dict[str, Any] = {
 ANSWERS = {"resume": SMALL, "callbacks": SMALL, "stop": LARGE, "memory": TIGHT}
 
 
-def judge(name: str, answer: dict[str, Any]) -> list[str]:
-    faults: list[str] = CLAIMS[name][1](answer)[0]
-    return faults
+BY_NAME = {claim.name: claim for claim in CLAIMS}
 
 
-@pytest.mark.parametrize("name", CLAIMS)
+def faults_of(name: str, answer: dict[str, Any]) -> list[str]:
+    return BY_NAME[name].judge(answer, **BY_NAME[name].bars)[0]
+
+
+@pytest.mark.parametrize("name", BY_NAME)
 def test_what_is_sound_passes(name: str) -> None:
-    assert judge(name, ANSWERS[name]) == []
+    assert faults_of(name, ANSWERS[name]) == []
 
 
 FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
-    "the killed run differs": ("resume", lambda a: a["killed"].update(difference=APART)),
-    "the stopped run differs": ("resume", lambda a: a["stopped"].update(difference=APART)),
-    "so do two whole runs": ("resume", lambda a: a.update(noise=APART)),
-    "it began anew": ("resume", lambda a: a["stopped"].update(resumed_from_step=0)),
+    "the killed run differs": ("resume", lambda a: a["killed"].update(difference=DIFFERENT)),
+    "the stopped run differs": ("resume", lambda a: a["stopped"].update(difference=DIFFERENT)),
+    "so do two whole runs": ("resume", lambda a: a.update(noise=DIFFERENT)),
+    "it started again": ("resume", lambda a: a["stopped"].update(resumed_from_step=0)),
     "it trained on other labels": ("resume", lambda a: a["killed"].update(same_labels=False)),
     "the optimizer came first": (
         "callbacks",
@@ -62,7 +71,7 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
             STEP.replace("pre_optimizer_step optimizer_step", "optimizer_step pre_optimizer_step")
         ),
     ),
-    "nobody looked at the gradients": (
+    "the gradients were not checked": (
         "callbacks",
         lambda a: a["events"].append(STEP.replace("pre_optimizer_step ", "")),
     ),
@@ -72,7 +81,7 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
     "too slow": ("stop", lambda a: a.update(stop_seconds=STOP_LIMIT_SECONDS + 1)),
     "unsealed": ("stop", lambda a: a.update(checkpoint_problem=["unsealed", "..."])),
     "ended as complete": ("stop", lambda a: a.update(state="completed")),
-    "there was room": ("memory", lambda a: a.update(resumes=[])),
+    "everything fitted": ("memory", lambda a: a.update(resumes=[])),
     "documents were lost": ("memory", lambda a: a["documents"].__setitem__(2, 4)),
     "steps were lost": ("memory", lambda a: a.update(num_steps=3)),
 }
@@ -83,34 +92,84 @@ def test_each_fault_turns_its_claim_red(fault: str) -> None:
     name, plant = FAULTS[fault]
     answer = copy.deepcopy(ANSWERS[name])
     plant(answer)
-    assert len(judge(name, answer)) == 1
+    assert len(faults_of(name, answer)) == 1
 
 
-def test_what_there_is_no_time_for_is_incomplete(tmp_path: Path) -> None:
-    survival = Survival(Store(tmp_path), tmp_path / "train.jsonl", "tiny", measures=False)
-    assert survival.finding("resume", "trl").status == "INCOMPLETE"
+@pytest.fixture
+def session(tmp_path: Path) -> Session:
+    (tmp_path / "train.jsonl").touch()
+    return Session(Store(tmp_path / "store"), tmp_path / "train.jsonl", model="tiny")
+
+
+def test_what_there_is_no_time_for_is_incomplete(session: Session) -> None:
+    assert verdict(replace(session, deadline=0.0), "resume", "trl").status == "INCOMPLETE"
+    left_out = verdict(replace(session, only=("parity",)).limited_to("reliability"), "resume", "trl")
+    assert (left_out.status, "--gate-only" in left_out.reason) == ("INCOMPLETE", True)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (MachineError("the GPU is in use"), "INCOMPLETE"),
+        (DiskError("no space left"), "INCOMPLETE"),
+        (LockedError("the store is in use"), "INCOMPLETE"),
+        (GpuMemoryError("out of memory"), "FAIL"),
+        (ForgeError("the run 'stopped' ended with 1, not 143"), "FAIL"),
+    ],
+)
+def test_an_accident_is_no_failure_of_the_run(
+    session: Session, monkeypatch: pytest.MonkeyPatch, error: ForgeError, status: str
+) -> None:
+    def probe(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("harness.session.run_probe", probe)
+    judged = verdict(session, "stop", "trl")
+    assert (judged.status, judged.reason) == (status, str(error))
+
+
+@pytest.mark.parametrize(
+    ("code", "is_resumed", "exit_code"),
+    [(6, False, 6), (6, True, 1), (0, False, 1), (-15, False, 1), (5, False, 5)],
+)
+def test_a_run_that_ends_otherwise_gives_the_probe_its_exit_code_unless_it_was_to_resume(
+    tmp_path: Path, code: int, is_resumed: bool, exit_code: int
+) -> None:
+    (tmp_path / "a.log").write_text("why")
+    end = f"import os; os._exit({code})" if code >= 0 else f"import os; os.kill(os.getpid(), {-code})"
+    process = subprocess.Popen([sys.executable, "-c", end])
+    with pytest.raises(ForgeError, match="why") as raised:
+        Runs(tmp_path, []).wait("a", process, 143, is_resumed=is_resumed)
+    assert raised.value.exit_code == exit_code
+
+
+@pytest.mark.benchmark(timer=CLOCK)
+def test_an_entry_names_the_probe_in_the_store(
+    session: Session, hold: Hold, benchmark: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = {**LARGE, "key": "0123456789ab" * 5}
+    monkeypatch.setattr("harness.session.run_probe", lambda *_, **__: stored)
+    hold_claim(session, hold, "stop", "trl")
+    assert benchmark.extra_info["probe"] == stored["key"]
+    assert benchmark.extra_info["verdict"]["name"] == "stop_trl"
 
 
 @pytest.mark.slow
 def test_the_probe_kills_and_stops_real_runs(tmp_path: Path) -> None:
     write_inputs(tmp_path)
     settings = arguments(tmp_path, tmp_path / "unused")[4:-2]  # without train, workload, backend and directory
-    probe = [
-        sys.executable,
-        "-m",
-        "harness.reliability.probes.survival",
-        "smoke",
-        "--backend",
-        "trl",
-        "--after-steps",
-        "7",
-    ]
+    probe = [sys.executable, "-m", "harness.reliability.probes.survival", "smoke", "--backend", "trl"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [*probe, *settings], capture_output=True, text=True, env=environment, timeout=500, check=False
+        [*probe, "--after-steps", "7", *settings],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=500,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     answer = json.loads(done.stdout.splitlines()[-1])
     assert answer["noise"]["identical"]
-    assert judge("resume", answer) == []
-    assert judge("callbacks", answer) == []
+    assert faults_of("resume", answer) == []
+    assert faults_of("callbacks", answer) == []

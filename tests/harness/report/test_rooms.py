@@ -6,15 +6,10 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from harness.measurement.results import Store
-from harness.recorder import CLOCK
-from harness.reliability.claims import Survival
-from harness.reliability.test_survival import hold
 from harness.report.arms import Arm, arms_by_workload, ladder
 from harness.report.evidence import Entry, Evidence, read_evidence
 from harness.report.expected import EXPECTED, Expected
@@ -22,7 +17,6 @@ from harness.report.page.content import Table
 from harness.report.sections import missing as gaps
 from harness.report.sections.verdicts import Judged, judged_claims, overall
 from harness.report.stated import ROOMS, statuses
-from tests.support.recorded_verdicts import ANSWERS
 from tests.support.report_pages import whole
 
 ALL = [(kind, expected) for kind, found in EXPECTED.items() for expected in found]
@@ -134,13 +128,3 @@ def test_what_was_found_of_killed_and_stopped_runs_stands_there_with_its_probe()
         assert line is not None, found
         assert "(#run-survival-" in line
     assert 'id="run-survival-unsloth-' in page
-
-
-@pytest.mark.benchmark(timer=CLOCK)
-def test_an_entry_on_reliability_names_the_probe_in_the_store(
-    tmp_path: Path, benchmark: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stored = {**ANSWERS["stop"], "key": "0123456789ab" * 5}
-    monkeypatch.setattr("harness.reliability.claims.run_probe", lambda *_, **__: stored)
-    hold(Survival(Store(tmp_path), tmp_path / "train.jsonl", "tiny"), benchmark, "stop", "trl")
-    assert benchmark.extra_info["probe"] == stored["key"]
