@@ -1,119 +1,114 @@
-"""What the probe ``divergence`` found, judged: the same for a tiny run on a CPU and for the gate's.
+"""What the probe ``divergence`` answers, judged. Pure functions: an answer and bars in.
 
-Pure functions: the probe's JSON in, a finding out.
+``confidence``: of the two-sided interval over documents. ``figures``: parts of the answer, and the bar.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from harness.export.findings import Finding, by_faults, stated
-from harness.export.statements import BARS
-from harness.perf.claims import CONFIDENCE, Status
-
-# Merging rounds every changed weight to 16 bits: no more may be lost by it than by the finest quantisation.
-MERGE_BAR = BARS["q8_0"]
-# What is the same numbers by another route, in float32 but for llama.cpp's float16 products.
-ROUTE_BAR = BARS["f16"]
-EQUIVALENCE_MARGIN_NATS = 0.01  # of a held-out loss, as for the adapters themselves
+from harness.export.answers import DivergenceAnswer, Judged, Pair, Step
+from harness.verdict import Status, by_faults
 
 
-def judge_merged_against_adapter(found: Mapping[str, Any]) -> Finding:
-    """``found``: what the probe ``divergence`` printed. The shift from a 4-bit base is in the figures, not judged."""
-    pair, step = _pair(found, "adapter", "merged"), _step(found, "merged")
-    effect = _pair(found, "adapter", "base")["mean_kl_nats"]
-    figures = {"pair": pair, "step": step, "adapter_effect_kl_nats": effect, "four_bit": found["four_bit"]}
-    figures["bar"] = MERGE_BAR
-    status, reason = _below(pair, MERGE_BAR, found)
-    change, error = step["change_nats_per_token"], step["standard_error_nats_per_token"]
-    if status == "PASS" and (error is None or abs(change) + _quantile(found) * error >= EQUIVALENCE_MARGIN_NATS):
-        status, reason = "FAIL", f"the loss moves by {change:+.2e} nats a token"
-    if status == "PASS" and pair["mean_kl_nats"] * 100 > effect:
+def judge_merged_against_adapter(
+    answer: DivergenceAnswer, *, mean_kl_nats: float, loss_margin_nats: float, least_effect: float, confidence: float
+) -> Judged:
+    """KL to the adapter below ``mean_kl_nats``, and the loss within ``loss_margin_nats``.
+
+    ``least_effect``: the KL between adapter and base must be so many times that, or there was nothing to lose. The
+    shift from a 4-bit base is in the figures, and not judged.
+    """
+    pair, step = _pair(answer, "adapter", "merged"), _step(answer, "merged")
+    effect = _pair(answer, "adapter", "base")["mean_kl_nats"]
+    four_bit = answer["four_bit"]
+    status, reason = _below(pair, mean_kl_nats, answer, confidence)
+    change, error = step["change_nats_per_token"] or 0.0, step["standard_error_nats_per_token"]
+    if status == "PASS" and (error is None or abs(change) + _quantile(answer, confidence) * error >= loss_margin_nats):
+        status, reason = "FAIL", f"the loss moves by {change:+.2e} nats per token"
+    if status == "PASS" and pair["mean_kl_nats"] * least_effect > effect:
         status, reason = "INCONCLUSIVE", f"the adapter itself moves the base by only {effect:.2e} nats: nothing to lose"
-    if status == "PASS" and "why" in (found["four_bit"] or {}):
-        status, reason = "INCOMPLETE", f"the shift from the 4-bit base is not known: {found['four_bit']['why']}"
-    return stated("merged_against_adapter", status, reason, figures)
+    if status == "PASS" and four_bit is not None and "why" in four_bit:
+        status, reason = "INCOMPLETE", f"the shift from the 4-bit base is not known: {four_bit['why']}"
+    figures = {"pair": pair, "step": step, "adapter_effect_kl_nats": effect, "four_bit": four_bit, "bar": mean_kl_nats}
+    return status, reason, figures
 
 
-def judge_file(found: Mapping[str, Any], kind: str) -> Finding:
-    """A GGUF file of type ``kind``: KL to the merged weights below its bar, and really of that type."""
-    name = f"divergence_{kind}"
-    if kind not in found["files"]:
-        return stated(name, "INCOMPLETE", f"there is no {kind} file")
-    report, pair = found["files"][kind], _pair(found, "merged", kind)
-    figures = {"pair": pair, "step": _step(found, kind), "file": report, "bar": BARS[kind]}
+def judge_file(answer: DivergenceAnswer, *, kind: str, mean_kl_nats: float, confidence: float) -> Judged:
+    """A GGUF file of type ``kind``: KL to the merged weights below ``mean_kl_nats``, and every tensor of that type."""
+    if kind not in answer["files"]:
+        return "INCOMPLETE", f"there is no {kind} file", {}
+    report, pair = answer["files"][kind], _pair(answer, "merged", kind)
+    figures = {"pair": pair, "step": _step(answer, kind), "file": report, "bar": mean_kl_nats}
     if report["fallbacks"]:
-        others = f"{len(report['fallbacks'])} tensors are of another type, {report['fallbacks'][0]} for one"
-        return stated(name, "FAIL", others, figures)
-    status, reason = _below(pair, BARS[kind], found)
-    return stated(name, status, reason, figures)
+        reason = f"{len(report['fallbacks'])} tensors are of another type, {report['fallbacks'][0]} for one"
+        return "FAIL", reason, figures
+    return *_below(pair, mean_kl_nats, answer, confidence), figures
 
 
-def judge_chain(found: Mapping[str, Any]) -> Finding:
-    """Held-out loss from base to the smallest file. Judged is that the adapter learned."""
-    chain = found["chain"]
-    step = _step(found, "adapter")
-    error = step["standard_error_nats_per_token"]
-    figures = {"chain": chain, "held_out": found["held_out"], "base": found["base"], "four_bit": found["four_bit"]}
-    reason = " -> ".join(f"{row['subject']} {row['nats_per_token']:.4f}" for row in chain)
+def judge_chain(answer: DivergenceAnswer, *, confidence: float) -> Judged:
+    """Held-out loss from base to the smallest file. Judged is that the adapter lowered it."""
+    step = _step(answer, "adapter")
+    change, error = step["change_nats_per_token"] or 0.0, step["standard_error_nats_per_token"]
+    reason = " -> ".join(f"{row['subject']} {row['nats_per_token']:.4f}" for row in answer["chain"])
     status: Status = "FAIL"
     if error is None:
         status, reason = "INCONCLUSIVE", "one document has no spread"
-    elif step["change_nats_per_token"] + _quantile(found) * error < 0:
+    elif change + _quantile(answer, confidence) * error < 0:
         status = "PASS"
-    return stated("chain", status, reason, figures)
+    return status, reason, {name: answer[name] for name in ("chain", "held_out", "base", "four_bit")}
 
 
-def judge_greedy(found: Mapping[str, Any]) -> Finding:
-    """Greedy text of the first file, f16, against the merged weights'."""
-    answers = found["greedy"]["answers"]
-    parted = [row for row in answers if not row["is_equal"]]
-    subject = found["greedy"]["subject"]
-    faults = [] if subject == "f16" else [f"compared was {subject}"]
-    faults += [] if answers and all(row["num_tokens"] for row in answers) else ["an answer is empty, or there is none"]
+def judge_greedy(answer: DivergenceAnswer) -> Judged:
+    """Greedy text of the first file, which is to be f16, against the merged weights'."""
+    greedy = answer["greedy"]
+    texts = greedy["answers"]
+    faults = [] if greedy["subject"] == "f16" else [f"compared was {greedy['subject']}"]
+    faults += [] if texts and all(text["num_tokens"] for text in texts) else ["an answer is empty, or there is none"]
     faults += [
-        f"parts at token {row['parts_at']}, where the merged weights' choice leads by {row['lead_nats']:.2e} nats"
-        for row in parted
+        f"parts at token {text['parts_at']}, where the merged weights' choice leads by {text['lead_nats']:.2e} nats"
+        for text in texts
+        if not text["is_equal"]
     ]
-    good = f"{len(answers)} answers of up to {found['greedy']['num_tokens']} tokens"
-    return stated("greedy", *by_faults(faults, good), {"greedy": found["greedy"]})
+    return *by_faults(faults, f"{len(texts)} answers of up to {greedy['num_tokens']} tokens"), {"greedy": greedy}
 
 
-def judge_lora_route(found: Mapping[str, Any]) -> Finding:
-    """Base and adapter as GGUF files of their own, against the adapter in float32 and against the merged weights."""
-    names = {(row["reference"], row["subject"]) for row in found["pairs"]}
-    if ("adapter", "base and LoRA") not in names:
-        return stated("lora_route", "INCOMPLETE", "not measured: --controls")
-    exact, merged = _pair(found, "adapter", "base and LoRA"), _pair(found, "merged", "base and LoRA")
-    results = [_below(exact, ROUTE_BAR, found), _below(merged, MERGE_BAR, found)]
+def judge_lora_route(
+    answer: DivergenceAnswer, *, to_adapter_kl_nats: float, to_merged_kl_nats: float, confidence: float
+) -> Judged:
+    """Base and adapter as GGUF files of their own: KL to the adapter in float32 and to the merged weights."""
+    pairs = {(row["reference"], row["subject"]) for row in answer["pairs"]}
+    if ("adapter", "base and LoRA") not in pairs:
+        return "INCOMPLETE", "not measured: --controls", {}
+    to_adapter, to_merged = _pair(answer, "adapter", "base and LoRA"), _pair(answer, "merged", "base and LoRA")
+    results = [
+        _below(to_adapter, to_adapter_kl_nats, answer, confidence),
+        _below(to_merged, to_merged_kl_nats, answer, confidence),
+    ]
     status, reason = next((result for result in results if result[0] != "PASS"), results[0])
-    figures = {"to_adapter": exact, "to_merged": merged}
-    return stated("lora_route", status, reason, figures)
+    return status, reason, {"to_adapter": to_adapter, "to_merged": to_merged}
 
 
-def _below(pair: Mapping[str, Any], bar: float, found: Mapping[str, Any]) -> tuple[Status, str]:
+def _below(pair: Pair, bar: float, answer: DivergenceAnswer, confidence: float) -> tuple[Status, str]:
     """Whether a mean KL lies below its bar with its whole two-sided interval over documents."""
     mean, error = pair["mean_kl_nats"], pair["standard_error_nats"]
     if mean >= bar:
         return "FAIL", f"mean KL {mean:.2e} nats, the bar is {bar:g}"
     if error is None:
         return "INCONCLUSIVE", f"mean KL {mean:.2e} nats of one document: no spread"
-    high = mean + _quantile(found) * error
-    told = f"mean KL {mean:.2e} nats, standard error {error:.1e}, {CONFIDENCE:.0%} below {high:.2e}; the bar is {bar:g}"
-    return ("PASS" if high < bar else "INCONCLUSIVE"), told
+    high = mean + _quantile(answer, confidence) * error
+    spread = f"standard error {error:.1e}, {confidence:.0%} below {high:.2e}"
+    return ("PASS" if high < bar else "INCONCLUSIVE"), f"mean KL {mean:.2e} nats, {spread}; the bar is {bar:g}"
 
 
-def _quantile(found: Mapping[str, Any]) -> float:
+def _quantile(answer: DivergenceAnswer, confidence: float) -> float:
     """Student's t for a two-sided interval over the documents."""
     from scipy.stats import t
 
-    return float(t.ppf((1 + CONFIDENCE) / 2, max(1, found["held_out"]["num_documents"] - 1)))
+    return float(t.ppf((1 + confidence) / 2, max(1, answer["held_out"]["num_documents"] - 1)))
 
 
-def _pair(found: Mapping[str, Any], reference: str, subject: str) -> dict[str, Any]:
-    return next(row for row in found["pairs"] if (row["reference"], row["subject"]) == (reference, subject))
+def _pair(answer: DivergenceAnswer, reference: str, subject: str) -> Pair:
+    return next(row for row in answer["pairs"] if (row["reference"], row["subject"]) == (reference, subject))
 
 
-def _step(found: Mapping[str, Any], subject: str) -> dict[str, Any]:
-    return next(row for row in found["chain"] if row["subject"] == subject)
+def _step(answer: DivergenceAnswer, subject: str) -> Step:
+    return next(row for row in answer["chain"] if row["subject"] == subject)

@@ -6,13 +6,10 @@ The numbers are plausible and none was measured. Each of a whole gate's is there
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 from harness.export.claims import CLAIMS as EXPORT_CLAIMS
-from harness.export.findings import Finding
-from harness.export.predictions import judge_chain, judge_file, judge_merged_against_adapter
-from harness.export.statements import BARS
+from harness.export.claims import KINDS
 from harness.parity.architectures import ARCHITECTURES, Found
 from harness.parity.claims import NAMES, Rung
 from harness.parity.suite import BASELINE, CANDIDATE
@@ -67,7 +64,7 @@ def _divergence() -> dict[str, Any]:
             "shift_nats_per_token": 0.0125,
             "standard_error_nats_per_token": 0.001,
         },
-        "files": {kind: {"fallbacks": [], "file_type": kind} for kind in BARS},
+        "files": {kind: {"fallbacks": [], "file_type": kind} for kind in KINDS},
         "pairs": [
             {
                 **{"reference": reference, "subject": subject, "mean_kl_nats": mean},
@@ -81,11 +78,11 @@ def _divergence() -> dict[str, Any]:
 
 def _export() -> Iterator[Info]:
     named = {"workload": "parity", "backend": CANDIDATE}
-    judges = [judge_merged_against_adapter, judge_chain, *(partial(judge_file, kind=kind) for kind in BARS)]
-    judged = {finding.name: finding for finding in (judge(_divergence()) for judge in judges)}
+    judged = ("merged_against_adapter", "chain", *(f"divergence_{kind}" for kind in KINDS))
     for claim in EXPORT_CLAIMS:
-        blank = Finding(name=claim.name, statement="What this claim states.", status="PASS", reason=SAID)
-        yield "export", claim.name, {**named, "verdict": judged.get(claim.name, blank).to_dict()}
+        verdict = Verdict(name=claim.name, statement=claim.statement, status="PASS", reason=SAID)
+        verdict = claim.verdict(_divergence()) if claim.name in judged else verdict
+        yield "export", claim.name, {**named, "verdict": verdict.to_dict()}
     steps = [{"name": "merge", "seconds": 36.2, "num_bytes": 15 << 30, "peak_rss_bytes": 9 << 30}]
     yield "export", "export_seconds", {"workload": "legacy_256", "backend": CANDIDATE, "steps": steps}
 

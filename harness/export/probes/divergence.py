@@ -2,19 +2,18 @@
 
     python -m harness.export.probes.divergence RUN --gguf FILE... [--documents N] [--tokens N] [--controls]
 
-The reference is transformers in float32: the base, the adapter on the original base, the merged weights.
-Against it stands each GGUF file in llama.cpp, in a child process. For every pair: the mean of
-KL(reference || subject) in nats over the predictions of trained tokens, with a standard error over
-documents (a document's tokens are not independent), and the share of predictions whose most probable
-token is the same. For every model: the loss, as one chain from base to the smallest file, each
-difference paired over documents. For the first file: greedy answers, token by token those of the merged
-weights.
+The reference is transformers in float32: the base, the adapter on the original base, the merged weights. Each GGUF file
+is compared with it by llama.cpp in a child process. For every pair: the mean of KL(reference || subject) in nats over
+the predictions of trained tokens, with a standard error over documents (a document's tokens are not independent), and
+the share of predictions whose most probable token is the same. For every model: the loss, as one chain from base to the
+smallest file, each difference paired over documents. For the first file: greedy answers, compared token by token with
+those of the merged weights. The keys of the JSON are in harness/export/answers.py.
 
-llama.cpp rounds where transformers does not, whatever is in the file: activations to float16 before a
-product with float16 weights, and by default keys and values. The files are compared with a float32 cache;
-``--controls`` adds what tells the file from the arithmetic: the merged weights as a float32 file (nothing is
-rounded: what is left is the converter's and the graphs' error), the first file with llama.cpp's own float16
-cache, and the other way to use an adapter, base and adapter as GGUF files of their own.
+llama.cpp rounds where transformers does not, whatever is in the file: activations to float16 before a product with
+float16 weights, and by default keys and values. The files are compared with a float32 cache. ``--controls`` adds three
+models that separate the file's error from the arithmetic's: the merged weights as a float32 file (nothing is rounded;
+what is left is the error of the converter and of llama.cpp's graphs), the first file with llama.cpp's own float16
+cache, and base and adapter as GGUF files of their own.
 
 A trained base is needed: random weights make near-uniform predictions whose KL means nothing.
 """
@@ -39,6 +38,7 @@ from forge.training.models.tokenizers import load_tokenizer
 from forge.training.system.errors import ConfigurationError, DataError, ForgeError
 from forge.training.system.files import read_json_object
 from forge.training.train.record import RunRecord, completed_record
+from harness.export.answers import DivergenceAnswer, FourBit, GreedyText
 from harness.export.probes.models_under_test import (
     GgufModel,
     Reference,
@@ -53,7 +53,7 @@ from harness.export.probes.models_under_test import (
 from harness.export.probes.sums import Tally, describe_chain, describe_pair
 from harness.measurement.probe_main import probe_main
 
-MOST_TOKENS = 512  # of a document: as many of theirs logits of 152,064 entries are 300 MB a model
+MOST_TOKENS = 512  # of a document: its logits of 152,064 entries are then 300 MB per model
 NUM_PROMPTS = 8
 EXACT, CACHED, LORA = "f32", "with an f16 cache", "base and LoRA"  # the controls
 _CHUNK_ROWS = 256  # of float64 probabilities at once
@@ -66,8 +66,8 @@ def measure_divergence(
     num_documents: int | None = None,
     most_tokens: int = MOST_TOKENS,
     controls: bool = False,
-) -> dict[str, Any]:
-    """The figures described above, as plain JSON values.
+) -> DivergenceAnswer:
+    """The figures described above.
 
     Raises :class:`DataError` where run, base, merged weights or examples are not what the records say,
     :class:`CheckError` where llama.cpp refuses a file or dies of it.
@@ -88,19 +88,19 @@ def measure_divergence(
     names = [report.file_type for report in reports.values()]
     if len(set(names)) < len(names):
         raise ConfigurationError(f"two files of one type: {', '.join(names)}", remedy="name one file of each")
-    asked = workload.evaluation.max_new_tokens
+    num_greedy_tokens = workload.evaluation.max_new_tokens
     documents = group_documents(examples, tokenizer, num_documents)
     prompts = [
         *(question_ids(tokenizer, fact.question, workload.data.system_prompt) for fact in workload.evaluation.facts),
         *(
             prompt.input_ids
             for prompt in document_prompts(
-                examples, documents, tokenizer, num_prompts=NUM_PROMPTS, max_new_tokens=asked
+                examples, documents, tokenizer, num_prompts=NUM_PROMPTS, max_new_tokens=num_greedy_tokens
             )
             if len(prompt.input_ids) <= most_tokens
         ),
     ]
-    context = max([len(text.ids) for text in texts] + [len(ids) + asked for ids in prompts])
+    context = max([len(text.ids) for text in texts] + [len(ids) + num_greedy_tokens for ids in prompts])
     tally = Tally()
     with ExitStack() as stack:
         merged_dir = stack.enter_context(merged_model(run, run_dir, next(iter(stated), None)))
@@ -112,7 +112,7 @@ def measure_divergence(
         merged, adapted = Reference(merged_dir), Reference(base_dir, run_dir / "adapter")
         for text in texts:
             _compare(text, merged, adapted, files, tally)
-        greedy = [_greedy(ids.tolist(), asked, merged, files[names[0]], tokenizer) for ids in prompts]
+        greedy = [_greedy(ids.tolist(), num_greedy_tokens, merged, files[names[0]], tokenizer) for ids in prompts]
         stored_dtype = read_json_object(merged_dir / "config.json").get("torch_dtype")
     del merged, adapted
     four_bit = _four_bit(run, run_dir, texts, tally)
@@ -129,7 +129,7 @@ def measure_divergence(
         "pairs": [describe_pair(tally, name) for name in tally.largest],
         "chain": describe_chain(tally, ["base", "adapter", "merged", *names]),
         "four_bit": four_bit,
-        "greedy": {"subject": names[0], "num_tokens": asked, "answers": greedy},
+        "greedy": {"subject": names[0], "num_tokens": num_greedy_tokens, "answers": greedy},
         "documents": [
             {"document": name, "num_tokens": count, "sums": {key: rows[name] for key, rows in tally.sums.items()}}
             for name, count in tally.tokens.items()
@@ -180,19 +180,20 @@ def _compare(text: Text, merged: Reference, adapted: Reference, files: dict[str,
             tally.largest[name] = max(tally.largest.get(name, 0.0), float(kl.max()))
 
 
-def _greedy(ids: list[int], num_tokens: int, merged: Reference, model: GgufModel, tokenizer: Any) -> dict[str, Any]:
-    """Both answers, and where they part the lead that the merged weights gave their own token."""
-    named = merged.causal.generation_config.eos_token_id
-    ends = {int(end) for end in (tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])) if end}
+def _greedy(ids: list[int], num_tokens: int, merged: Reference, model: GgufModel, tokenizer: Any) -> GreedyText:
+    """Both answers, and where they differ the lead that the merged weights gave their own token."""
+    configured = merged.causal.generation_config.eos_token_id
+    configured = configured if isinstance(configured, list) else [configured]
+    ends = {int(end) for end in (tokenizer.eos_token_id, *configured) if end}
     wanted, leads = merged.continue_greedily(ids, num_tokens, ends)
-    found = model.continue_greedily(ids, num_tokens, ends)
-    parts_at = next((i for i, (a, b) in enumerate(zip(wanted, found, strict=False)) if a != b), None)
-    if parts_at is None and len(wanted) != len(found):
-        parts_at = min(len(wanted), len(found))
+    written = model.continue_greedily(ids, num_tokens, ends)
+    parts_at = next((i for i, (a, b) in enumerate(zip(wanted, written, strict=False)) if a != b), None)
+    if parts_at is None and len(wanted) != len(written):
+        parts_at = min(len(wanted), len(written))
     return {
         "merged": tokenizer.decode(wanted),
-        "found": tokenizer.decode(found),
-        "is_equal": wanted == found,
+        "found": tokenizer.decode(written),
+        "is_equal": wanted == written,
         "num_tokens": len(wanted),
         "parts_at": parts_at,
         "lead_nats": None if parts_at is None else leads[parts_at],
@@ -200,10 +201,10 @@ def _greedy(ids: list[int], num_tokens: int, merged: Reference, model: GgufModel
     }
 
 
-def _four_bit(run: RunRecord, run_dir: Path, texts: list[Text], tally: Tally) -> dict[str, Any] | None:
+def _four_bit(run: RunRecord, run_dir: Path, texts: list[Text], tally: Tally) -> FourBit | None:
     """How far the loss moves from the 4-bit base that was trained on to the original one, or ``why`` that is not known.
 
-    It comes last and nothing else needs it: an error costs its own figure and no other.
+    It is measured last and nothing else needs it: an error costs this figure only.
     """
     import torch
 
@@ -229,7 +230,7 @@ def _four_bit(run: RunRecord, run_dir: Path, texts: list[Text], tally: Tally) ->
 
 
 def main() -> int:
-    """Print the measurement as JSON."""
+    """Print the answer as JSON."""
     parser = argparse.ArgumentParser(prog="harness.export.probes.divergence", description=__doc__.splitlines()[0])
     add_run(parser)
     parser.add_argument("--gguf", type=Path, nargs="+", required=True, metavar="FILE")
@@ -237,15 +238,15 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=MOST_TOKENS, help=f"of each document; default {MOST_TOKENS}")
     parser.add_argument("--controls", action="store_true", help="also what tells a file from llama.cpp's arithmetic")
 
-    def answer(told: argparse.Namespace) -> dict[str, Any]:
-        if min(told.tokens, told.documents or 1) < 1 or told.documents == 0:
+    def answer(options: argparse.Namespace) -> DivergenceAnswer:
+        if min(options.tokens, options.documents or 1) < 1 or options.documents == 0:
             raise ConfigurationError("--documents and --tokens take numbers above 0")
         return measure_divergence(
-            expected_run(told),
-            told.gguf,
-            num_documents=told.documents,
-            most_tokens=told.tokens,
-            controls=told.controls,
+            expected_run(options),
+            options.gguf,
+            num_documents=options.documents,
+            most_tokens=options.tokens,
+            controls=options.controls,
         )
 
     return probe_main(parser, answer)

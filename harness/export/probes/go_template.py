@@ -1,8 +1,8 @@
 """The part of Go's text/template that Forge's Modelfiles use, rendered as Ollama does.
 
-Only what is needed to check a template against the tokenizer's: ``if`` and ``if not`` of a field, ``range``
-over a field, fields, ``end``, and the dashes that trim white space (https://pkg.go.dev/text/template).
-Everything else is refused, never guessed.
+It has what is needed to check a template against the tokenizer's: ``if`` and ``if not`` of a field, ``range`` over a
+field, fields, ``end``, and the dashes that trim white space (https://pkg.go.dev/text/template). Everything else is an
+error.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ _SPACE = " \t\r\n"  # what Go's trim markers take
 
 
 def render_chat(template: str, messages: Sequence[Mapping[str, str]]) -> str:
-    """A conversation through a chat template, up to the answer. Raises :class:`CheckError` for what is not understood.
+    """The text of a conversation by a chat template, up to the answer.
 
-    Ollama's data: ``.Messages`` are all messages, ``.System`` the system messages' texts.
+    The template's data are Ollama's: ``.Messages`` are all messages, ``.System`` is the system messages' text. Raises
+    :class:`CheckError` for an action that is not supported here.
     """
     system = "\n\n".join(message["content"] for message in messages if message["role"] == "system")
     listed = [{"Role": message["role"], "Content": message["content"]} for message in messages]
@@ -31,7 +32,7 @@ def render_chat(template: str, messages: Sequence[Mapping[str, str]]) -> str:
 
 
 def _parse(template: str) -> list[tuple[str, str]]:
-    """("text" | "action", content) in order, white space trimmed where dashes say so."""
+    """("text" | "action", content) in order, with white space trimmed where dashes say so."""
     parts: list[tuple[str, str]] = []
     position, trims_next = 0, False
     for match in _ACTION.finditer(template):
@@ -46,7 +47,10 @@ def _parse(template: str) -> list[tuple[str, str]]:
 def _render(
     parts: list[tuple[str, str]], dot: Mapping[str, Any], *, is_open: bool, skip: bool = False
 ) -> tuple[str, list[tuple[str, str]]]:
-    """The text up to the matching ``end``, and what follows that; ``skip`` reads without evaluating."""
+    """The text up to the matching ``end``, and the parts that follow it. ``skip``: parse without evaluating.
+
+    ``dot``: the fields at hand. ``is_open``: whether an ``end`` must come.
+    """
     out = ""
     while parts:
         (kind, content), parts = parts[0], parts[1:]
@@ -83,5 +87,5 @@ def _field(word: str, dot: Mapping[str, Any], skip: bool) -> Any:
     if skip:
         return ""
     if match[1] not in dot:
-        raise CheckError(f"the template asks for .{match[1]}, which there is not")
+        raise CheckError(f"the template asks for .{match[1]}, which Ollama does not give it")
     return dot[match[1]]

@@ -2,11 +2,11 @@
 
     python -m harness.export.probes.merge RUN [--expect SHA256]
 
-Computed anew in float64 with the safetensors library and the scale that the run's *workload* asks for, not
-the one in the adapter's own configuration, which the merge reads. Every changed number must be the exact
-sum rounded once to the weights' type; and because a small error of the scale hides below that rounding in
-each single number, the scale is also fitted over all of them. Every other tensor and every other file of
-the model must be the same bytes.
+Computed again in float64 with the safetensors library and the scale that the run's *workload* asks for, not the one in
+the adapter's own configuration, which the merge reads. Every changed number must be the exact sum, rounded once to the
+weights' type. A small error of the scale hides below that rounding in each single number, so the scale is also fitted
+over all of them. Every other tensor and every other file of the model must be the same bytes. The keys of the JSON are
+in harness/export/answers.py.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 from forge.training.config.workload import Workload
 from forge.training.system.errors import DataError
 from forge.training.train.record import RunRecord, completed_record
+from harness.export.answers import MergeAnswer, MergedTensors, WorstTensor
 from harness.export.probes.models_under_test import add_run, expected_run, merged_model, stated_merge
 from harness.measurement.probe_main import probe_main
 
@@ -31,24 +32,30 @@ _ACCUMULATION = 2.0**-20
 _COMPANIONS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 
 
-def check_merge(run_dir: Path) -> dict[str, Any]:
-    """The comparison described above, as plain JSON values. Raises :class:`DataError` where files are missing."""
+def check_merge(run_dir: Path) -> MergeAnswer:
+    """The comparison described above. Raises :class:`DataError` where files are missing."""
     from safetensors.torch import load_file
 
     run = completed_record(run_dir)
     base_dir = Path(run.base_path)
-    scale, stated = _scales(run, run_dir)
+    scale, stated_scale = _scales(run, run_dir)
     adapter = load_file(run_dir / "adapter" / "adapter_model.safetensors")
     with merged_model(run, run_dir, stated_merge(run_dir / "export" / "any.gguf")) as merged_dir:
-        found = _compare(_tensor_files(base_dir), _tensor_files(merged_dir), adapter, scale)
-        found["differing_files"] = [
+        differing_files = [
             name
             for name in _COMPANIONS
             if (base_dir / name).is_file()
             and (base_dir / name).read_bytes()
             != ((merged_dir / name).read_bytes() if (merged_dir / name).is_file() else b"")
         ]
-    return {"run": {"adapter_sha256": run.adapter_sha256}, "scale": scale, "adapter_states_scale": stated, **found}
+        tensors = _compare(_tensor_files(base_dir), _tensor_files(merged_dir), adapter, scale)
+    return {
+        "run": {"adapter_sha256": run.adapter_sha256},
+        "scale": scale,
+        "adapter_states_scale": stated_scale,
+        "differing_files": differing_files,
+        **tensors,
+    }
 
 
 def _scales(run: RunRecord, run_dir: Path) -> tuple[float, float]:
@@ -72,11 +79,11 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
     """Tensor name -> the file it is in."""
     from safetensors import safe_open
 
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for path in sorted(directory.glob("*.safetensors")):
         with safe_open(path, framework="pt") as source:
-            found |= dict.fromkeys(source.keys(), path)
-    return found
+            files |= dict.fromkeys(source.keys(), path)
+    return files
 
 
 def _read(path: Path, name: str) -> Any:
@@ -86,12 +93,12 @@ def _read(path: Path, name: str) -> Any:
         return source.get_tensor(name)
 
 
-def _compare(base: dict[str, Path], merged: dict[str, Path], adapter: dict[str, Any], scale: float) -> dict[str, Any]:
+def _compare(base: dict[str, Path], merged: dict[str, Path], adapter: dict[str, Any], scale: float) -> MergedTensors:
     import torch
 
     num_changed = num_same = 0
     differing: list[str] = []
-    worst = {"tensor": None, "error_in_tolerances": 0.0}
+    worst: WorstTensor = {"tensor": None, "error_in_tolerances": 0.0}
     inner = squares = error_squares = 0.0
     for name in sorted(base):
         if name not in merged:
@@ -111,8 +118,8 @@ def _compare(base: dict[str, Path], merged: dict[str, Path], adapter: dict[str, 
         allowed = _ROUNDOFF[str(before.dtype)] * exact.abs() + _ACCUMULATION * size + 1e-30
         error = after.double() - exact
         ratio = float((error.abs() / allowed).max()) if after.dtype == before.dtype else math.inf
-        if not ratio <= worst["error_in_tolerances"]:  # type: ignore[operator]
-            worst = {"tensor": name, "error_in_tolerances": ratio if math.isfinite(ratio) else 1e30}  # type: ignore[dict-item]
+        if not ratio <= worst["error_in_tolerances"]:
+            worst = {"tensor": name, "error_in_tolerances": ratio if math.isfinite(ratio) else 1e30}
         inner += float(((after.double() - before.double()) * change).sum())
         squares += float((change * change).sum())
         error_squares += float((error * error).sum())
@@ -130,10 +137,10 @@ def _compare(base: dict[str, Path], merged: dict[str, Path], adapter: dict[str, 
 
 
 def main() -> int:
-    """Print the comparison as JSON."""
+    """Print the answer as JSON."""
     parser = argparse.ArgumentParser(prog="harness.export.probes.merge", description=__doc__.splitlines()[0])
     add_run(parser)
-    return probe_main(parser, lambda told: check_merge(expected_run(told)))
+    return probe_main(parser, lambda options: check_merge(expected_run(options)))
 
 
 if __name__ == "__main__":

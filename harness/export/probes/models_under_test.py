@@ -1,4 +1,4 @@
-"""What an export's fidelity is measured on: a run's held-out text, its models in float32, its GGUF files.
+"""What the probes measure an export on: the run's held-out text, its models in float32 and its GGUF files.
 
 Everything is computed on the CPU: a GPU's float32 products may be TF32, and llama.cpp is built for CPUs here.
 """
@@ -32,7 +32,7 @@ _SECONDS_PER_TOKEN = 5.0  # a 7B model in 16 bits on two cores
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
-    """The run directory that a probe is asked about, and whose adapter must be in it."""
+    """The arguments of all probes of this suite: the run directory, and the digest of the adapter expected in it."""
     parser.add_argument("run", type=Path)
     parser.add_argument("--expect", metavar="SHA256", help="refuse a run with another adapter")
 
@@ -44,10 +44,10 @@ def expected_run(arguments: argparse.Namespace) -> Path:
     about the export that was meant.
     """
     run: Path = arguments.run
-    found = completed_record(run).adapter_sha256
-    if arguments.expect not in (None, found):
+    adapter_sha256 = completed_record(run).adapter_sha256
+    if arguments.expect not in (None, adapter_sha256):
         raise ConfigurationError(
-            f"{run} has the adapter {str(found)[:12]}, expected was {arguments.expect[:12]}",
+            f"{run} has the adapter {str(adapter_sha256)[:12]}, expected was {arguments.expect[:12]}",
             remedy="name the run that was meant, or leave out --expect",
         )
     return run
@@ -55,7 +55,7 @@ def expected_run(arguments: argparse.Namespace) -> Path:
 
 @dataclass(frozen=True)
 class Text:
-    """One example of a held-out document. ``rows``: the positions whose next token is trained; ``targets``: that."""
+    """An example of a held-out document. ``rows``: positions whose next token is trained; ``targets``: those tokens."""
 
     document: str
     ids: np.ndarray  # int32 of shape (length,)
@@ -65,7 +65,7 @@ class Text:
 
 
 def held_out_examples(run: RunRecord, run_dir: Path) -> Examples:
-    """The examples that a run held out, exactly those. Raises :class:`DataError`."""
+    """The examples that a run held out. Raises :class:`DataError` where there are none, or others."""
     expected = run.inputs.validation_examples_sha256
     if expected is None:
         raise DataError(
@@ -79,7 +79,10 @@ def held_out_examples(run: RunRecord, run_dir: Path) -> Examples:
 
 
 def held_out_texts(examples: Examples, tokenizer: Any, num_documents: int | None, most_tokens: int) -> list[Text]:
-    """The first documents, each cut after ``most_tokens`` of its examples; what has no trained token is left out."""
+    """The first ``num_documents`` (``None``: all), each cut after ``most_tokens``.
+
+    Examples without a trained token are left out.
+    """
     texts = []
     for document in group_documents(examples, tokenizer, num_documents):
         left = most_tokens
@@ -93,7 +96,7 @@ def held_out_texts(examples: Examples, tokenizer: Any, num_documents: int | None
 
 
 class Reference:
-    """A transformers model in float32, with its adapter switched on or off where it has one."""
+    """A transformers model in float32; an adapter can be switched on and off."""
 
     def __init__(self, directory: Path, adapter_dir: Path | None = None) -> None:
         self.causal = load_model(directory, FLOAT32).causal
@@ -119,7 +122,10 @@ class Reference:
     def continue_greedily(
         self, ids: Sequence[int], num_tokens: int, end_ids: set[int]
     ) -> tuple[list[int], list[float]]:
-        """As llama.cpp's side does it; beside each token (the end too) its logit's lead over the second."""
+        """The greedy continuation's ids without the end, as :meth:`GgufModel.continue_greedily` gives them.
+
+        Also, for each token and the end, by how much its logit exceeds the second choice's.
+        """
         import torch
 
         produced: list[int] = []
@@ -141,35 +147,40 @@ class Reference:
 
 @contextmanager
 def merged_model(run: RunRecord, run_dir: Path, stated_sha256: str | None) -> Iterator[Path]:
-    """The merged weights' directory: ``run_dir/merged``, else merged for the occasion.
+    """The merged weights' directory: ``run_dir/merged`` if it was kept, else a temporary one, merged now.
 
-    Raises :class:`DataError` if they are not those of ``stated_sha256``, which the files compared were made from.
+    Raises :class:`DataError` if their digest is not ``stated_sha256``, the weights that the GGUF files were made from.
     """
     with tempfile.TemporaryDirectory(prefix="forge-merged-") as scratch:
         directory = run_dir / "merged"
         if (directory / RECORD).is_file():
             shards = read_weights(directory).shards
-            found = sha256_json({shard.path.name: sha256_file(shard.path) for shard in shards})
+            merged_sha256 = sha256_json({shard.path.name: sha256_file(shard.path) for shard in shards})
         else:
             directory = Path(scratch) / "merged"
             base_dir, expected = Path(run.base_path), run.inputs.base_sha256
-            found = merge_adapter(base_dir, run_dir / "adapter", directory, expected_base_sha256=expected).merged_sha256
-        if stated_sha256 is not None and found != stated_sha256:
+            merged = merge_adapter(base_dir, run_dir / "adapter", directory, expected_base_sha256=expected)
+            merged_sha256 = merged.merged_sha256
+        if stated_sha256 is not None and merged_sha256 != stated_sha256:
             raise DataError(
-                f"the merged weights of {run_dir} have SHA-256 {found[:12]}, export.json says {stated_sha256[:12]}",
+                f"the merged weights of {run_dir} have SHA-256 {merged_sha256[:12]},"
+                f" export.json says {stated_sha256[:12]}",
                 remedy="export again, with --keep-merged if it was done on another machine",
             )
         yield directory
 
 
 def stated_merge(gguf: Path) -> str | None:
-    """The digest of the merged weights that the export around a GGUF file names, ``None`` outside an export."""
+    """The digest of the merged weights by the export.json beside a GGUF file; ``None`` where there is none."""
     record = gguf.parent / "export.json"
     return str(read_json_object(record)["merged_sha256"]) if record.is_file() else None
 
 
 class GgufModel:
-    """A GGUF file in a child process that may crash; a context manager."""
+    """A GGUF file, loaded in a child process because llama.cpp may crash; a context manager.
+
+    ``lora``: an adapter as a GGUF file. ``cache``: the type of keys and values.
+    """
 
     def __init__(self, path: Path, context_tokens: int, *, lora: Path | None = None, cache: str = "f32") -> None:
         check_header(path)
@@ -199,16 +210,16 @@ class GgufModel:
         self._file.close()
 
     def logits(self, text: Text) -> Any:
-        """Float32 of shape (trained, vocabulary), as torch has it."""
+        """Float32 of shape (trained, vocabulary), a torch tensor."""
         import torch
 
         arguments = {"ids": text.ids.tolist(), "rows": text.rows.tolist(), "target": self._file.name}
         self._ask("write_logits", arguments, len(text.ids))
-        found = np.fromfile(self._file.name, dtype="<f4").reshape(len(text.rows), self.vocabulary)
-        return torch.from_numpy(found)
+        values = np.fromfile(self._file.name, dtype="<f4").reshape(len(text.rows), self.vocabulary)
+        return torch.from_numpy(values)
 
     def continue_greedily(self, ids: Sequence[int], num_tokens: int, end_ids: set[int]) -> list[int]:
-        """The greedy continuation's ids, the end left out."""
+        """The greedy continuation's ids without the end."""
         arguments = {"ids": list(ids), "num_tokens": num_tokens, "end_ids": sorted(end_ids)}
         return list(self._ask("continue_greedily", arguments, len(ids) + num_tokens)["ids"])
 

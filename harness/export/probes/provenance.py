@@ -2,10 +2,11 @@
 
     python -m harness.export.probes.provenance RUN [--remake] [--expect SHA256]
 
-Every SHA-256 that run.json, evaluation.json, export.json and SHA256SUMS state is compared with the file it
-is about, digested now. The steps that can be repeated exactly are repeated: corpus to examples, base and
-adapter to merged weights (where none were kept) and, with ``--remake``, merged weights to f16 file to
-quantised files. Training is the one that is not: run.json names what went in and what came out.
+Every SHA-256 that run.json, evaluation.json, export.json and SHA256SUMS state is compared with the digest of its file,
+computed now. The steps that can be repeated exactly are repeated: corpus to examples, base and adapter to
+merged weights (where none were kept) and, with ``--remake``, merged weights to f16 file to quantised files. Training
+cannot be repeated exactly: run.json names what went in and what came out. The keys of the JSON are in
+harness/export/answers.py.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,37 +28,29 @@ from forge.training.models.digests import base_sha256, tokenizer_sha256
 from forge.training.models.tokenizers import load_tokenizer
 from forge.training.system.files import read_json_object, sha256_file
 from forge.training.train.record import RunRecord, completed_record
+from harness.export.answers import Link, ProvenanceAnswer
 from harness.export.probes.models_under_test import add_run, expected_run, merged_model
 from harness.measurement.probe_main import probe_main
 
 
-@dataclass(frozen=True)
-class Link:
-    """``found`` is ``None`` where the artefact is missing, ``stated`` where no record names it."""
-
-    artefact: str
-    stated_in: str
-    stated: str | None
-    found: str | None
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values, with the verdict."""
-        return {**asdict(self), "holds": self.stated is not None and self.stated == self.found}
+def _link(artefact: str, stated_in: str, stated: str | None, found: str | None) -> Link:
+    holds = stated is not None and stated == found
+    return {"artefact": artefact, "stated_in": stated_in, "stated": stated, "found": found, "holds": holds}
 
 
-def follow_lineage(run_dir: Path, *, remake: bool = False) -> dict[str, Any]:
+def trace_provenance(run_dir: Path, *, remake: bool = False) -> ProvenanceAnswer:
     """All links, from corpus to Modelfile. Raises :class:`DataError` where a record itself cannot be read."""
     run = completed_record(run_dir)
     export_dir = run_dir / "export"
     export = read_json_object(export_dir / "export.json")
     links = [*_training(run, run_dir), *_export(run, run_dir, export_dir, export)]
     with merged_model(run, run_dir, None) as merged_dir:
-        links.append(Link("merged weights", "export.json", export["merged_sha256"], base_sha256(merged_dir)))
+        links.append(_link("merged weights", "export.json", export["merged_sha256"], base_sha256(merged_dir)))
         if remake:
             links += _remade(merged_dir, export_dir, export)
     return {
         "run": {"adapter_sha256": run.adapter_sha256},
-        "links": [link.to_json() for link in links],
+        "links": links,
         "llama_cpp_commit": export.get("llama_cpp_commit"),
     }
 
@@ -79,24 +71,24 @@ def _training(run: RunRecord, run_dir: Path) -> Iterator[Link]:
     ):
         if path is None and corpus is None:
             continue
-        yield Link(f"corpus, {name}", "run.json", corpus, _digest(path) if path else None)
+        yield _link(f"corpus, {name}", "run.json", corpus, _digest(path) if path else None)
         stored = load_examples(run_dir / "examples" / name).sha256
-        yield Link(f"examples, {name}", "run.json", examples, stored)
+        yield _link(f"examples, {name}", "run.json", examples, stored)
         made = None
         if path is not None and path.is_file():
             encoded = encode_records(read_records(path), encoder, workload.data)
             if name == "train" and workload.data.sample is not None:
                 encoded = sample_examples(encoded, workload.data.sample)
             made = encoded.sha256
-        yield Link(f"examples, {name}, made again from the corpus", "run.json", examples, made)
-    yield Link("base", "run.json", inputs.base_sha256, base_sha256(base_dir))
-    yield Link("tokenizer", "run.json", inputs.tokenizer_sha256, tokenizer_sha256(base_dir))
+        yield _link(f"examples, {name}, made again from the corpus", "run.json", examples, made)
+    yield _link("base", "run.json", inputs.base_sha256, base_sha256(base_dir))
+    yield _link("tokenizer", "run.json", inputs.tokenizer_sha256, tokenizer_sha256(base_dir))
     adapter = _digest(run_dir / "adapter" / "adapter_model.safetensors")
-    yield Link("adapter", "run.json", run.adapter_sha256, adapter)
+    yield _link("adapter", "run.json", run.adapter_sha256, adapter)
 
 
 def _corpus_files(workload: Workload, run_dir: Path) -> tuple[Path, Path | None]:
-    """Where a run's corpus lies; as ``data.inputs.corpus_paths``, which would build it."""
+    """Where a run's corpus is; as ``data.inputs.corpus_paths``, which would build it."""
     if workload.data.train is not None:
         return Path(workload.data.train), Path(workload.data.validation) if workload.data.validation else None
     if workload.data.validation_share:
@@ -106,31 +98,31 @@ def _corpus_files(workload: Workload, run_dir: Path) -> tuple[Path, Path | None]
 
 def _export(run: RunRecord, run_dir: Path, export_dir: Path, export: dict[str, Any]) -> Iterator[Link]:
     """Base, adapter -> merged -> files -> Modelfile, as export.json, evaluation.json and SHA256SUMS state them."""
-    yield Link("base of the export", "export.json", export["base_sha256"], run.inputs.base_sha256)
-    yield Link("adapter of the export", "export.json", export["adapter_sha256"], run.adapter_sha256)
-    yield Link("merged weights of the merge", "export.json", export["merged_sha256"], export["merge"]["merged_sha256"])
+    yield _link("base of the export", "export.json", export["base_sha256"], run.inputs.base_sha256)
+    yield _link("adapter of the export", "export.json", export["adapter_sha256"], run.adapter_sha256)
+    yield _link("merged weights of the merge", "export.json", export["merged_sha256"], export["merge"]["merged_sha256"])
     files = [*export["files"], *([export["adapter_file"]] if export["adapter_file"] else [])]
     for report in files:
-        yield Link(report["name"], "export.json", report["sha256"], _digest(export_dir / report["name"]))
+        yield _link(report["name"], "export.json", report["sha256"], _digest(export_dir / report["name"]))
     sums = {}
     if (export_dir / "SHA256SUMS").is_file():
         lines = (export_dir / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
         sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     present = {path.name for path in export_dir.iterdir() if path.is_file()} - {"SHA256SUMS"}
     for name in sorted(present | set(sums)):
-        yield Link(name, "SHA256SUMS", sums.get(name), _digest(export_dir / name))
+        yield _link(name, "SHA256SUMS", sums.get(name), _digest(export_dir / name))
     modelfile = export_dir / "Modelfile"
     if modelfile.is_file():
         commands = parse_modelfile(modelfile.read_text(encoding="utf-8"))
         model = next(command.value for command in commands if command.name == "model").removeprefix("./")
-        yield Link(f"FROM {model} of the Modelfile", "SHA256SUMS", sums.get(model), _digest(export_dir / model))
+        yield _link(f"FROM {model} of the Modelfile", "SHA256SUMS", sums.get(model), _digest(export_dir / model))
     if (run_dir / "evaluation.json").is_file():
         evaluated = read_json_object(run_dir / "evaluation.json")
-        yield Link("base that was evaluated", "evaluation.json", evaluated["base_sha256"], run.inputs.base_sha256)
-        yield Link("adapter that was evaluated", "evaluation.json", evaluated["adapter_sha256"], run.adapter_sha256)
+        yield _link("base that was evaluated", "evaluation.json", evaluated["base_sha256"], run.inputs.base_sha256)
+        yield _link("adapter that was evaluated", "evaluation.json", evaluated["adapter_sha256"], run.adapter_sha256)
         if evaluated.get("merged_sha256"):
             stated = evaluated["merged_sha256"]
-            yield Link("merged weights that were evaluated", "evaluation.json", stated, export["merged_sha256"])
+            yield _link("merged weights that were evaluated", "evaluation.json", stated, export["merged_sha256"])
 
 
 def _remade(merged_dir: Path, export_dir: Path, export: dict[str, Any]) -> Iterator[Link]:
@@ -141,19 +133,19 @@ def _remade(merged_dir: Path, export_dir: Path, export: dict[str, Any]) -> Itera
         convert_to_gguf(merged_dir, source, "f16", model_name=export["model"])
         for name, digest in stated.items():
             if name == "f16":
-                yield Link("f16 file, made again", "export.json", digest, sha256_file(source))
+                yield _link("f16 file, made again", "export.json", digest, sha256_file(source))
             elif name in QUANTIZED_TYPES:
                 target = Path(scratch) / f"{name}.gguf"
                 quantize(source, target, name)
-                yield Link(f"{name} file, made again", "export.json", digest, sha256_file(target))
+                yield _link(f"{name} file, made again", "export.json", digest, sha256_file(target))
 
 
 def main() -> int:
-    """Print the links as JSON."""
+    """Print the answer as JSON."""
     parser = argparse.ArgumentParser(prog="harness.export.probes.provenance", description=__doc__.splitlines()[0])
     add_run(parser)
     parser.add_argument("--remake", action="store_true", help="also convert and quantise again")
-    return probe_main(parser, lambda told: follow_lineage(expected_run(told), remake=told.remake))
+    return probe_main(parser, lambda options: trace_provenance(expected_run(options), remake=options.remake))
 
 
 if __name__ == "__main__":

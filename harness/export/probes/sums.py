@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from forge.training.evaluation.record import DocumentResult, compare
+from harness.export.answers import Pair, Step
 
 
 @dataclass
 class Tally:
-    """Sums by document, in the order in which the documents came."""
+    """Sums by document, in the order of the documents. ``largest``: of one prediction, by pair."""
 
     tokens: dict[str, int] = field(default_factory=dict)
     sums: dict[str, dict[str, float]] = field(default_factory=dict)  # name -> document -> sum
@@ -22,7 +22,7 @@ class Tally:
         rows[document] = rows.get(document, 0.0) + amount
 
     def mean(self, name: str, less: str | None = None) -> tuple[float, float | None]:
-        """Mean a token, and its standard error over documents; ``less``: of the paired difference."""
+        """Mean per token and its standard error over documents; with ``less``, of the paired difference."""
         rows = [
             DocumentResult(
                 document=document,
@@ -32,12 +32,12 @@ class Tally:
             )
             for document, num_tokens in self.tokens.items()
         ]
-        found = compare(rows, name, "")
-        return found.difference_nats_per_token, found.standard_error_nats_per_token
+        paired = compare(rows, name, "")
+        return paired.difference_nats_per_token, paired.standard_error_nats_per_token
 
 
-def describe_pair(tally: Tally, name: str) -> dict[str, Any]:
-    """The divergences added under ``reference || subject`` and ``top of reference || subject``, in nats a token."""
+def describe_pair(tally: Tally, name: str) -> Pair:
+    """The divergences added under ``reference || subject`` and ``top of reference || subject``, in nats per token."""
     reference, _, subject = name.partition(" || ")
     mean, error = tally.mean(name)
     return {
@@ -50,9 +50,9 @@ def describe_pair(tally: Tally, name: str) -> dict[str, Any]:
     }
 
 
-def describe_chain(tally: Tally, subjects: list[str]) -> list[dict[str, Any]]:
-    """Each subject's loss and its paired change from the one before, in nats a token."""
-    rows: list[dict[str, Any]] = []
+def describe_chain(tally: Tally, subjects: list[str]) -> list[Step]:
+    """Each subject's loss and its paired change from the one before, in nats per token."""
+    rows: list[Step] = []
     for before, subject in zip([None, *subjects], subjects, strict=False):
         change, error = tally.mean(subject, before) if before else (None, None)
         rows.append(

@@ -1,4 +1,4 @@
-"""Strings that tell tokenizers apart, made in code from fixed rules and one seed, and conversations for templates."""
+"""Strings on which tokenizers differ, made by fixed rules and one seed, and conversations for chat templates."""
 
 from __future__ import annotations
 
@@ -76,9 +76,10 @@ _CONTRACTIONS = (
 
 
 def awkward_strings(control: Sequence[str]) -> dict[str, list[str]]:
-    """Kind -> strings; a few hundred in all, the same on every machine. ``control``: the control tokens' texts.
+    """Kind -> strings: a few hundred in all, the same with every run of one Python.
 
-    Only assigned characters of the Unicode version that Python knows; lone surrogates have no UTF-8.
+    ``control``: the control tokens' texts. Only assigned characters of Python's Unicode version are used, and no lone
+    surrogates, which have no UTF-8.
     """
     chance = random.Random(_SEED)
     strings = {
@@ -146,17 +147,17 @@ def awkward_strings(control: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _categories(chance: random.Random) -> list[str]:
-    """Of every Unicode category but unassigned and surrogates: a few characters, alone and inside text."""
+    """A few characters of every Unicode category but unassigned and surrogates, alone and inside text."""
     by_category: dict[str, list[str]] = {}
     for point in range(sys.maxunicode + 1):
         category = unicodedata.category(chr(point))
         if category not in ("Cn", "Cs"):
             by_category.setdefault(category, []).append(chr(point))
-    found = []
+    strings = []
     for category in sorted(by_category):
         chosen = chance.sample(by_category[category], min(8, len(by_category[category])))
-        found += ["".join(chosen), *(f"a{c}1 {c}{c}z" for c in chosen[:4])]
-    return found
+        strings += ["".join(chosen), *(f"a{c}1 {c}{c}z" for c in chosen[:4])]
+    return strings
 
 
 def _lookalikes(token: str) -> list[str]:

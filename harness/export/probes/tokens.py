@@ -2,13 +2,13 @@
 
     python -m harness.export.probes.tokens RUN --gguf FILE [--modelfile FILE] [--expect SHA256]
 
-A few hundred awkward strings, made here (:mod:`~harness.export.probes.tokenizer_strings`), go through the base's
-tokenizer and through the vocabulary in the GGUF file: once with control tokens taken for what they name,
-once as plain text. Known exceptions, each counted and checked to be one: text that is not in normal form
-NFC, which the tokenizer composes and llama.cpp does not (equal again once composed), and ordinary text that
-llama.cpp takes for the end of a turn (``</s>`` in Qwen2's vocabulary). Then the chat template on a few
-conversations, by transformers, by the GGUF file and by the Modelfile's template, text and ids; and the
-special tokens.
+A few hundred awkward strings (:mod:`~harness.export.probes.tokenizer_strings`) are read by the base's tokenizer and by
+the vocabulary in the GGUF file: once with control tokens as what they name, once as plain text. There are two known
+exceptions, which are counted: text that is not in normal form NFC, which the tokenizer composes and llama.cpp does not
+(it must be equal once composed), and ordinary text that llama.cpp takes for the end of a turn (``</s>`` in Qwen2's
+vocabulary; what is around it must be equal). Then a few conversations are rendered by transformers, by the GGUF file's
+chat template and by the Modelfile's, and compared by text and ids. Last come the special tokens. The keys of the JSON
+are in harness/export/answers.py.
 """
 
 from __future__ import annotations
@@ -27,6 +27,16 @@ from forge.training.llamacpp.parent import Child, time_limit_seconds
 from forge.training.models.tokenizers import load_tokenizer
 from forge.training.system.errors import DataError
 from forge.training.train.record import completed_record
+from harness.export.answers import (
+    Conversation,
+    DifferentString,
+    KindOfStrings,
+    ModelfileAnswer,
+    ModelfileConversation,
+    SpecialsAnswer,
+    StringsAnswer,
+    TokensAnswer,
+)
 from harness.export.probes.go_template import render_chat
 from harness.export.probes.models_under_test import add_run, expected_run
 from harness.export.probes.tokenizer_strings import CONVERSATIONS, awkward_strings
@@ -35,8 +45,8 @@ from harness.measurement.probe_main import probe_main
 _MOST_SHOWN = 20  # differences
 
 
-def compare_tokens(run_dir: Path, gguf: Path, modelfile: Path | None = None) -> dict[str, Any]:
-    """The comparison described above, as plain JSON values. Raises :class:`CheckError` where llama.cpp dies."""
+def compare_tokens(run_dir: Path, gguf: Path, modelfile: Path | None = None) -> TokensAnswer:
+    """The comparison described above. Raises :class:`CheckError` where llama.cpp dies."""
     run = completed_record(run_dir)
     tokenizer = load_tokenizer(run.base_path)
     encoder = Encoder(tokenizer)
@@ -75,16 +85,16 @@ def compare_tokens(run_dir: Path, gguf: Path, modelfile: Path | None = None) -> 
     }
 
 
-def _compare_strings(strings: dict[str, list[str]], ids_here: Any, ids_there: Any, ends: list[str]) -> dict[str, Any]:
+def _compare_strings(strings: dict[str, list[str]], ids_here: Any, ids_there: Any, ends: list[str]) -> StringsAnswer:
     """By kind of string: how many, how many equal; and what differs without being a known exception."""
-    by_kind: dict[str, dict[str, int]] = {}
-    differences: list[dict[str, Any]] = []
+    by_kind: dict[str, KindOfStrings] = {}
+    differences: list[DifferentString] = []
     num_differing = 0
     for kind, texts in strings.items():
         composed = [unicodedata.normalize("NFC", text) for text in texts]
         here, there = ids_here(texts), ids_there(texts)
         there_composed = ids_there(composed)
-        row = {"num_strings": len(texts), "num_equal": 0, "num_not_nfc": 0, "num_end_of_turn": 0}
+        row: KindOfStrings = {"num_strings": len(texts), "num_equal": 0, "num_not_nfc": 0, "num_end_of_turn": 0}
         for text, nfc, wanted, found, found_composed in zip(texts, composed, here, there, there_composed, strict=True):
             if wanted == found:
                 row["num_equal"] += 1
@@ -107,19 +117,19 @@ def _equal_between(text: str, ends: list[str], ids_here: Any, ids_there: Any) ->
     return bool(ids_here(pieces) == ids_there(pieces))
 
 
-def _compare_conversations(tokenizer: Any, ask: Any) -> list[dict[str, Any]]:
+def _compare_conversations(tokenizer: Any, ask: Any) -> list[Conversation]:
     """Each conversation up to the answer, by transformers and by the GGUF file's own template."""
     talks = list(CONVERSATIONS.values())
-    found = ask("render", {"conversations": talks})
-    rows = []
-    for name, talk, text, ids in zip(CONVERSATIONS, talks, found["texts"], found["ids"], strict=True):
+    rendered = ask("render", {"conversations": talks})
+    rows: list[Conversation] = []
+    for name, talk, text, ids in zip(CONVERSATIONS, talks, rendered["texts"], rendered["ids"], strict=True):
         wanted = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
         wanted_ids = list(tokenizer(wanted, add_special_tokens=False)["input_ids"])
         rows.append({"name": name, "text_is_equal": text == wanted, "ids_are_equal": ids == wanted_ids})
     return rows
 
 
-def _specials(tokenizer: Any, encoder: Encoder, opened: dict[str, Any]) -> dict[str, Any]:
+def _specials(tokenizer: Any, encoder: Encoder, opened: dict[str, Any]) -> SpecialsAnswer:
     """BOS, EOS and padding as the tokenizer has them, as the file says them and as llama.cpp uses them."""
     ends = {int(index): text for index, text in opened["ends"].items()}
     return {
@@ -140,7 +150,7 @@ def _specials(tokenizer: Any, encoder: Encoder, opened: dict[str, Any]) -> dict[
     }
 
 
-def _modelfile(tokenizer: Any, modelfile: Path, gguf: Path) -> dict[str, Any]:
+def _modelfile(tokenizer: Any, modelfile: Path, gguf: Path) -> ModelfileAnswer:
     """The Modelfile by a parser of Ollama's grammar, and its template by Go's rules. Raises :class:`CheckError`."""
     try:
         commands = parse_modelfile(modelfile.read_text(encoding="utf-8"))
@@ -150,7 +160,7 @@ def _modelfile(tokenizer: Any, modelfile: Path, gguf: Path) -> dict[str, Any]:
     for command in commands:
         values.setdefault(command.name, []).append(command.value)
     template, system = values.get("template", [None])[0], values.get("system", [None])[0]
-    rows = []
+    rows: list[ModelfileConversation] = []
     for name, talk in CONVERSATIONS.items():
         if template is None:
             break
@@ -170,16 +180,16 @@ def _modelfile(tokenizer: Any, modelfile: Path, gguf: Path) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Print the comparison as JSON."""
+    """Print the answer as JSON."""
     parser = argparse.ArgumentParser(prog="harness.export.probes.tokens", description=__doc__.splitlines()[0])
     add_run(parser)
     parser.add_argument("--gguf", type=Path, required=True, metavar="FILE")
     parser.add_argument("--modelfile", type=Path, metavar="FILE", help="default: the one beside the GGUF file")
 
-    def answer(told: argparse.Namespace) -> dict[str, Any]:
-        beside = told.gguf.parent / "Modelfile"
-        modelfile = told.modelfile or (beside if beside.is_file() else None)
-        return compare_tokens(expected_run(told), told.gguf, modelfile)
+    def answer(options: argparse.Namespace) -> TokensAnswer:
+        beside = options.gguf.parent / "Modelfile"
+        modelfile = options.modelfile or (beside if beside.is_file() else None)
+        return compare_tokens(expected_run(options), options.gguf, modelfile)
 
     return probe_main(parser, answer)
 

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from forge.training.system.files import write_json
-from harness.export.predictions import judge_chain, judge_file, judge_merged_against_adapter
-from harness.export.statements import BARS
+from harness.export.claims import KINDS
 from harness.parity.claims import Rung
 from harness.parity.first_step.checks import Check
 from harness.parity.trajectory.recorded import read_recorded
 from harness.report.__main__ import main
-from tests.harness.export.test_fidelity import measured
 from tests.harness.parity.test_outcome import RECORDED, Runs, make_ladder
+from tests.support.export_answers import divergence_answer, verdict_on
 from tests.support.report_pages import status_of
 
 
@@ -43,16 +41,14 @@ def gate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str,
     for number in (4, 5, 6):
         rung = ladder.verdict(number)
         entries.append(entry("parity", f"rung {number}", verdict=rung.to_dict(), run_ids=rung.run_ids, **arms))
-    found = measured(4e-7, 1e-8)
+    found = divergence_answer(4e-7, 1e-8)
     found["pairs"] = [{**pair, "same_top_share": 0.987} for pair in found["pairs"]]
     found["pairs"][0]["mean_kl_nats"] = 1.0
     found["chain"][1]["change_nats_per_token"] = -0.5
     found["held_out"]["num_tokens"] = 1234
     found["four_bit"] = {"nats_per_token": 3.5, "shift_nats_per_token": 0.0125, "standard_error_nats_per_token": 0.001}
-    judges = [judge_merged_against_adapter, *(partial(judge_file, kind=kind) for kind in BARS), judge_chain]
-    for judge in judges:
-        verdict = judge(found).to_dict()
-        entries.append(entry("export", verdict["name"], verdict=verdict))
+    for name in ("merged_against_adapter", *(f"divergence_{kind}" for kind in KINDS), "chain"):
+        entries.append(entry("export", name, verdict=verdict_on(found, name).to_dict()))
     steps = [{"name": "merge", "seconds": 36.2, "num_bytes": 15 << 30, "peak_rss_bytes": 9 << 30}]
     entries.append(entry("export", "export_seconds", steps=steps))
     return where, entries
