@@ -8,22 +8,8 @@ from functools import partial
 from typing import Any
 
 from forge.training.config.workload import GateSection
+from harness.export import contents, predictions
 from harness.export.answers import Judged
-from harness.export.contents import (
-    judge_merge,
-    judge_modelfile,
-    judge_provenance,
-    judge_specials,
-    judge_template,
-    judge_tokens,
-)
-from harness.export.predictions import (
-    judge_chain,
-    judge_file,
-    judge_greedy,
-    judge_lora_route,
-    judge_merged_against_adapter,
-)
 from harness.verdict import Verdict
 
 # Mean KL(merged weights in float32 || file) in nats per predicted token, on held-out text of a trained base.
@@ -57,14 +43,14 @@ CLAIMS: tuple[Claim, ...] = (
         name="merge",
         statement="Merged weights are base + scale B A, rounded once; every other tensor is the same bytes.",
         probe="merge",
-        judge=judge_merge,
+        judge=contents.judge_merge,
         bars={"scale_tolerance": 1e-3, "most_rounding": 1.0},  # a merge by 1% too much is ten times that tolerance
     ),
     Claim(
         name="merged_against_adapter",
         statement="The merged weights predict what the adapter on the original 16-bit base predicts.",
         probe="divergence",
-        judge=judge_merged_against_adapter,
+        judge=predictions.judge_merged_against_adapter,
         bars={
             # Merging rounds every changed weight to 16 bits: it may lose no more than the finest quantisation does.
             "mean_kl_nats": KL_BARS["q8_0"],
@@ -78,7 +64,7 @@ CLAIMS: tuple[Claim, ...] = (
             name=f"divergence_{kind}",
             statement=f"The {kind} file predicts what the merged weights predict: mean KL below {bar:g} nats.",
             probe="divergence",
-            judge=partial(judge_file, kind=kind),
+            judge=partial(predictions.judge_file, kind=kind),
             bars={"mean_kl_nats": bar, "confidence": CONFIDENCE},
         )
         for kind, bar in KL_BARS.items()
@@ -87,20 +73,20 @@ CLAIMS: tuple[Claim, ...] = (
         name="chain",
         statement="From base to the smallest file the held-out loss is known, and the adapter improved it.",
         probe="divergence",
-        judge=judge_chain,
+        judge=predictions.judge_chain,
         bars={"confidence": CONFIDENCE},
     ),
     Claim(
         name="greedy",
         statement="Greedy answers of the f16 file are those of the merged weights, token by token.",
         probe="divergence",
-        judge=judge_greedy,
+        judge=predictions.judge_greedy,
     ),
     Claim(
         name="lora_route",
         statement="Base and LoRA as GGUF files of their own predict what the merged model predicts.",
         probe="divergence",
-        judge=judge_lora_route,
+        judge=predictions.judge_lora_route,
         bars={
             "to_adapter_kl_nats": KL_BARS["f16"],  # the same numbers in float32, but for llama.cpp's float16 products
             "to_merged_kl_nats": KL_BARS["q8_0"],
@@ -111,32 +97,32 @@ CLAIMS: tuple[Claim, ...] = (
         name="tokens",
         statement="llama.cpp reads text as the tokenizer does, composed text (NFC) provided.",
         probe="tokens",
-        judge=judge_tokens,
+        judge=contents.judge_tokens,
         bars={"least_strings": 200},
     ),
     Claim(
         name="template",
         statement="The chat template in the file gives the tokenizer's text and ids.",
         probe="tokens",
-        judge=judge_template,
+        judge=contents.judge_template,
     ),
     Claim(
         name="specials",
         statement="BOS, EOS and padding are the tokenizer's.",
         probe="tokens",
-        judge=judge_specials,
+        judge=contents.judge_specials,
     ),
     Claim(
         name="modelfile",
         statement="The Modelfile is valid and its template renders the tokenizer's text.",
         probe="tokens",
-        judge=judge_modelfile,
+        judge=contents.judge_modelfile,
     ),
     Claim(
         name="provenance",
         statement="Each artefact, from corpus to GGUF, is by its SHA-256 what the records say.",
         probe="provenance",
-        judge=judge_provenance,
+        judge=contents.judge_provenance,
     ),
 )
 

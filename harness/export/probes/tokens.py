@@ -17,6 +17,7 @@ import argparse
 import re
 import sys
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from harness.export.probes.tokenizer_strings import CONVERSATIONS, awkward_strin
 from harness.measurement.probe_main import probe_main
 
 _MOST_SHOWN = 20  # differences
+_Tokenize = Callable[[list[str]], list[list[int]]]  # ids of each text
 
 
 def compare_tokens(run_dir: Path, gguf: Path, modelfile: Path | None = None) -> TokensAnswer:
@@ -64,15 +66,15 @@ def compare_tokens(run_dir: Path, gguf: Path, modelfile: Path | None = None) -> 
         modes = {}
         for mode, special in (("control tokens named", True), ("plain text", False)):
 
-            def ids_here(texts: list[str], special: bool = special) -> list[list[int]]:
+            def tokenizer_ids(texts: list[str], special: bool = special) -> list[list[int]]:
                 if special:
                     return [list(tokenizer(text)["input_ids"]) for text in texts]
                 return [encoder.ids_and_ends(text, plain=True)[0].tolist() for text in texts]
 
-            def ids_there(texts: list[str], special: bool = special) -> list[list[int]]:
+            def llama_cpp_ids(texts: list[str], special: bool = special) -> list[list[int]]:
                 return list(ask("tokenize", {"texts": texts, "special": special})["ids"])
 
-            modes[mode] = _compare_strings(strings, ids_here, ids_there, ends)
+            modes[mode] = _compare_strings(strings, tokenizer_ids, llama_cpp_ids, ends)
         conversations = _compare_conversations(tokenizer, ask)
     return {
         "run": {"adapter_sha256": run.adapter_sha256, "tokenizer_sha256": run.inputs.tokenizer_sha256},
@@ -85,22 +87,25 @@ def compare_tokens(run_dir: Path, gguf: Path, modelfile: Path | None = None) -> 
     }
 
 
-def _compare_strings(strings: dict[str, list[str]], ids_here: Any, ids_there: Any, ends: list[str]) -> StringsAnswer:
+def _compare_strings(
+    strings: dict[str, list[str]], tokenizer_ids: _Tokenize, llama_cpp_ids: _Tokenize, ends: list[str]
+) -> StringsAnswer:
     """By kind of string: how many, how many equal; and what differs without being a known exception."""
     by_kind: dict[str, KindOfStrings] = {}
     differences: list[DifferentString] = []
     num_differing = 0
     for kind, texts in strings.items():
         composed = [unicodedata.normalize("NFC", text) for text in texts]
-        here, there = ids_here(texts), ids_there(texts)
-        there_composed = ids_there(composed)
+        wanted_ids, found_ids, composed_ids = tokenizer_ids(texts), llama_cpp_ids(texts), llama_cpp_ids(composed)
         row: KindOfStrings = {"num_strings": len(texts), "num_equal": 0, "num_not_nfc": 0, "num_end_of_turn": 0}
-        for text, nfc, wanted, found, found_composed in zip(texts, composed, here, there, there_composed, strict=True):
+        for text, nfc, wanted, found, found_composed in zip(
+            texts, composed, wanted_ids, found_ids, composed_ids, strict=True
+        ):
             if wanted == found:
                 row["num_equal"] += 1
             elif text != nfc and wanted == found_composed:
                 row["num_not_nfc"] += 1
-            elif any(end in text for end in ends) and _equal_between(nfc, ends, ids_here, ids_there):
+            elif any(end in text for end in ends) and _equal_between(nfc, ends, tokenizer_ids, llama_cpp_ids):
                 row["num_end_of_turn"] += 1
             else:
                 num_differing += 1
@@ -111,10 +116,10 @@ def _compare_strings(strings: dict[str, list[str]], ids_here: Any, ids_there: An
     return {"by_kind": by_kind, "num_differing": num_differing, "differences": differences[:_MOST_SHOWN]}
 
 
-def _equal_between(text: str, ends: list[str], ids_here: Any, ids_there: Any) -> bool:
-    """Whether both read the text alike where what llama.cpp takes for an end of turn is cut out of it."""
+def _equal_between(text: str, ends: list[str], tokenizer_ids: _Tokenize, llama_cpp_ids: _Tokenize) -> bool:
+    """Whether both read the pieces of the text between its ends of turn alike."""
     pieces = re.split("|".join(map(re.escape, ends)), text)
-    return bool(ids_here(pieces) == ids_there(pieces))
+    return tokenizer_ids(pieces) == llama_cpp_ids(pieces)
 
 
 def _compare_conversations(tokenizer: Any, ask: Any) -> list[Conversation]:
