@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,21 @@ from pydantic import BaseModel, FiniteFloat, ValidationError
 
 from forge.training.system.errors import CheckError, ConfigurationError, DataError, ForgeError
 from forge.training.system.files import atomic_file, read_json_object, refuse_existing, sha256_file
-from harness.pytest_plugin import NO_GPU, gpu_name
 from harness.recorder import NO_UNIT
 
 ROOT = Path(__file__).resolve().parents[1]  # `pytest-benchmark compare` finds its hooks in ./conftest.py alone
 
+NO_GPU = "no GPU"
+
 # What must be equal for two values under one name to be one quantity. The plan may differ: that is what one compares.
 _IDENTITY = ("record_kind", "metric", "unit", "workload", "workload_sha256", "backend", "arm")
+
+
+def gpu_name(machine_info: Mapping[str, Any]) -> str:
+    """The GPU of a ``machine_info``, for people; :data:`NO_GPU` where it names none."""
+    gpu = machine_info.get("gpu")
+    name = gpu.get("name") if isinstance(gpu, dict) else None
+    return str(name) if name else NO_GPU
 
 
 class _Stats(BaseModel):
@@ -51,7 +59,7 @@ class Results(BaseModel):
     commit_info: dict[str, Any] = {}
     datetime: str
     benchmarks: list[Entry]
-    is_partial: bool = False  # what hooks.py keeps while the gate runs
+    is_partial: bool = False  # what pytest_plugin.py keeps while the gate runs
 
     def by_name(self) -> dict[str, Entry]:
         """Entries by their full name, which is unique (:func:`read_results`)."""
@@ -121,7 +129,7 @@ def _other_entries(old: Results, new: Results) -> Iterator[str]:
 
 
 def write_csv(old: Results, new: Results, path: Path) -> None:
-    """One line an entry with both medians in the entry's unit and the change in percent (empty where A is zero)."""
+    """One line per entry with both medians in the entry's unit and the change in percent (empty where A is zero)."""
     b = new.by_name()
     with atomic_file(path) as stream:
         writer = csv.writer(stream, lineterminator="\n")

@@ -21,12 +21,11 @@ import pytest
 
 from forge.training.system.environment import describe_gpu, package_version
 from forge.training.system.files import write_text
+from harness.compare import NO_GPU, gpu_name
 from harness.recorder import NO_UNIT
 
 if TYPE_CHECKING:
     from pytest_benchmark.session import BenchmarkSession
-
-NO_GPU = "no GPU"
 
 # Unit -> (what the table prints between "time in " and "s", factor)
 _SCALES = {"seconds": ("", 1.0), "bytes": ("mebibyte", 2.0**-20), "nats": ("nat", 1.0)}
@@ -275,10 +274,3 @@ def pytest_benchmark_compare_machine_info(machine_info: dict[str, Any], compared
     here, there = gpu_name(machine_info), gpu_name(compared_benchmark.get("machine_info") or {})
     if here != there:
         raise pytest.UsageError(f"the saved results are of another GPU: {there}; this machine has {here}")
-
-
-def gpu_name(machine_info: Mapping[str, Any]) -> str:
-    """The GPU of a ``machine_info``, for people; :data:`NO_GPU` where it names none."""
-    gpu = machine_info.get("gpu")
-    name = gpu.get("name") if isinstance(gpu, dict) else None
-    return str(name) if name else NO_GPU

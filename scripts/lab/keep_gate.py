@@ -19,8 +19,7 @@ from typing import Any
 
 from forge.training.system.errors import ForgeError
 from forge.training.system.files import read_json_object, write_json
-from harness.compare import read_results
-from harness.pytest_plugin import gpu_name
+from harness.compare import gpu_name, read_results
 
 ROOT = Path(__file__).resolve().parents[2]
 MEASURED = ("runs", "probes")  # never change once they are there
