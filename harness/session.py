@@ -39,7 +39,7 @@ class Session:
     run_seconds: float = TIME_LIMIT_SECONDS
     announce: Callable[[str], None] = lambda line: None
     run_one: Run = run_once
-    _answers: dict[tuple[str, ...], dict[str, Any] | ForgeError | None] = field(default_factory=dict)
+    _answers: dict[tuple[Any, ...], dict[str, Any] | ForgeError | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.train.is_file():
@@ -114,7 +114,7 @@ class Session:
         Asked once a session: a failure is raised again rather than repeated. The other arguments are those of
         :func:`harness.measurement.probe.run_probe`. Raises :class:`ForgeError` with the probe's own exit code.
         """
-        asked = (module, backend, *arguments)
+        asked = (module, backend, is_alone, *arguments)  # a failure beside others is not that of a probe alone
         if self._answers.get(asked) is None:
             try:
                 self._answers[asked] = run_probe(

@@ -20,6 +20,10 @@ _COST_COLUMNS = ("documents", "tokens", "tokens_squared")
 _NORMAL_FROM_PAIRS = 10**6  # from here Student's t and the normal distribution agree to a few pairs in a million
 _MOST_PAIRS = 10**9  # nobody measures more; also keeps the search away from overflow
 
+# What more than one suite judges by.
+CONFIDENCE = 0.95  # of two-sided intervals
+LOSS_MARGIN_NATS = 0.01  # per token: held-out losses that differ by less are equally good
+
 
 @dataclass(frozen=True)
 class Interval:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from forge.training.config.workload import GateSection
 from harness.export import contents, predictions
 from harness.export.answers import Judged
+from harness.stats import CONFIDENCE, LOSS_MARGIN_NATS
 from harness.verdict import Verdict
 
 # Mean KL(merged weights in float32 || file) in nats per predicted token, on held-out text of a trained base.
@@ -18,8 +18,6 @@ from harness.verdict import Verdict
 # It grows with depth and width, so that on a large model the bar may say more of llama.cpp than of the export.
 KL_BARS = {"f16": 1e-6, "q8_0": 1e-3, "q4_k_m": 0.05}
 KINDS = tuple(KL_BARS)  # the GGUF types that this suite makes, in this order; greedy text and tokens are the first's
-LOSS_MARGIN_NATS = GateSection().equivalence_margin_nats  # of a held-out loss, as for the adapters themselves
-CONFIDENCE = 0.95  # of two-sided intervals over documents
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,15 @@
-"""The verdict on a rung of the parity ladder, in the words of the acceptance table."""
+"""The claims of the parity ladder: the name and the statement of each rung, and every bar that it is judged by.
+
+The judges import their bars from here. All bars were written down before the first measurement that they judge.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
-
-from harness.measurement.results import Outcome
-from harness.perf.claims import Status
+from harness.stats import LOSS_MARGIN_NATS
+from harness.verdict import Status, Verdict
 
 NAMES = {1: "inputs", 2: "first step", 3: "step equivalence", 4: "noise", 5: "trajectory", 6: "outcome"}
 STATEMENTS = {
@@ -18,49 +20,78 @@ STATEMENTS = {
     5: "Over a whole run the candidate's steps stay within the baseline's own rounding.",
     6: "The candidate's adapters judge held-out documents as well as the baseline's, within the margin.",
 }
+ARCHITECTURE_STATEMENT = "Rungs 1 to 3 hold on a base of this architecture too."
 
-_CANNOT_RUN = ("out_of_memory", "diverged", "timeout", "crashed", "no_record")  # the run's own fault
+# --------------------------------------------------------------------------------------------------------------------
+# Rungs 2 and 3: one step
+
+MOST_ERROR = 1.5  # the candidate's error, as a multiple of the baseline's
+LEAST_COSINE = 0.99  # of every gradient matrix with the float32 reference's
+# How far other documents' losses may move when one document is replaced, as a multiple of what measuring the same twice
+# moves. Where that is not zero, a replaced document adds as much again: the largest of some dozen such differences is
+# not three times that of others. A leak is a hundred times it; where nothing varies the bar is 0.
+MOST_UNSTEADINESS = 3.0
+STEP_BARS = (MOST_ERROR, LEAST_COSINE, MOST_UNSTEADINESS)
+
+# --------------------------------------------------------------------------------------------------------------------
+# Rungs 4 and 5: a whole run
+
+LEAST_STEPS = 100
+LEAST_RUNS = 6  # different ones: with fewer, Student's limit is too wide to see anything
+FALSE_ALARM = 0.02  # of a sound candidate, shared by four limits: peak and drift of two quantities
+LIMIT_ALPHA = FALSE_ALARM / 4
+LARGER_ROUNDING = MOST_ERROR  # what rung 2 lets pass must not fail here: the candidate's errors, times the baseline's
+NUM_SMOOTHED_STEPS = 15  # the spread at a step is that of its neighbourhood: of one step it is known from n values only
+SHARE_OF_ALL_STEPS = 0.25  # of a step's variance: at the first steps, before noise grows, layouts agree too well
+MOST_PEAK = 2.0  # the limit of a peak, as a multiple of the largest that the baseline's runs show
+FAULT = ("learning_rate", 1.1)  # of the optimizer: a fault that rung 5 must see to prove anything
+
+# --------------------------------------------------------------------------------------------------------------------
+# Rungs 5 and 6: the same schedule in every run
+
+SAME_LEARNING_RATE = 1e-9  # relative: schedules are computed in float64, by the same formula
+
+# --------------------------------------------------------------------------------------------------------------------
+# Rung 6: held-out documents
+
+MARGIN_NATS = LOSS_MARGIN_NATS
+LEAST_SEEDS = 5
+MOST_SEEDS = 20  # beyond it the spread is too large for the margin, and the workload wants changing
+ALPHA = 0.05
+POWER = 0.9  # of the test where there is no difference, if the spread is at its upper limit
+PILOT_CONFIDENCE = 0.8  # of the upper limit that the spread of so few pilot seeds is given (Browne 1995)
 
 
-class Rung(BaseModel):
-    """What was found on a rung. ``figures`` is plain JSON, of the rung's own make: what a report shows of it.
+class Unmeasured(Exception):
+    """What a claim is judged from is missing. ``status`` and the message are the verdict then."""
 
-    PASS, FAIL and INCONCLUSIVE as for claims; INCOMPLETE: not measured, or the rung below is no PASS.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    number: Annotated[int, Field(ge=1, le=6)]
-    status: Status
-    reason: str
-    figures: dict[str, Any] = Field(default_factory=dict)
-    run_ids: list[str] = Field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        """The rung's name, as in :data:`NAMES`."""
-        return NAMES[self.number]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-safe, with name and statement, for an entry's ``verdict``."""
-        words = {"name": self.name, "statement": STATEMENTS[self.number]}
-        return {"number": self.number, **words, **self.model_dump(mode="json", exclude={"number"})}
+    def __init__(self, status: Status, reason: str) -> None:
+        super().__init__(reason)
+        self.status: Status = status
 
 
-def blocked_by(below: Rung, number: int) -> Rung:
-    """The verdict on rung ``number`` where ``below``, the lowest that was missed, did not pass."""
-    why = f"rung {below.number} ({below.name}) is {below.status}, and each rung stands on those below"
-    return Rung(number=number, status="INCOMPLETE", reason=f"{why}: {below.reason}")
-
-
-def not_completed(number: int, outcome: Outcome, role: str, run_ids: list[str]) -> Rung:
-    """What a run that did not complete means: for the candidate failure, for the baseline nothing to compare with."""
-    why = f"{outcome.spec.label()} [{outcome.run_id}]: {outcome.status}" + (
-        f": {outcome.message}" if outcome.message else ""
+def verdict_on(
+    rung: int, status: Status, reason: str, figures: dict[str, Any] | None = None, run_ids: Sequence[str] = ()
+) -> Verdict:
+    """The verdict on a rung, 1 to 6. ``figures``: plain JSON of the rung's own; its number is added as ``rung``."""
+    return Verdict(
+        name=NAMES[rung],
+        statement=STATEMENTS[rung],
+        status=status,
+        reason=reason,
+        figures={"rung": rung, **(figures or {})},
+        run_ids=list(run_ids),
     )
-    if outcome.status not in _CANNOT_RUN:
-        return Rung(number=number, status="INCOMPLETE", reason=why, run_ids=run_ids)
-    if role == "candidate":
-        return Rung(number=number, status="FAIL", reason=f"the candidate cannot run this: {why}", run_ids=run_ids)
-    reason = f"the baseline cannot run this: {why}"
-    return Rung(number=number, status="INCONCLUSIVE", reason=reason, run_ids=run_ids)
+
+
+def verdict_on_architecture(
+    model_type: str, status: Status, reason: str, figures: dict[str, Any] | None = None
+) -> Verdict:
+    """The verdict on rungs 1 to 3 with the ladder's base as a ``model_type``."""
+    return Verdict(
+        name=f"rungs 1 to 3 as {model_type}",
+        statement=ARCHITECTURE_STATEMENT,
+        status=status,
+        reason=reason,
+        figures=figures or {},
+    )

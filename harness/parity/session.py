@@ -1,56 +1,60 @@
-"""One session of the parity ladder: its runs and verdicts, as they are asked for.
+"""What every rung of the parity ladder stands on: its runs and probes, its documents and its base.
 
-A rung is judged once its predecessor has passed, from runs that the store has or that are made now. What a session
-has no time for is INCOMPLETE; the next session goes on from the store.
+Runs and probes come from the store or are made now, several side by side. What a session has no time for is made in a
+later one. The rungs themselves are in rungs.py.
 """
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from forge.training.backends import Backend
-from forge.training.config.workload import GateSection, load_workload
-from forge.training.system.errors import CheckError, ForgeError, MachineError
+from forge.training.backends import Backend, load_plan
+from forge.training.config.workload import load_workload
+from forge.training.system.errors import ForgeError, MachineError
 from harness.documents import write_documents
-from harness.measurement.probe import run_probe
+from harness.measurement.metrics import WorkMismatch, check_same_work, training_steps
 from harness.measurement.results import Outcome, RunSpec, Store
-from harness.measurement.runner import TIME_LIMIT_SECONDS, run_once
-from harness.measurement.trial import Run, run_single
-from harness.parity.claims import Rung, blocked_by
-from harness.parity.durations import Durations, micro_batch
+from harness.parity.claims import SAME_LEARNING_RATE
 from harness.parity.side_by_side import Job, run_side_by_side
 from harness.parity.suite import (
     BASELINE,
     CANDIDATE,
     CORES_LEFT,
     DOCUMENTS_SIDE_BY_SIDE,
+    EVALUATION_EXPECTED_SECONDS,
     LAYOUTS,
+    MICRO_BATCH_EXPECTED_SECONDS,
     MOST_SIDE_BY_SIDE,
     NUM_POSITIONS,
     PROBE_EXPECTED_SECONDS,
     PROBE_SECONDS,
+    RUN_EXPECTED_SECONDS,
     STEP_LAYOUTS,
     WORKLOAD,
 )
+from harness.session import Session
 from harness.trained_base import BASE, shared_folder, trained_base
+from harness.verdict import Verdict
+
+ProbeCall = tuple[Backend, tuple[str, ...]]  # whose interpreter, and the arguments
 
 
 @dataclass
 class Ladder:
-    """One session. ``train``: the gate's documents; ``deadline``: on :func:`time.monotonic`'s clock.
+    """One session's ladder. ``base``: a name that `forge base` knows, or a directory.
 
-    ``base``: a name or directory. ``measures``: whether runs may be made; if not, verdicts rest on what the store has.
-    ``layouts``: plans of the baseline's runs on rung 4. ``num_side_by_side``: processes at a time; 1: one after the
-    other, each alone. ``overrides``: of the workload, for all arms alike.
+    ``step_layouts``: the candidate's, on rungs 2 and 3. ``layouts``: of the baseline's runs on rung 4.
+    ``num_side_by_side``: processes at a time; 1: one after the other, each alone. ``overrides``: of the workload, for
+    all arms alike. ``verdicts``: what rungs.py has judged so far, by number.
     """
 
-    store: Store
-    train: Path
+    session: Session
     base: str = BASE
     baseline: Backend = BASELINE
     candidate: Backend = CANDIDATE
@@ -59,87 +63,78 @@ class Ladder:
     layouts: tuple[tuple[str, ...], ...] = LAYOUTS
     num_side_by_side: int = max(1, min(MOST_SIDE_BY_SIDE, len(os.sched_getaffinity(0)) - CORES_LEFT))
     overrides: tuple[str, ...] = ()
-    deadline: float | None = None
-    measures: bool = True
-    run: Run = run_once
-    time_limit_seconds: float = TIME_LIMIT_SECONDS
-    announce: Callable[[str], None] = lambda line: None
-    _verdicts: dict[int, Rung] = field(default_factory=dict)
-    _missed: dict[int, Rung] = field(default_factory=dict)
-    _failed: set[Any] = field(default_factory=set)  # probes that failed beside others
+    verdicts: dict[int, Verdict] = field(default_factory=dict)
 
     # ----------------------------------------------------------------------------------------------------------------
-    # Verdicts
+    # What all runs share
 
-    def verdict(self, number: int) -> Rung:
-        """The verdict on a rung, judged once a session; INCOMPLETE where one below is no PASS."""
-        if number not in self._verdicts:
-            below = self.verdict(number - 1) if number > 1 else None
-            if below is not None and below.status != "PASS":
-                self._missed[number] = self._missed.get(number - 1, below)  # the lowest, not a chain of reasons
-                self._verdicts[number] = blocked_by(self._missed[number], number)
-            else:
-                self._verdicts[number] = self._judge(number)
-        return self._verdicts[number]
+    @property
+    def folder(self) -> Path:
+        """For documents, bases and tensors: beside the store and not in it, because a store may be committed."""
+        return shared_folder(self.session.store)
 
-    def _judge(self, number: int) -> Rung:
-        from harness.parity.first_step import judge as first_step
-        from harness.parity.outcome import judge as outcome
-        from harness.parity.trajectory import judge as trajectory  # they know the ladder
+    def judged_path(self, name: str) -> Path:
+        """Where the store keeps what was judged, or fixed before a test."""
+        return self.session.store.directory / "parity" / f"{name}.json"
 
-        judges: dict[int, Callable[[Ladder], Rung]] = {
-            1: first_step.judge_inputs,
-            2: first_step.judge_first_step,
-            3: first_step.judge_step_equivalence,
-            4: trajectory.judge_noise,
-            5: trajectory.judge_trajectory,
-            6: outcome.judge_outcome,
-        }
-        try:
-            return judges[number](self)
-        except CheckError as error:  # other work, other weights: found, not failed to look
-            return Rung(number=number, status="FAIL", reason=str(error))
-        except ForgeError as error:
-            return Rung(number=number, status="INCOMPLETE", reason=str(error))
+    @cached_property
+    def documents(self) -> tuple[Path, Path]:
+        """The documents trained on, and those held out."""
+        return write_documents(self.session.train, self.folder)
+
+    @cached_property
+    def base_dir(self) -> Path:
+        """The base's directory, made now if need be (`small`: some minutes on a GPU), alike on every machine of a kind.
+
+        By its directory and not its name a base is in the key of every run by content: one with other weights, as
+        another kind of machine would train it, begins the ladder anew.
+        """
+        session = self.session
+        directory = trained_base(self.base, session.store, measures=session.measures, announce=session.announce)
+        if directory is None:
+            raise MachineError(
+                f"the base {self.base} is not made, and this session leaves the ladder out",
+                remedy="leave parity in --gate-only, or leave that option out",
+            )
+        return directory
 
     # ----------------------------------------------------------------------------------------------------------------
-    # Measuring
+    # Probes and runs
+
+    @property
+    def may_prefetch(self) -> bool:
+        """Whether something is measured before it is asked for: only where processes run side by side."""
+        return self.num_side_by_side > 1 and self.session.measures
 
     def probes(
-        self, name: str, asked: Sequence[tuple[Backend, tuple[str, ...]]], *, is_prefetch: bool = False
-    ) -> list[Any]:
-        """What ``harness.parity.probes.NAME`` answers in a process for each backend and arguments; ``None``: no time.
+        self, name: str, calls: Sequence[ProbeCall], *, is_prefetch: bool = False
+    ) -> list[dict[str, Any] | ForgeError | None]:
+        """What ``harness.parity.probes.NAME`` answers to each call; ``None``: not measured.
 
         A probe that failed is the :class:`ForgeError` that says so. Several run side by side, and one that fails there
-        once more alone: then, not in a prefetch, it is believed.
+        is run again alone: only that failure is believed. ``is_prefetch``: such a failure is left for later.
         """
 
-        def job(one: tuple[Backend, tuple[str, ...]], is_alone: bool) -> Job[dict[str, Any] | None]:
+        def job(call: ProbeCall, is_alone: bool) -> Job[dict[str, Any] | None]:
             return Job(
-                lambda: run_probe(
+                lambda: self.session.probe(
                     f"harness.parity.probes.{name}",
-                    *one,
-                    self.store,
-                    time_limit_seconds=PROBE_SECONDS,
-                    deadline=self.deadline if self.measures else 0.0,
-                    announce=self.announce,
+                    *call,
                     expected_seconds=PROBE_EXPECTED_SECONDS,
+                    limit_seconds=PROBE_SECONDS,
                     is_alone=is_alone,
                 )
             )
 
-        most = self.num_side_by_side
-        beside = [one for one in dict.fromkeys(asked) if one not in self._failed]
-        with self.store.lock():
-            results = run_side_by_side([job(one, most == 1) for one in beside], most=most, room=most)
-            found = dict(zip(beside, results, strict=True))
-            if most > 1:
-                self._failed |= {one for one, result in found.items() if isinstance(result, ForgeError)}
-                if not is_prefetch:
-                    alone = [one for one in dict.fromkeys(asked) if one in self._failed]
-                    again = run_side_by_side([job(one, True) for one in alone], most=1, room=1)
-                    found.update(zip(alone, again, strict=True))
-        return [found.get(one) for one in asked]
+        most, distinct = self.num_side_by_side, list(dict.fromkeys(calls))
+        with self.session.store.lock():
+            beside = run_side_by_side([job(call, most == 1) for call in distinct], most=most, memory=most)
+            answers = dict(zip(distinct, beside, strict=True))
+            if most > 1 and not is_prefetch:
+                again = [call for call, answer in answers.items() if isinstance(answer, ForgeError)]
+                alone = run_side_by_side([job(call, True) for call in again], most=1, memory=1)
+                answers.update(zip(again, alone, strict=True))
+        return [answers[call] for call in calls]
 
     def spec(
         self,
@@ -151,7 +146,7 @@ class Ladder:
         evaluate: bool = False,
         float32_adapter: bool = False,
     ) -> RunSpec:
-        """A run of the ladder's workload."""
+        """A run of the ladder's workload. ``plan`` and ``changes``: ``key=value`` of the plan and of the workload."""
         train, validation = self.documents
         overrides = (
             f"model.path={self.base_dir}",
@@ -171,18 +166,11 @@ class Ladder:
         )
 
     def outcome(self, spec: RunSpec, *, beside_others: bool = False) -> Outcome | None:
-        """The run of ``spec``, from the store or made now; ``None``: neither.
-
-        Whether there is time: durations.py.
-        """
-        outcome = run_single(
+        """The run of ``spec``, from the store or made now; ``None``: not measured."""
+        outcome = self.session.run(
             spec,
-            self.store,
-            deadline=self.deadline if self.measures else 0.0,
-            run=partial(self.run, is_alone=False) if beside_others else self.run,
-            time_limit_seconds=self.time_limit_seconds,
-            unseen_seconds=self._durations.expected_seconds(spec),
-            announce=self.announce,
+            expected_seconds=self._durations.expected_seconds(spec),
+            run=partial(self.session.run_one, is_alone=False) if beside_others else None,
         )
         if outcome is not None:
             self._durations.note(outcome)
@@ -191,60 +179,81 @@ class Ladder:
     def prefetch(self, specs: Sequence[RunSpec]) -> None:
         """Make what the store lacks of ``specs``, side by side; one that finds no memory beside others is made later.
 
-        Whether they count is for the rungs to say, each of which stands on the one below: nothing is judged here.
+        Nothing is judged here: whether these runs count is for the rungs to say.
         """
-        if self.num_side_by_side == 1 or not self.measures:
+        if not self.may_prefetch:
             return
-
         longest_first = sorted(specs, key=self._durations.expected_seconds, reverse=True)
-        with self.store.lock():
-            jobs = [Job(partial(self.outcome, spec, beside_others=True), micro_batch(spec)) for spec in longest_first]
-            found = run_side_by_side(jobs, most=self.num_side_by_side, room=DOCUMENTS_SIDE_BY_SIDE)
-        for error in found:
+        with self.session.store.lock():
+            jobs = [Job(partial(self.outcome, spec, beside_others=True), _micro_batch(spec)) for spec in longest_first]
+            results = run_side_by_side(jobs, most=self.num_side_by_side, memory=DOCUMENTS_SIDE_BY_SIDE)
+        for error in results:
             if isinstance(error, ForgeError):
                 raise error
 
     def outcomes(self, specs: Sequence[RunSpec]) -> list[Outcome]:
         """The runs of ``specs`` up to the first that is missing or failed, which is included if it failed."""
         self.prefetch(specs)
-        found: list[Outcome] = []
+        outcomes: list[Outcome] = []
         for spec in specs:
             outcome = self.outcome(spec)
             if outcome is None:
                 break
-            found.append(outcome)
+            outcomes.append(outcome)
             if outcome.status != "completed":
                 break
-        return found
+        return outcomes
 
     @cached_property
-    def _durations(self) -> Durations:
-        return Durations(self.store)
+    def _durations(self) -> _Durations:
+        return _Durations(self.session.store)
 
-    # ----------------------------------------------------------------------------------------------------------------
-    # What all runs share
 
-    @cached_property
-    def gate(self) -> GateSection:
-        """What the workload fixes of rung 6."""
-        return load_workload(WORKLOAD, self.overrides).gate
+class _Durations:
+    """How long a run takes: the longest of its arm, micro-batch and evaluation so far, else by its micro-batches."""
 
-    @cached_property
-    def documents(self) -> tuple[Path, Path]:
-        """What is trained on and what is held out."""
-        return write_documents(self.train, shared_folder(self.store))
+    def __init__(self, store: Store) -> None:
+        self._longest: dict[tuple[str, int, bool], float] = {}
+        for outcome in store.outcomes():
+            if Path(outcome.spec.workload).stem == WORKLOAD:
+                self.note(outcome)
 
-    @cached_property
-    def base_dir(self) -> Path:
-        """The base's directory, made now if need be (`small`: some minutes on a GPU), alike on every machine of a kind.
+    def note(self, outcome: Outcome) -> None:
+        """Take a run into account; one that left no record says nothing."""
+        if outcome.record is not None and outcome.status == "completed":
+            size = int(outcome.record["plan"].get("micro_batch", 1))
+            kind = (outcome.spec.backend, size, outcome.spec.evaluate)
+            self._longest[kind] = max(self._longest.get(kind, 0.0), outcome.wall_seconds)
 
-        By its directory and not its name a base is in the key of every run by content: one with other weights, as
-        another kind of machine would train it, begins the ladder anew.
-        """
-        directory = trained_base(self.base, self.store, measures=self.measures, announce=self.announce)
-        if directory is None:
-            raise MachineError(
-                f"the base {self.base} is not made, and this session leaves the ladder out",
-                remedy="leave parity in --gate-only, or leave that option out",
+    def expected_seconds(self, spec: RunSpec) -> float:
+        """Of a run that has not been made."""
+        size = _micro_batch(spec)
+        longest = self._longest.get((spec.backend, size, spec.evaluate))
+        if longest is not None:
+            return longest
+        training = load_workload(spec.workload, spec.overrides).training
+        num_micro_batches = (training.max_steps or 0) * (training.effective_batch // size)
+        seconds = RUN_EXPECTED_SECONDS + MICRO_BATCH_EXPECTED_SECONDS * num_micro_batches
+        return seconds + EVALUATION_EXPECTED_SECONDS * spec.evaluate
+
+
+def _micro_batch(spec: RunSpec) -> int:
+    """Documents per micro-batch, by workload and plan."""
+    return load_plan(load_workload(spec.workload, spec.overrides), spec.backend, spec.plan_overrides).micro_batch
+
+
+def check_same_run(first: Outcome, second: Outcome) -> None:
+    """Raise :class:`WorkMismatch` with both values where work or the learning rate of a step differs or is missing.
+
+    Rung 1 compares the optimizers and schedulers that the trainers hold before the first step; this is what became of
+    them in the runs of rungs 4 to 6.
+    """
+    check_same_work(first, second)
+    sides: list[list[Any]] = [[step.get("learning_rate") for step in training_steps(run)] for run in (first, second)]
+    for number, (a, b) in enumerate(zip(*sides, strict=True), 1):
+        if a is None or b is None or not math.isclose(a, b, rel_tol=SAME_LEARNING_RATE):
+            runs = " | ".join(f"{run.spec.label()} [{run.run_id}]" for run in (first, second))
+            raise WorkMismatch(
+                f"not the same schedule: {runs}\n  learning_rate, step {number}: {a} | {b}",
+                remedy="look at the optimizer's settings of both arms (rung 1 lists them)",
             )
-        return directory

@@ -1,7 +1,7 @@
-"""Processes beside one another on one GPU: they may, where numbers count and not seconds.
+"""Processes side by side on one GPU: allowed where what they compute counts and not how long it takes.
 
 A small model's process keeps a GPU busy for a tenth of its time: the rest is imports, and kernels being launched one
-after the other. Nothing that a process computes depends on its neighbours, so a ladder of some forty processes takes a
+after the other. Nothing that a process computes depends on the others, so a ladder of some forty processes takes a
 quarter of the time. Speed and memory are never measured so (harness/measurement/trial.py).
 """
 
@@ -19,16 +19,16 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Job(Generic[Result]):
-    """``weight``: its share of the GPU's memory, in the unit of ``room`` below."""
+    """``weight``: its share of the GPU's memory, in the unit of ``memory`` below."""
 
     call: Callable[[], Result]
     weight: int = 1
 
 
-def run_side_by_side(jobs: Sequence[Job[Result]], *, most: int, room: int) -> list[Result | ForgeError]:
+def run_side_by_side(jobs: Sequence[Job[Result]], *, most: int, memory: int) -> list[Result | ForgeError]:
     """Each job's result, or the :class:`ForgeError` that it raised; any other error is raised here.
 
-    Jobs begin in order, at most ``most`` at a time and never weighing more than ``room`` together (but one always may).
+    Jobs begin in order, at most ``most`` at a time and never weighing more than ``memory`` together (one may alone).
     """
     results: list[Result | ForgeError | None] = [None] * len(jobs)
     bugs: list[BaseException] = []
@@ -48,7 +48,7 @@ def run_side_by_side(jobs: Sequence[Job[Result]], *, most: int, room: int) -> li
 
     def may_begin(index: int) -> bool:
         weight = jobs[index].weight + sum(jobs[other].weight for other in running)
-        return not running or (len(running) < most and weight <= room)
+        return not running or (len(running) < most and weight <= memory)
 
     for index in range(len(jobs)):
         with ended:

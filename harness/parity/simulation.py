@@ -1,8 +1,8 @@
-"""How often rungs 5 and 6 are wrong, on trajectories and seeds whose truth is known.
+"""How often rungs 5 and 6 decide wrongly, on trajectories and seeds whose truth is known.
 
-``python -m harness.parity.simulation`` prints the figures of ARCHITECTURE.md as Markdown (minutes, one core, seeded).
-It calls the functions that judge real runs. ``--recorded FILE``: also the share of real faults, weakened, that the
-bands of recorded runs would see (tests/data/parity_trajectories.json).
+``python -m harness.parity.simulation`` prints the tables of docs/parity.md as Markdown (minutes on one core; seeded, so
+that they are the same every time). It calls the functions that judge real runs. With ``--recorded FILE`` it also prints
+how many real faults, scaled down, the bands of recorded runs would see (tests/data/parity_trajectories.json).
 """
 
 from __future__ import annotations
@@ -15,18 +15,15 @@ from pathlib import Path
 
 import numpy as np
 
-from forge.training.config.workload import load_workload
+from harness.parity.claims import FALSE_ALARM, LARGER_ROUNDING, LEAST_SEEDS, LIMIT_ALPHA, MARGIN_NATS, MOST_SEEDS
 from harness.parity.outcome.judge import judge_differences, plan_seeds
-from harness.parity.suite import LAYOUTS, MOST_SEEDS, PILOT_SEEDS, WORKLOAD
-from harness.parity.trajectory.bands import LARGER_ROUNDING, Band, draw_band, hold_against
-from harness.parity.trajectory.judge import FALSE_ALARM
+from harness.parity.suite import LAYOUTS, PILOT_SEEDS
+from harness.parity.trajectory.bands import Band, compare_with_band, draw_band
+from harness.parity.trajectory.recorded import read_recorded
 
 SEED = 20261125
 NUM_STEPS = 150
 NUM_RUNS = len(LAYOUTS)
-_GATE = load_workload(WORKLOAD).gate
-MARGIN_NATS, LEAST_SEEDS = _GATE.equivalence_margin_nats, _GATE.min_seeds
-LIMIT_ALPHA = FALSE_ALARM / 4
 
 # Deviations of `runs` trajectories from what they have in common, shape (runs, NUM_STEPS), in any unit.
 Noise = Callable[[np.random.Generator, int], np.ndarray]
@@ -79,7 +76,7 @@ NOISES: dict[str, Noise] = {
 
 
 def false_alarms(rng: np.random.Generator, trials: int, noise: Noise, rounding: float) -> float:
-    """Share of sound candidates that leave a band, of two independent quantities (so all four limits).
+    """Share of sound candidates that leave a band of one of two independent quantities: all four limits together.
 
     ``rounding``: the candidate's deviations as a multiple of the baseline's.
     """
@@ -89,24 +86,21 @@ def false_alarms(rng: np.random.Generator, trials: int, noise: Noise, rounding: 
         for _ in range(2):
             runs = noise(rng, NUM_RUNS + 1)
             band = draw_band(runs[:-1], np.zeros((NUM_RUNS, NUM_STEPS)), LIMIT_ALPHA)
-            inside = hold_against(band, rounding * runs[-1]).is_inside and inside
+            inside = compare_with_band(band, rounding * runs[-1]).is_inside and inside
         alarms += not inside
     return alarms / trials
 
 
 def seen(bands: list[Band], sound: list[np.ndarray], effects: list[np.ndarray], strength: float) -> bool:
-    """Whether a fault shows: its ``effects`` (by quantity, shape (steps,)) times ``strength`` on top of sound runs."""
-    found = [
-        hold_against(band, run + strength * effect).is_inside
+    """Whether a fault is seen: its ``effects`` (by quantity, shape (steps,)) times ``strength`` on sound runs."""
+    return not all(
+        compare_with_band(band, run + strength * effect).is_inside
         for band, run, effect in zip(bands, sound, effects, strict=True)
-    ]
-    return not all(found)
+    )
 
 
 def recorded_power(path: Path, strengths: Iterable[float]) -> dict[str, list[float]]:
     """By fault, the share of recorded runs that show it at each strength; each run against the band of the others."""
-    from harness.parity.trajectory.recorded import read_recorded
-
     recorded = read_recorded(path)
     shares: dict[str, list[float]] = {}
     for fault, effects in recorded.effects().items():
@@ -123,22 +117,22 @@ def recorded_power(path: Path, strengths: Iterable[float]) -> dict[str, list[flo
 def outcome_rates(
     rng: np.random.Generator, trials: int, sd: float, true_differences: Iterable[float]
 ) -> tuple[Counter[int | None], list[float]]:
-    """Seeds that the pilot fixes, and PASS of the whole procedure (pilot, then test) at each true difference.
+    """How often the pilot fixes each number of seeds; share of PASS of pilot and test together, by true difference.
 
-    ``sd``: of the paired differences over seeds. A pilot that finds the workload too noisy is no PASS.
+    ``sd``: of the paired differences over seeds. A pilot that finds the workload too noisy is not a PASS.
     """
     counts: Counter[int | None] = Counter()
     differences = list(true_differences)
     passes = [0] * len(differences)
     for _ in range(trials):
         pilot = (sd * rng.standard_normal(len(PILOT_SEEDS))).tolist()
-        num_seeds = plan_seeds(pilot, MARGIN_NATS, least=LEAST_SEEDS, most=MOST_SEEDS).num_seeds
+        num_seeds = plan_seeds(pilot).num_seeds
         counts[num_seeds] += 1
         if num_seeds is None:
             continue
         noise = sd * rng.standard_normal(num_seeds)
         for index, difference in enumerate(differences):
-            passes[index] += judge_differences((noise + difference).tolist(), MARGIN_NATS)[0] == "PASS"
+            passes[index] += judge_differences((noise + difference).tolist())[0] == "PASS"
     return counts, [count / trials for count in passes]
 
 
@@ -152,7 +146,7 @@ def _percent(*shares: float) -> str:
 
 
 def report(trials: int, recorded: Path | None) -> Iterable[str]:
-    """The tables, one after the other."""
+    """The tables, as Markdown."""
     rng = np.random.default_rng([SEED, 6])
     truths = (0.0, 0.005, MARGIN_NATS, 1.25 * MARGIN_NATS)
     rows = []
@@ -170,9 +164,9 @@ def report(trials: int, recorded: Path | None) -> Iterable[str]:
     rng = np.random.default_rng([SEED, 5])
     few = max(100, trials // 4)
     yield _table(
-        f"Rung 5: sound candidates that fail, {NUM_RUNS} runs of {NUM_STEPS} steps, meant: at most {FALSE_ALARM:.0%};"
-        f" in percent of {few}",
-        ["noise", "rounding as the baseline's", f"{LARGER_ROUNDING:g} times the baseline's"],
+        f"Rung 5: sound candidates that fail, in percent of {few}; {NUM_RUNS} runs of {NUM_STEPS} steps; intended: at"
+        f" most {FALSE_ALARM:.0%}",
+        ["noise", "rounding equal to the baseline's", f"{LARGER_ROUNDING:g} times the baseline's"],
         (
             [name, *(_percent(false_alarms(rng, few, noise, rounding)) for rounding in (1.0, LARGER_ROUNDING))]
             for name, noise in NOISES.items()
@@ -181,7 +175,7 @@ def report(trials: int, recorded: Path | None) -> Iterable[str]:
     if recorded is not None:
         strengths = (1.0, 0.2, 0.1, 0.05, 0.02, 0.01)
         yield _table(
-            "Rung 5: recorded faults that are seen, in percent, at a share of their strength",
+            "Rung 5: recorded faults that are seen, in percent, by share of their full strength",
             ["fault", *(f"x {strength:g}" for strength in strengths)],
             ([fault, *map(_percent, shares)] for fault, shares in recorded_power(recorded, strengths).items()),
         )
@@ -190,11 +184,11 @@ def report(trials: int, recorded: Path | None) -> Iterable[str]:
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(prog="python -m harness.parity.simulation", description=__doc__)
-    parser.add_argument("--trials", type=int, default=10_000, help="simulated procedures a figure")
+    parser.add_argument("--trials", type=int, default=10_000, help="simulated procedures per figure")
     parser.add_argument("--recorded", type=Path, help="recorded trajectories with faults")
-    told = parser.parse_args()
-    for part in report(told.trials, told.recorded):
-        print(part, flush=True)
+    arguments = parser.parse_args()
+    for table in report(arguments.trials, arguments.recorded):
+        print(table, flush=True)
 
 
 if __name__ == "__main__":

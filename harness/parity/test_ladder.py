@@ -1,6 +1,6 @@
-"""The parity ladder: its six rungs, recorded and judged. What they measure: first_step, trajectory, outcome.
+"""The parity ladder: the verdicts on its six rungs, recorded and asserted. What they are: claims.py and rungs.py.
 
-Each stands on those below: one that is not reached is INCOMPLETE and red.
+Each rung stands on those below: one that is not reached is INCOMPLETE and red.
 """
 
 from __future__ import annotations
@@ -9,47 +9,49 @@ from typing import Any
 
 import pytest
 
-from harness.parity.architectures import ARCHITECTURES, judge_architecture
-from harness.parity.entries import hold, record
+from harness.conftest import Hold
+from harness.parity.rungs import architecture_verdict, verdict
 from harness.parity.session import Ladder
+from harness.parity.suite import ARCHITECTURES, WORKLOAD
 from harness.recorder import CLOCK
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(0)]  # the first test of a rung waits for its runs
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.timeout(0),  # the first test of a rung waits for its runs
+    pytest.mark.benchmark(group="parity", timer=CLOCK),
+]
 
 
-@pytest.mark.benchmark(group="parity", timer=CLOCK)
-def test_both_arms_train_the_same_numbers_with_the_same_settings(ladder: Ladder, benchmark: Any) -> None:
-    hold(ladder, benchmark, 1)
+def described(ladder: Ladder) -> dict[str, Any]:
+    """What an entry says of the ladder that it is of."""
+    arms = {"arm": ladder.candidate, "backend": ladder.candidate, "baseline": ladder.baseline}
+    return {"record_kind": "parity", "workload": WORKLOAD, **arms}
 
 
-@pytest.mark.benchmark(group="parity", timer=CLOCK)
-def test_the_candidates_first_step_is_as_near_to_float32_as_the_baselines(ladder: Ladder, benchmark: Any) -> None:
-    hold(ladder, benchmark, 2)
+def test_both_arms_train_the_same_numbers_with_the_same_settings(ladder: Ladder, hold: Hold) -> None:
+    hold(verdict(ladder, 1), metric="rung 1", **described(ladder))
 
 
-@pytest.mark.benchmark(group="parity", timer=CLOCK)
-def test_any_division_of_a_step_into_micro_batches_gives_the_same_gradient(ladder: Ladder, benchmark: Any) -> None:
-    hold(ladder, benchmark, 3)
+def test_the_candidates_first_step_is_as_near_to_float32_as_the_baselines(ladder: Ladder, hold: Hold) -> None:
+    hold(verdict(ladder, 2), metric="rung 2", **described(ladder))
 
 
-@pytest.mark.benchmark(group="parity", timer=CLOCK)
-def test_the_noise_of_the_baselines_own_rounding_is_known(ladder: Ladder, benchmark: Any) -> None:
-    hold(ladder, benchmark, 4)
+def test_any_division_of_a_step_into_micro_batches_gives_the_same_gradient(ladder: Ladder, hold: Hold) -> None:
+    hold(verdict(ladder, 3), metric="rung 3", **described(ladder))
 
 
-@pytest.mark.benchmark(group="parity", timer=CLOCK)
-def test_the_candidates_steps_stay_within_the_baselines_own_rounding(ladder: Ladder, benchmark: Any) -> None:
-    hold(ladder, benchmark, 5)
+def test_the_noise_of_the_baselines_own_rounding_is_known(ladder: Ladder, hold: Hold) -> None:
+    hold(verdict(ladder, 4), metric="rung 4", **described(ladder))
 
 
-@pytest.mark.benchmark(group="parity", timer=CLOCK)
-def test_the_candidates_adapters_are_as_good_as_the_baselines(ladder: Ladder, benchmark: Any) -> None:
-    hold(ladder, benchmark, 6)
+def test_the_candidates_steps_stay_within_the_baselines_own_rounding(ladder: Ladder, hold: Hold) -> None:
+    hold(verdict(ladder, 5), metric="rung 5", **described(ladder))
 
 
-@pytest.mark.benchmark(group="parity", timer=CLOCK)
+def test_the_candidates_adapters_are_as_good_as_the_baselines(ladder: Ladder, hold: Hold) -> None:
+    hold(verdict(ladder, 6), metric="rung 6", **described(ladder))
+
+
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_other_architectures_pass_the_first_three_rungs(ladder: Ladder, benchmark: Any, model_type: str) -> None:
-    found = judge_architecture(ladder, model_type)
-    record(ladder, benchmark, f"rungs 1 to 3 as {model_type}", found.to_dict(), [])
-    assert found.status == "PASS", f"{found.status}: {found.reason}"
+def test_other_architectures_pass_the_first_three_rungs(ladder: Ladder, hold: Hold, model_type: str) -> None:
+    hold(architecture_verdict(ladder, model_type), **described(ladder))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from harness.export import claims as export
-from harness.parity.architectures import ARCHITECTURES
 from harness.parity.claims import NAMES, STATEMENTS
+from harness.parity.suite import ARCHITECTURES
 from harness.reliability import claims as survival
 from harness.reliability.suite import BACKENDS
 

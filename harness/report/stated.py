@@ -25,7 +25,6 @@ class _Verdict(BaseModel):
     reason: str
     name: str | None = None
     statement: str | None = None
-    number: int | None = None
     figures: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -88,7 +87,9 @@ def _read(evidence: Evidence, entry: Entry) -> Stated:
     told = {"name": verdict.name or str(entry.info.get("metric") or entry.name), "run_ids": evidence.sources_of(entry)}
     told["entry"] = entry.name
     names = (str(entry.info.get("baseline") or "baseline"), str(entry.info.get("arm") or "candidate"))
-    return Stated(**{**verdict.model_dump(), **told}, names=names)
+    rung = verdict.figures.get("rung")
+    number = rung if isinstance(rung, int) else None
+    return Stated(**{**verdict.model_dump(), **told}, number=number, names=names)
 
 
 @contextmanager

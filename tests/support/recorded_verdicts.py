@@ -10,9 +10,8 @@ from typing import Any
 
 from harness.export.claims import CLAIMS as EXPORT_CLAIMS
 from harness.export.claims import KINDS
-from harness.parity.architectures import ARCHITECTURES, Found
-from harness.parity.claims import NAMES, Rung
-from harness.parity.suite import BASELINE, CANDIDATE
+from harness.parity.claims import NAMES, verdict_on, verdict_on_architecture
+from harness.parity.suite import ARCHITECTURES, BASELINE, CANDIDATE
 from harness.reliability.claims import CLAIMS as SURVIVAL_CLAIMS
 from harness.reliability.suite import BACKENDS
 from harness.verdict import Verdict, by_faults
@@ -41,9 +40,10 @@ def verdicts() -> Iterator[Info]:
 def _parity() -> Iterator[Info]:
     arms = {"workload": "parity", "arm": CANDIDATE, "backend": CANDIDATE, "baseline": BASELINE}
     for number in NAMES:
-        yield "parity", f"rung {number}", {**arms, "verdict": Rung(number=number, status="PASS", reason=SAID).to_dict()}
+        yield "parity", f"rung {number}", {**arms, "verdict": verdict_on(number, "PASS", SAID).to_dict()}
     for model_type in ARCHITECTURES:
-        yield "parity", f"rungs 1 to 3 as {model_type}", {**arms, "verdict": Found("PASS", SAID, {}).to_dict()}
+        verdict = verdict_on_architecture(model_type, "PASS", SAID)
+        yield "parity", verdict.name, {**arms, "verdict": verdict.to_dict()}
 
 
 def _divergence() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What rungs 1 to 3 ask of measured steps, one check each: a figure, its bar, and whether it holds."""
+"""The checks of rungs 1 to 3 on measured steps. Each is one number, its bar (claims.py), and whether it holds."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from harness.parity.claims import LEAST_COSINE, MOST_ERROR, MOST_UNSTEADINESS
 from harness.parity.first_step.compare import (
     MeasuredStep,
     check_same_step,
@@ -21,16 +22,10 @@ from harness.parity.first_step.compare import (
     token_error,
 )
 
-MOST_ERROR = 1.5  # times the baseline's
-LEAST_COSINE = 0.99
-# Where measuring the same twice gives two numbers, exchanging a document adds as much again: the largest of some dozen
-# such differences is not three times that of others. A leak is a hundred times it; where nothing varies the bar is 0.
-MOST_UNSTEADINESS = 3.0
-
 
 @dataclass(frozen=True)
 class Check:
-    """``value`` holds if it is at most ``bar``, or at least it for ``least``. ``more``: plain JSON beside it."""
+    """Holds if ``value`` is at most ``bar``, or with ``least`` at least ``bar``. ``more``: JSON for the report."""
 
     name: str
     value: float
@@ -40,7 +35,7 @@ class Check:
 
     @property
     def holds(self) -> bool:
-        """Whether it does; never for what is not a number."""
+        """Whether the check holds; never where value or bar is not a number."""
         return bool(self.value >= self.bar if self.least else self.value <= self.bar)
 
     def sentence(self) -> str:
@@ -57,9 +52,9 @@ class Check:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Check:
-        """What :meth:`to_dict` gave; null is not a number, and such a check does not hold."""
+        """A check from what :meth:`to_dict` gave; null becomes NaN, and such a check does not hold."""
         value, bar = (math.nan if content[name] is None else float(content[name]) for name in ("value", "bar"))
-        more = {name: it for name, it in content.items() if name not in ("name", "value", "bar", "least", "holds")}
+        more = {name: content[name] for name in content if name not in ("name", "value", "bar", "least", "holds")}
         return cls(str(content["name"]), value, bar, bool(content["least"]), more or None)
 
 
@@ -70,7 +65,7 @@ _IDENTITIES = (
 
 
 def differing_inputs(arms: list[dict[str, Any]]) -> list[str]:
-    """A line for each input or setting in which an arm differs from the first; ``arms``: what the probe answered."""
+    """One line per input or setting in which an arm differs from the first. ``arms``: what the probe answered."""
     lines = []
     first = arms[0]
     for other in arms[1:]:
@@ -90,19 +85,19 @@ def _short(value: Any) -> str:
     return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
 
 
-def _differing_weights(one: dict[str, Any], other: dict[str, Any]) -> str:
-    a, b = one.get("weights") or {}, other.get("weights") or {}
+def _differing_weights(first: dict[str, Any], other: dict[str, Any]) -> str:
+    a, b = first.get("weights") or {}, other.get("weights") or {}
     names = sorted(name for name in {*a, *b} if a.get(name) != b.get(name))
     return f" ({len(names)} tensors, first {names[0]})" if names else ""
 
 
 def first_step_checks(reference: MeasuredStep, baseline: MeasuredStep, candidate: MeasuredStep) -> list[Check]:
-    """Rung 2: as near to float32 as the baseline, every matrix in the reference's direction, nothing leaked."""
+    """Rung 2: errors against float32 at most :data:`MOST_ERROR` times the baseline's, the direction, no leak."""
     check_same_step(reference, baseline, candidate)
     name = candidate.name
     errors, allowed = document_errors(candidate, reference), document_errors(baseline, reference)
     worst = max(errors, key=lambda matrix: errors[matrix] / allowed[matrix] if allowed[matrix] else math.inf)
-    overall, bar = (over_matrices(list(found), found.__getitem__) for found in (errors, allowed))
+    overall, bar = (over_matrices(list(by_matrix), by_matrix.__getitem__) for by_matrix in (errors, allowed))
     tokens, tokens_allowed = token_error(candidate, reference), token_error(baseline, reference)
     checks = [
         Check(
@@ -123,30 +118,32 @@ def first_step_checks(reference: MeasuredStep, baseline: MeasuredStep, candidate
 
 
 def direction_check(reference: MeasuredStep, step: MeasuredStep) -> Check:
-    """Every matrix in the reference's direction; of a baseline too, for one that is not is no measure of others."""
+    """Cosine of every gradient matrix with the float32 reference's; the lowest counts.
+
+    Checked for the baseline too: the error of a baseline whose gradients point elsewhere is no bar for others.
+    """
     directions = cosines(step, reference)
     crooked = min(directions, key=directions.__getitem__)
     return Check(f"{step.name}, cosine of the gradient of {crooked}", directions[crooked], LEAST_COSINE, least=True)
 
 
 def leak_checks(step: MeasuredStep) -> list[Check]:
-    """Exchanging a document changes no other's loss, but for what measuring the same twice does; and changes its own.
+    """Replacing one document must change that document's losses and no other's, up to the noise from run to run.
 
-    Nothing where the first micro-batch holds one document: there is nobody to leak to.
+    No check where the first micro-batch holds one document: there is no other that it could leak to.
     """
     if "replaced_document" not in step.facts:
         return []
     once, twice, after = (step.small[name] for name in ("token_losses", "repeated_losses", "replaced_losses"))
-    looked = ~np.isnan(twice)
-    own = np.zeros_like(looked)
-    own[step.facts["replaced_document"]] = True
-    others = looked & ~own
-    unsteady = MOST_UNSTEADINESS * float(np.abs(twice - once)[looked].max())
-    leaked = float(np.abs(after - twice)[others].max())
-    changed = float(np.abs(after - twice)[looked & own].max())
+    is_measured = ~np.isnan(twice)
+    is_own = np.zeros_like(is_measured)
+    is_own[step.facts["replaced_document"]] = True
+    unsteady = MOST_UNSTEADINESS * float(np.abs(twice - once)[is_measured].max())
+    leaked = float(np.abs(after - twice)[is_measured & ~is_own].max())
+    changed = float(np.abs(after - twice)[is_measured & is_own].max())
     return [
-        Check(f"{step.name}, what other documents' losses gain or lose by an exchanged one, nats", leaked, unsteady),
-        Check(f"{step.name}, what its own do, nats", changed, np.nextafter(unsteady, np.inf), least=True),
+        Check(f"{step.name}, change of the other documents' losses when one is replaced, nats", leaked, unsteady),
+        Check(f"{step.name}, change of its own, nats", changed, np.nextafter(unsteady, np.inf), least=True),
     ]
 
 
@@ -166,7 +163,7 @@ def layout_checks(reference: MeasuredStep, baseline: MeasuredStep, layouts: list
         )
         for layout, own in zip(layouts, noises, strict=True)
     ]
-    for (one, its), (other, others) in combinations(list(zip(layouts, noises, strict=True)), 2):
-        bar = MOST_ERROR * math.hypot(its, others)
-        checks.append(Check(f"{one.name} against {other.name}", difference(one, other, reference), bar))
+    for (first, first_noise), (second, second_noise) in combinations(list(zip(layouts, noises, strict=True)), 2):
+        bar = MOST_ERROR * math.hypot(first_noise, second_noise)
+        checks.append(Check(f"{first.name} against {second.name}", difference(first, second, reference), bar))
     return checks

@@ -1,4 +1,21 @@
-"""A first step as the probe left it on disk, and how far two of them lie apart. numpy, no torch.
+"""A first step as the probe left it on disk, and how far two of them are from one another. numpy, no torch.
+
+A step is one safetensors file, written by ``harness.parity.probes.first_step`` with its facts as the metadata. D is the
+step's number of documents, in the order of the examples; P the number of tokens per document whose loss is measured by
+itself; MATRIX a LoRA matrix such as ``0.self_attn.q_proj.lora_A``. NaN: not measured.
+
+- ``num_trained``: int64 (D,), tokens that the model is trained to predict;
+- ``positions``: int32 (D, P), the tokens measured by themselves, as places in their document; -1 where there is none;
+- ``step/MATRIX``: float32, shape of the matrix: the gradient that the loop itself accumulated, with the divisor that it
+  chose (for the reference the sum over documents);
+- ``document/N/MATRIX``: float32, shape of the matrix: document N's share of that gradient, all other labels masked and
+  the loss divided by the trained tokens of the whole step;
+- ``document_losses``: float64 (D,), each document's loss in nats, summed over its trained tokens;
+- ``token_losses``: float64 (D, P), the loss in nats of each token of ``positions``, all labels masked but that one: no
+  backend needs to return logits for it;
+- ``repeated_losses``, ``replaced_losses``: float64 (D, P), of the first micro-batch's documents and the first few of
+  their positions: the token losses measured once more, and with one document replaced by another of its length. Only a
+  backend's files have them, and only where that micro-batch holds more than one document.
 
 Errors of gradients are relative and count every matrix the same, however large its gradient is: the root mean square,
 over matrices, of the norm of the difference over the norm of the reference.
@@ -25,7 +42,7 @@ ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 
 @dataclass(frozen=True)
 class MeasuredStep:
-    """``facts``: what the probe printed. Gradients are read from ``path`` one at a time."""
+    """``facts``: what the probe printed. Tensors: the module's docstring; gradients are read one at a time."""
 
     path: Path
     facts: dict[str, Any]
@@ -39,21 +56,21 @@ class MeasuredStep:
     def tensor(self, name: str) -> np.ndarray:
         """One tensor of the file."""
         with self._open() as file:
-            found: np.ndarray = file.get_tensor(name)
-            return found
+            tensor: np.ndarray = file.get_tensor(name)
+            return tensor
 
     @cached_property
     def small(self) -> dict[str, np.ndarray]:
-        """Everything but the gradients."""
+        """Every tensor but the gradients, by name."""
         with self._open() as file:
             return {name: file.get_tensor(name) for name in file.keys() if "/" not in name}  # noqa: SIM118
 
     def gradient(self, matrix: str) -> np.ndarray:
-        """What the loop accumulated, float64."""
+        """What the loop accumulated: ``step/MATRIX`` as float64."""
         return self.tensor(f"step/{matrix}").astype(np.float64)
 
     def document_gradients(self, matrix: str) -> np.ndarray:
-        """Each document's share, float64 of shape (documents, ...)."""
+        """Each document's share: ``document/N/MATRIX`` as float64 of shape (D, ...)."""
         count = len(self.small["num_trained"])
         with self._open() as file:
             parts = [file.get_tensor(f"document/{number}/{matrix}") for number in range(count)]
@@ -75,7 +92,7 @@ class MeasuredStep:
 
 
 def read_step(path: Path) -> MeasuredStep:
-    """Read what the probe wrote. Raises :class:`DataError` where it is not that."""
+    """Read what the probe wrote. Raises :class:`DataError` for another file."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -108,9 +125,9 @@ def check_same_step(*steps: MeasuredStep) -> None:
 
 def token_error(step: MeasuredStep, reference: MeasuredStep) -> float:
     """Root mean square error of the single tokens' losses, nats; at least what float32 can tell apart."""
-    there = reference.small["positions"] >= 0
-    exact = reference.small["token_losses"][there]
-    error = step.small["token_losses"][there] - exact
+    is_measured = reference.small["positions"] >= 0
+    exact = reference.small["token_losses"][is_measured]
+    error = step.small["token_losses"][is_measured] - exact
     resolution = ROUNDOFF["float32"] * float(np.sqrt(np.mean(exact**2)))
     return _at_least(float(np.sqrt(np.mean(error**2))), resolution)
 
@@ -148,21 +165,21 @@ def loop_error(step: MeasuredStep, reference: MeasuredStep) -> float:
     )
 
 
-def difference(one: MeasuredStep, other: MeasuredStep, reference: MeasuredStep) -> float:
-    """How far two steps' accumulated gradients lie apart, relative to the reference."""
+def difference(first: MeasuredStep, second: MeasuredStep, reference: MeasuredStep) -> float:
+    """Difference of two steps' accumulated gradients, relative to the reference."""
     return over_matrices(
-        reference.matrices, lambda m: _relative(one.gradient(m) - other.gradient(m), reference.gradient(m))
+        reference.matrices, lambda m: _relative(first.gradient(m) - second.gradient(m), reference.gradient(m))
     )
 
 
 def cosines(step: MeasuredStep, reference: MeasuredStep) -> dict[str, float]:
     """For every matrix the cosine between the accumulated gradient and the reference's; 0 where there is none."""
-    found = {}
+    by_matrix = {}
     for matrix in reference.matrices:
         a, b = step.gradient(matrix).ravel(), reference.gradient(matrix).ravel()
         norms = float(np.linalg.norm(a) * np.linalg.norm(b))
-        found[matrix] = float(a @ b) / norms if norms else 0.0
-    return found
+        by_matrix[matrix] = float(a @ b) / norms if norms else 0.0
+    return by_matrix
 
 
 def _relative(error: np.ndarray, exact: np.ndarray) -> float:
@@ -175,7 +192,7 @@ def noise(step: MeasuredStep, baseline: MeasuredStep, reference: MeasuredStep) -
 
     Three parts, taken as independent: the rounding of the arithmetic, which is the baseline's, seen in its documents'
     gradients added up here (never ``step``'s own: a fault would raise its own bar); that of adding documents up in
-    float32 inside a product; and that of adding micro-batches up in the dtype that the stack keeps gradients in. Sums
+    float32 inside a product; and that of adding micro-batches up in the dtype that the backend keeps gradients in. Sums
     are off by their unit roundoff times the square root of the number of terms (Higham and Mary 2019, section 2: errors
     grow with the root, not with the number).
     """

@@ -1,7 +1,7 @@
-"""Rungs 1 to 3 of the parity ladder: same inputs; a first step as near to float32 as the baseline's; any layout alike.
+"""Rungs 1 to 3: same inputs; a first step as near to float32 as the baseline's; the same gradient in any layout.
 
 Each is measured by ``harness.parity.probes.first_step`` in processes of the arms' own (its docstring says how) and
-judged here from what they left. The tensors lie beside the store, and in it their digests and what was found in them:
+judged here from what they left. The tensors are beside the store. In it are their digests and what was found in them:
 files that are gone are measured again only where they have not been judged.
 
     python -m harness.parity.first_step.judge REFERENCE BASELINE CANDIDATE [LAYOUT ...]    judges files at hand
@@ -13,57 +13,42 @@ import sys
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from forge.training.config.workload import load_workload
-from forge.training.system.errors import ForgeError
+from forge.training.system.errors import MachineError
 from forge.training.system.files import read_json_object, sha256_json, write_json
 from harness.measurement.key import code_sha256_of
-from harness.parity.claims import Rung
+from harness.parity.claims import STEP_BARS, verdict_on
 from harness.parity.first_step.checks import Check, differing_inputs, direction_check, first_step_checks, layout_checks
-from harness.parity.first_step.compare import read_step
-from harness.parity.first_step.measure import (
-    BASELINE_LAYOUT,
-    CandidateFailed,
-    Measured,
-    NotMeasured,
-    has_steps,
-    measure_inputs,
-    measure_steps,
-    quantizations,
-)
-from harness.parity.suite import WORKLOAD
+from harness.parity.first_step.compare import MeasuredStep, read_step
+from harness.parity.first_step.measure import MeasuredSteps, WantedSteps, measure_inputs, measure_steps, own_steps
+from harness.parity.session import Ladder
+from harness.parity.suite import BASELINE_STEP_LAYOUT, OTHER_ARM, WORKLOAD
+from harness.verdict import Status, Verdict
 
-if TYPE_CHECKING:
-    from harness.parity.session import Ladder
-
-OTHER_ARM = "trl"  # no claim is about it, but what is reported beside the claims must be the same work
 _MOST_ATTEMPTS = 20  # one is lost wherever a machine is taken away before its steps are judged
-_JUDGES = ("compare.py", "checks.py")  # whose code the checks of given files follow from
+_JUDGES = ("compare.py", "checks.py")  # the checks of given files follow from this code and the bars
 
 Checks = dict[str, list[Check]]  # by quantisation
-ChecksOf = Callable[["Ladder", Measured, str, tuple[str, ...]], list[Check]]
+ChecksOf = Callable[[Ladder, MeasuredSteps, str], list[Check]]  # of one quantisation
 
 
-def judge_inputs(ladder: Ladder) -> Rung:
-    """Rung 1, of the ladder's workload as it is, dropout and all."""
-    backends = dict.fromkeys((ladder.baseline, ladder.candidate, OTHER_ARM))
-    try:
-        arms = measure_inputs(ladder, [ladder.baseline, ladder.candidate, *list(backends)[2:]])
-    except NotMeasured as why:
-        return Rung(number=1, status="INCOMPLETE", reason=str(why))
-    except CandidateFailed as why:
-        return Rung(number=1, status="FAIL", reason=str(why))
+def judge_inputs(ladder: Ladder) -> Verdict:
+    """Rung 1, of the ladder's workload as it is, dropout and all. Raises :class:`Unmeasured`."""
+    compared = (ladder.baseline, ladder.candidate)
+    others = () if OTHER_ARM in compared else (OTHER_ARM,)
+    arms = measure_inputs(ladder, (*compared, *others), ladder.base_dir)
     now = load_workload(WORKLOAD, ladder.overrides).digest()
     if any(arm.get("workload_sha256") != now for arm in arms):
         # the store knows a probe by the workload's name
         changed = "the workload is another one than these inputs, and the steps of rungs 2 and 3, were measured with"
-        return Rung(number=1, status="INCOMPLETE", reason=f"{changed}: put away the store's first_step probes")
+        return verdict_on(1, "INCOMPLETE", f"{changed}: put away the store's first_step probes")
     lines = differing_inputs(arms)
     figures = {"differing": lines, "arms": {arm["backend"]: _described(arm) for arm in arms}}
     if lines:
-        return Rung(number=1, status="FAIL", reason="; ".join(lines), figures=figures)
-    return Rung(number=1, status="PASS", reason="the arms differ in no input and no setting", figures=figures)
+        return verdict_on(1, "FAIL", "; ".join(lines), figures)
+    return verdict_on(1, "PASS", "the arms differ in no input and no setting", figures)
 
 
 def _described(arm: dict[str, Any]) -> dict[str, Any]:
@@ -74,88 +59,73 @@ def _described(arm: dict[str, Any]) -> dict[str, Any]:
     return {name: arm.get(name) for name in kept}
 
 
-def judge_first_step(ladder: Ladder) -> Rung:
-    """Rung 2, for each quantisation and each of the candidate's layouts."""
-    from harness.parity.architectures import prefetch  # it knows this module
-
-    if not has_steps(ladder):
-        prefetch(ladder)
-    return _judged(ladder, 2, first_steps)
+def judge_first_step(ladder: Ladder) -> Verdict:
+    """Rung 2, for each quantisation and each of the candidate's layouts. Raises as :func:`find_checks`."""
+    return _judge_checks(2, find_checks(ladder, first_steps, own_steps(ladder)))
 
 
-def judge_step_equivalence(ladder: Ladder) -> Rung:
-    """Rung 3, for each quantisation: all of the candidate's layouts, among them padded and packed."""
-    return _judged(ladder, 3, step_equivalence)
+def judge_step_equivalence(ladder: Ladder) -> Verdict:
+    """Rung 3, for each quantisation: all of the candidate's layouts, padded and packed. Raises as above."""
+    return _judge_checks(3, find_checks(ladder, step_equivalence, own_steps(ladder)))
 
 
-def first_steps(ladder: Ladder, measured: Measured, quantization: str, layouts: tuple[str, ...]) -> list[Check]:
-    """What rung 2 asks."""
-    reference, baseline, candidates = _steps(ladder, measured, quantization, layouts)
+def _judge_checks(rung: int, checks: Checks) -> Verdict:
+    status, reason = summed_up(checks)
+    return verdict_on(rung, status, reason, {"checks": described_checks(checks)})
+
+
+def first_steps(ladder: Ladder, measured: MeasuredSteps, quantization: str) -> list[Check]:
+    """The checks of rung 2."""
+    reference, baseline, candidates = _steps(ladder, measured, quantization)
     of_each = [first_step_checks(reference, baseline, candidate) for candidate in candidates]
     return [direction_check(reference, baseline), *chain.from_iterable(of_each)]
 
 
-def step_equivalence(ladder: Ladder, measured: Measured, quantization: str, layouts: tuple[str, ...]) -> list[Check]:
-    """What rung 3 asks."""
-    return layout_checks(*_steps(ladder, measured, quantization, layouts))
+def step_equivalence(ladder: Ladder, measured: MeasuredSteps, quantization: str) -> list[Check]:
+    """The checks of rung 3."""
+    return layout_checks(*_steps(ladder, measured, quantization))
 
 
-def _steps(ladder: Ladder, measured: Measured, quantization: str, layouts: tuple[str, ...]) -> tuple[Any, Any, Any]:
+def _steps(
+    ladder: Ladder, measured: MeasuredSteps, quantization: str
+) -> tuple[MeasuredStep, MeasuredStep, list[MeasuredStep]]:
+    """The reference's, the baseline's, and the candidate's in each layout."""
     return (
         measured.step("reference", quantization),
-        measured.step(ladder.baseline, f"{quantization}:{BASELINE_LAYOUT}"),
-        [measured.step(ladder.candidate, f"{quantization}:{layout}") for layout in layouts],
+        measured.step(ladder.baseline, f"{quantization}:{BASELINE_STEP_LAYOUT}"),
+        [measured.step(ladder.candidate, f"{quantization}:{layout}") for layout in measured.wanted.layouts],
     )
 
 
-def _judged(ladder: Ladder, number: int, checks_of: ChecksOf) -> Rung:
-    try:
-        found = find_checks(ladder, checks_of)
-    except NotMeasured as why:
-        return Rung(number=number, status="INCOMPLETE", reason=str(why))
-    except CandidateFailed as why:
-        return Rung(number=number, status="FAIL", reason=str(why))
-    figures = {"checks": {name: [check.to_dict() for check in checks] for name, checks in found.items()}}
-    status, reason = summed_up(found)
-    return Rung(number=number, status=status, reason=reason, figures=figures)
+def find_checks(ladder: Ladder, checks_of: ChecksOf, wanted: WantedSteps) -> Checks:
+    """The checks by quantisation; those of files that were judged before, by this code and these bars, from the store.
 
-
-def find_checks(
-    ladder: Ladder,
-    checks_of: ChecksOf,
-    base: Path | None = None,
-    asked: tuple[str, ...] | None = None,
-    layouts: tuple[str, ...] | None = None,
-) -> Checks:
-    """The checks by quantisation; those of files that were judged before, by this code, from the store.
-
-    Raises :class:`NotMeasured`, :class:`CandidateFailed`, :class:`ForgeError`.
+    Raises :class:`Unmeasured`, :class:`ForgeError`.
     """
-    asked, layouts = asked or quantizations(ladder), layouts or ladder.step_layouts
     code = [code_sha256_of(Path(__file__).with_name(name)) for name in _JUDGES]
-
-    def stored_as(measured: Measured) -> Path:
-        key = sha256_json([checks_of.__name__, measured.digests, code])
-        return ladder.store.directory / "parity" / f"checks-{key[:16]}.json"
-
     for attempt in range(_MOST_ATTEMPTS):
-        measured = measure_steps(ladder, base, asked, layouts, attempt)
-        path = stored_as(measured)
+        measured = measure_steps(ladder, wanted, attempt)
+        key = sha256_json([checks_of.__name__, measured.digests, code, STEP_BARS])
+        path = ladder.judged_path(f"checks-{key[:16]}")
         if path.is_file():
             stored = read_json_object(path)["checks"]
             return {name: [Check.from_dict(check) for check in checks] for name, checks in stored.items()}
-        if measured.is_there:
-            found = {quantization: checks_of(ladder, measured, quantization, layouts) for quantization in asked}
-            content = {name: [check.to_dict() for check in checks] for name, checks in found.items()}
-            write_json(path, {"schema_version": 1, "of": checks_of.__name__, "checks": content})
-            return found
-    raise ForgeError("the first-step probe's files are gone as soon as it ends", remedy=f"look at {measured.folder}")
+        if measured.has_files:
+            checks = {name: checks_of(ladder, measured, name) for name in wanted.quantizations}
+            write_json(path, {"schema_version": 1, "of": checks_of.__name__, "checks": described_checks(checks)})
+            return checks
+    raise MachineError("the first-step probe's files are gone as soon as it ends", remedy=f"look at {measured.folder}")
 
 
-def summed_up(found: Checks) -> tuple[Any, str]:
-    """Status and reason of a rung's checks, by quantisation."""
-    missed = [f"{name}: {check.sentence()}" for name, checks in found.items() for check in checks if not check.holds]
-    count = sum(map(len, found.values()))
+def described_checks(checks: Checks) -> dict[str, list[dict[str, Any]]]:
+    """As plain JSON."""
+    return {quantization: [check.to_dict() for check in group] for quantization, group in checks.items()}
+
+
+def summed_up(checks: Checks) -> tuple[Status, str]:
+    """Status and reason of all checks."""
+    missed = [f"{name}: {check.sentence()}" for name, group in checks.items() for check in group if not check.holds]
+    count = sum(map(len, checks.values()))
     if missed or not count:
         return "FAIL", "; ".join(missed) or "nothing was checked"
     return "PASS", f"all {count} checks hold"

@@ -1,4 +1,4 @@
-"""What rungs 1 to 3 measure: inputs and first steps of every arm, by processes of their own that run side by side."""
+"""What rungs 1 to 3 measure: inputs and first steps of every arm, each by a process of its own, side by side."""
 
 from __future__ import annotations
 
@@ -6,144 +6,147 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
+from forge.training.backends import Backend
 from forge.training.system.errors import ForgeError
 from forge.training.system.files import sha256_file, sha256_json
+from harness.parity.claims import Unmeasured
 from harness.parity.first_step.compare import MeasuredStep, read_step
+from harness.parity.session import Ladder, ProbeCall
+from harness.parity.suite import BASELINE_STEP_LAYOUT, QUANTIZATIONS
+from harness.verdict import status_of_error
 
-if TYPE_CHECKING:
-    from harness.parity.session import Ladder
-
-# "none": not quantised, the workload's 16 bits as they are.
-QUANTIZATIONS = ("nf4", "none")
-BASELINE_LAYOUT = "1x8:longest"  # its owner's
-_ITS_OWN_FAULT = (1, 5, 7, 8)  # exit codes: crash, memory, diverged, a check
+Measures = Backend | Literal["reference"]  # whose step a process takes
 
 
-class NotMeasured(Exception):
-    """The session has no time for a probe."""
+@dataclass(frozen=True)
+class WantedSteps:
+    """First steps on one base: the reference's and the baseline's in each quantisation, the candidate's in each layout.
 
+    ``layouts``: LAYOUT:PADDING. ``with_inputs``: the inputs of baseline and candidate too.
+    """
 
-class CandidateFailed(Exception):
-    """The candidate cannot take the step: its failure is data."""
+    base: Path
+    quantizations: tuple[str, ...]
+    layouts: tuple[str, ...]
+    with_inputs: bool = False
 
 
 @dataclass(frozen=True)
 class Process:
     """What one process measures. ``steps``: QUANTIZATION:LAYOUT:PADDING, of the reference QUANTIZATION alone."""
 
-    backend: str  # or "reference"
+    backend: Measures
     steps: tuple[str, ...] = ()
     inputs: bool = False
 
     @property
-    def arm(self) -> Any:
-        """Whose interpreter it runs in."""
+    def interpreter(self) -> Backend:
+        """The backend in whose interpreter it runs."""
         return "trl" if self.backend == "reference" else self.backend
 
 
 @dataclass(frozen=True)
-class Measured:
-    """First steps on one base. ``facts``: by backend and step, what the probe said; its tensors lie in ``folder``."""
+class MeasuredSteps:
+    """First steps as they were measured. ``facts``: what the probe answered, by backend and step.
 
+    ``folder``: where the tensors are.
+    """
+
+    wanted: WantedSteps
     folder: Path
-    facts: dict[tuple[str, str], dict[str, Any]]
+    facts: dict[tuple[Measures, str], dict[str, Any]]
 
     @property
     def digests(self) -> list[str]:
-        """Of all files, in order."""
+        """Of all tensor files, in order."""
         return [facts["file_sha256"] for facts in self.facts.values()]
 
     @property
-    def is_there(self) -> bool:
-        """Whether all files are, as the probe left them."""
+    def has_files(self) -> bool:
+        """Whether every tensor file still exists with its recorded digest."""
         paths = [(self.folder / str(facts["file"]), facts["file_sha256"]) for facts in self.facts.values()]
         return all(path.is_file() and sha256_file(path) == digest for path, digest in paths)
 
-    def step(self, backend: str, step: str) -> MeasuredStep:
+    def step(self, backend: Measures, step: str) -> MeasuredStep:
         """Read one of them."""
         return read_step(self.folder / str(self.facts[backend, step]["file"]))
 
 
 def quantizations(ladder: Ladder) -> tuple[str, ...]:
-    """Those of the ladder's overrides, else all: a ladder without a GPU names the one that it can."""
+    """Those of the ladder's overrides, else all: a ladder without a GPU names the one that it can measure."""
     named = [setting.partition("=")[2] for setting in ladder.overrides if setting.startswith("model.quantization=")]
     return tuple(named) or QUANTIZATIONS
 
 
-def measure_inputs(ladder: Ladder, backends: Sequence[str], base: Path | None = None) -> list[dict[str, Any]]:
-    """What the probe says of each backend's inputs. Raises :class:`NotMeasured`, :class:`CandidateFailed`."""
+def own_steps(ladder: Ladder) -> WantedSteps:
+    """What rungs 2 and 3 judge: steps on the ladder's own base."""
+    return WantedSteps(ladder.base_dir, quantizations(ladder), ladder.step_layouts)
+
+
+def measure_inputs(ladder: Ladder, backends: Sequence[Backend], base: Path) -> list[dict[str, Any]]:
+    """What the probe answers of each backend's inputs. Raises :class:`Unmeasured`."""
     answers = _ask(ladder, [Process(backend, inputs=True) for backend in backends], base)
     return [answer["inputs"] for answer in answers]
 
 
-def measure_steps(
-    ladder: Ladder,
-    base: Path | None = None,
-    asked: tuple[str, ...] | None = None,
-    layouts: tuple[str, ...] | None = None,
-    attempt: int = 0,
-) -> Measured:
-    """The reference's, the baseline's and the candidate's first steps, from the store or measured now.
+def measure_steps(ladder: Ladder, wanted: WantedSteps, attempt: int = 0) -> MeasuredSteps:
+    """First steps from the store, or measured now. Raises :class:`Unmeasured`.
 
-    ``asked``: quantisations. ``attempt``: from 0; a store only ever grows, so what is measured again, because its
-    tensors are gone, is another measurement. Raises :class:`NotMeasured`, :class:`CandidateFailed`,
-    :class:`ForgeError`.
+    ``attempt``: from 0. A store only ever grows, so what is measured again, because its tensors are gone, is another
+    measurement.
     """
-    processes = _processes(ladder, asked or quantizations(ladder), layouts or ladder.step_layouts)
-    answers = _ask(ladder, processes, base, attempt)
+    processes = _processes(ladder, wanted)
+    answers = _ask(ladder, processes, wanted.base, attempt)
     facts = {
-        (process.backend, step): found
+        (process.backend, step): facts
         for process, answer in zip(processes, answers, strict=True)
-        for step, found in zip(process.steps, answer["steps"], strict=True)
+        for step, facts in zip(process.steps, answer["steps"], strict=True)
     }
-    return Measured(_folder(ladder), facts)
+    return MeasuredSteps(wanted, _folder(ladder), facts)
 
 
-def _processes(ladder: Ladder, asked: Sequence[str], layouts: Sequence[str]) -> list[Process]:
+def prefetch_steps(ladder: Ladder, wanted: Sequence[WantedSteps]) -> None:
+    """Measure what rungs 1 to 3 will ask for of several bases, all of it side by side."""
+    calls = []
+    for steps in wanted:
+        processes = _processes(ladder, steps)
+        if steps.with_inputs:
+            processes += [Process(backend, inputs=True) for backend in (ladder.baseline, ladder.candidate)]
+        calls += [_call(ladder, process, steps.base) for process in processes]
+    ladder.probes("first_step", calls, is_prefetch=True)
+
+
+def has_steps(ladder: Ladder, wanted: WantedSteps) -> bool:
+    """Whether the store has all of these steps; nothing is measured."""
+    calls = [_call(ladder, process, wanted.base) for process in _processes(ladder, wanted)]
+    store_only = replace(ladder, session=replace(ladder.session, measures=False))
+    return all(isinstance(answer, dict) for answer in store_only.probes("first_step", calls, is_prefetch=True))
+
+
+def _processes(ladder: Ladder, wanted: WantedSteps) -> list[Process]:
     """One for the reference, one for the baseline; the candidate's, whose imports and compilers are slow, divided."""
     groups: dict[tuple[str, str], list[str]] = {}
-    for quantization in asked:
-        for layout in layouts:
+    for quantization in wanted.quantizations:
+        for layout in wanted.layouts:
             groups.setdefault((quantization, layout.partition(":")[2]), []).append(f"{quantization}:{layout}")
     return [
-        Process("reference", tuple(asked)),
-        Process(ladder.baseline, tuple(f"{quantization}:{BASELINE_LAYOUT}" for quantization in asked)),
+        Process("reference", wanted.quantizations),
+        Process(ladder.baseline, tuple(f"{name}:{BASELINE_STEP_LAYOUT}" for name in wanted.quantizations)),
         *(Process(ladder.candidate, tuple(steps)) for steps in groups.values()),
     ]
 
 
-def has_steps(ladder: Ladder) -> bool:
-    """Whether the store has every first step of the ladder's own base: only then is nothing of it to be fetched."""
-    asked = [_call(ladder, process, None) for process in _processes(ladder, quantizations(ladder), ladder.step_layouts)]
-    return None not in replace(ladder, measures=False).probes("first_step", asked, is_prefetch=True)
-
-
 def _folder(ladder: Ladder) -> Path:
-    return ladder.store.directory.parent / "parity" / "steps"
+    return ladder.folder / "steps"
 
 
-def prefetch_steps(ladder: Ladder, bases: Sequence[tuple[Path | None, tuple[str, ...], tuple[str, ...], bool]]) -> None:
-    """Measure what rungs 2 and 3 will ask for of several bases at once: (base, quantisations, layouts, inputs too)."""
-    if ladder.num_side_by_side == 1 or not ladder.measures:
-        return
-    asked = []
-    for base, wanted, layouts, with_inputs in bases:
-        processes = _processes(ladder, wanted, layouts)
-        if with_inputs:
-            processes += [Process(backend, inputs=True) for backend in (ladder.baseline, ladder.candidate)]
-        asked += [_call(ladder, process, base) for process in processes]
-    ladder.probes("first_step", asked, is_prefetch=True)
-
-
-def _call(ladder: Ladder, process: Process, base: Path | None, attempt: int = 0) -> tuple[Any, tuple[str, ...]]:
-    """Backend and arguments of the probe."""
-    base = base or ladder.base_dir
+def _call(ladder: Ladder, process: Process, base: Path, attempt: int = 0) -> ProbeCall:
     overrides = (f"model.path={base}", f"data.train={ladder.documents[0]}", "data.validation=null", *ladder.overrides)
     # of documents and base: the store knows probes by their arguments, and those name files without their content
     content = [sha256_file(ladder.documents[0]), _base_digest(base), list(ladder.overrides)]
-    return process.arm, (
+    return process.interpreter, (
         *("parity", "--backend", process.backend),
         *(part for setting in overrides for part in ("--set", setting)),
         *(f"--positions={ladder.num_positions}", f"--out={_folder(ladder)}", f"--tag={sha256_json(content)[:12]}"),
@@ -153,19 +156,17 @@ def _call(ladder: Ladder, process: Process, base: Path | None, attempt: int = 0)
     )
 
 
-def _ask(ladder: Ladder, processes: Sequence[Process], base: Path | None, attempt: int = 0) -> list[dict[str, Any]]:
-    """What the probe answers in each process."""
+def _ask(ladder: Ladder, processes: Sequence[Process], base: Path, attempt: int = 0) -> list[dict[str, Any]]:
+    """What the probe answers in each process. The reference's failure leaves as little to compare as the baseline's."""
     answers = ladder.probes("first_step", [_call(ladder, process, base, attempt) for process in processes])
     for process, answer in zip(processes, answers, strict=True):
-        if not isinstance(answer, ForgeError):
-            continue
-        if process.backend == ladder.candidate != ladder.baseline and answer.exit_code in _ITS_OWN_FAULT:
-            raise CandidateFailed(str(answer)) from answer
-        raise answer
-    missing = [process.backend for process, answer in zip(processes, answers, strict=True) if answer is None]
+        if isinstance(answer, ForgeError):
+            role: Literal["baseline", "candidate"] = "candidate" if process.backend == ladder.candidate else "baseline"
+            raise Unmeasured(status_of_error(answer, role), str(answer)) from answer
+    missing = dict.fromkeys(process.backend for process, answer in zip(processes, answers, strict=True) if not answer)
     if missing:
-        raise NotMeasured(f"no time for the first step of {', '.join(dict.fromkeys(missing))}")
-    return answers
+        raise Unmeasured("INCOMPLETE", f"first step of {', '.join(missing)}: {ladder.session.why_missing()}")
+    return [answer for answer in answers if isinstance(answer, dict)]
 
 
 @cache

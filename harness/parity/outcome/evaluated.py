@@ -9,12 +9,12 @@ from typing import Any
 
 from forge.training.system.errors import CheckError
 from harness.measurement.results import Outcome
-from harness.perf.claims import Status
+from harness.verdict import Status
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One run's adapter on the held-out documents; losses in nats a token, over all of them.
+class AdapterEvaluation:
+    """One run's adapter, and its base, on the held-out documents; losses in nats per token, over all of them.
 
     ``documents``: (name, tokens, nats of the adapter, nats of the base). ``judged_by``: what must be equal for two
     evaluations to be compared.
@@ -31,19 +31,19 @@ class Arm:
     judged_by: dict[str, Any]
 
 
-def read_arm(outcome: Outcome) -> Arm:
+def read_evaluation(outcome: Outcome) -> AdapterEvaluation:
     """Raises :class:`CheckError` where a run was not evaluated on held-out documents."""
-    found = outcome.evaluation or {}
-    subjects = {row["subject"]: row for row in found.get("subjects", [])}
-    if not {"base", "adapter"} <= set(subjects) or not found.get("documents"):
+    evaluation = outcome.evaluation or {}
+    subjects = {row["subject"]: row for row in evaluation.get("subjects", [])}
+    if not {"base", "adapter"} <= set(subjects) or not evaluation.get("documents"):
         raise CheckError(f"{outcome.spec.label()} [{outcome.run_id}] was not evaluated on held-out documents")
-    facts = found["facts"]
-    return Arm(
+    facts = evaluation["facts"]
+    return AdapterEvaluation(
         adapter=nats_per_token(outcome, "adapter"),
         base=nats_per_token(outcome, "base"),
         documents=tuple(
             (row["document"], row["num_tokens"], row["nats"]["adapter"], row["nats"]["base"])
-            for row in found["documents"]
+            for row in evaluation["documents"]
         ),
         rouge_l=subjects["adapter"]["rouge_l"],
         rouge_l_base=subjects["base"]["rouge_l"],
@@ -51,8 +51,8 @@ def read_arm(outcome: Outcome) -> Arm:
         num_facts_found=sum(fact["found"] for fact in facts if fact["subject"] == "adapter"),
         num_facts_found_by_base=sum(fact["found"] for fact in facts if fact["subject"] == "base"),
         judged_by={
-            **{name: found[name] for name in ("base_sha256", "validation_examples_sha256", "device", "dtype")},
-            "packages": (found.get("environment") or {}).get("packages"),
+            **{name: evaluation[name] for name in ("base_sha256", "validation_examples_sha256", "device", "dtype")},
+            "packages": (evaluation.get("environment") or {}).get("packages"),
         },
     )
 
@@ -65,15 +65,15 @@ def nats_per_token(outcome: Outcome, subject: str) -> float:
     raise CheckError(f"{outcome.spec.label()} [{outcome.run_id}] has no held-out loss of the {subject}")
 
 
-def compare_documents(baseline: Sequence[Arm], candidate: Sequence[Arm]) -> dict[str, Any]:
-    """By document the mean over seeds of both arms, nats a token, and the whole with its error over documents.
+def compare_documents(baseline: Sequence[AdapterEvaluation], candidate: Sequence[AdapterEvaluation]) -> dict[str, Any]:
+    """By document the mean over seeds of both arms, nats per token, and the whole with its error over documents.
 
     The error is that of a ratio with documents as clusters (Cochran 1977, section 6.4): it says how far the answer
-    hangs on which documents were held out, which the interval over seeds does not.
+    depends on which documents were held out, which the interval over seeds does not.
     """
     rows: list[dict[str, Any]] = []
     for index, (name, num_tokens, _, base) in enumerate(baseline[0].documents):
-        means = [math.fsum(arm.documents[index][2] for arm in side) / len(side) for side in (baseline, candidate)]
+        means = [math.fsum(run.documents[index][2] for run in arm) / len(arm) for arm in (baseline, candidate)]
         rows.append(
             {"document": name, "num_tokens": num_tokens}
             | {"base": base / num_tokens, "baseline": means[0] / num_tokens, "candidate": means[1] / num_tokens}
@@ -93,21 +93,21 @@ def compare_documents(baseline: Sequence[Arm], candidate: Sequence[Arm]) -> dict
     }
 
 
-def hold_facts(baseline: Sequence[Arm], candidate: Sequence[Arm]) -> tuple[Status, str]:
-    """Every run of both arms recites every planted fact, and the base none."""
+def judge_facts(baseline: Sequence[AdapterEvaluation], candidate: Sequence[AdapterEvaluation]) -> tuple[Status, str]:
+    """PASS: every run of both arms recites every planted fact, and the base none."""
     num_facts = baseline[0].num_facts
     if not num_facts:
         return "FAIL", "no fact was asked for"
-    known = max(arm.num_facts_found_by_base for arm in (*baseline, *candidate))
-    if known:
-        return "INCONCLUSIVE", f"the base recites {known} of {num_facts} planted facts before it is trained"
-    short = {
-        name: sum(arm.num_facts_found < num_facts for arm in side)
-        for name, side in (("baseline", baseline), ("candidate", candidate))
+    num_known = max(run.num_facts_found_by_base for run in (*baseline, *candidate))
+    if num_known:
+        return "INCONCLUSIVE", f"the base recites {num_known} of {num_facts} planted facts before it is trained"
+    num_short = {
+        name: sum(run.num_facts_found < num_facts for run in arm)
+        for name, arm in (("baseline", baseline), ("candidate", candidate))
     }
-    if not any(short.values()):
+    if not any(num_short.values()):
         return "PASS", "every run recites the planted fact and the base does not"
-    told = " and ".join(f"{count} of {len(baseline)} runs of the {name}" for name, count in short.items() if count)
-    if short["candidate"] > short["baseline"]:
-        return "FAIL", f"the planted fact is not recited by {told}"
-    return "INCONCLUSIVE", f"the planted fact is not recited by {told}: the workload does not teach it"
+    runs = " and ".join(f"{num} of {len(baseline)} runs of the {name}" for name, num in num_short.items() if num)
+    if num_short["candidate"] > num_short["baseline"]:
+        return "FAIL", f"the planted fact is not recited by {runs}"
+    return "INCONCLUSIVE", f"the planted fact is not recited by {runs}: the workload does not teach it"

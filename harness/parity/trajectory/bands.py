@@ -1,18 +1,17 @@
-"""What a baseline's own rounding allows a trajectory: a band around every step, and a drift over all of them.
+"""How far a run may be from a baseline's runs that differ in rounding alone: a band per step, and a limit on the drift.
 
-The runs of a baseline that differ in rounding alone are exchangeable: each strays from the others as a sound candidate
-would. A trajectory's steps are not independent (what one step rounds, the next one starts from), so no step is judged
-by itself. Each run is reduced to two numbers, its peak and its drift, and the candidate's are held against the
-prediction limits of the runs' own (Student's, for one more observation: Hahn 1970). The correlation of steps is in
-those numbers already, whatever it is.
+Those runs are exchangeable: each deviates from the others as a sound candidate would. The steps of a run are not
+independent (what one step rounds, the next one starts from), so no step is judged by itself. Each run is reduced to two
+numbers, its peak and its drift, and the candidate's are compared with the prediction limits of the runs' own
+(Student's, for one more observation: Hahn 1970). The correlation of steps is in those numbers already, whatever it is.
 
 - peak: the largest deviation of any step from the mean of the other runs, in units of the spread at that step. Its
   limit follows from the logarithms of the runs' own peaks, each against the others (leave-one-out). One layout that
   went another way makes Student's limit on so few logarithms absurd (hundreds of spreads, seen on a GPU), so it is at
-  most :data:`MOST_PEAK` times the largest peak seen, which costs no false alarms (the simulation).
+  most ``MOST_PEAK`` times the largest peak seen, which costs no false alarms (the simulation).
 - drift: the mean deviation over all steps. Under normal noise its limit is exact.
 
-``harness/parity/simulation.py`` has how often sound candidates fail and faults are seen.
+``harness/parity/simulation.py`` computes how often sound candidates fail and faults are seen.
 """
 
 from __future__ import annotations
@@ -22,19 +21,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from harness.parity.first_step.checks import MOST_ERROR
+from harness.parity.claims import LARGER_ROUNDING, MOST_PEAK, NUM_SMOOTHED_STEPS, SHARE_OF_ALL_STEPS
 
-LEAST_RUNS = 6  # different ones: with fewer, Student's limit is too wide to see anything
-NUM_SMOOTHED_STEPS = 15  # the spread at a step is that of its neighbourhood: of one step it is known from n values only
-LARGER_ROUNDING = MOST_ERROR  # what rung 2 lets pass must not fail here: the candidate's errors, times the baseline's
-SHARE_OF_ALL_STEPS = 0.25  # of a step's variance: at the first steps, before noise grows, layouts agree too well
-MOST_PEAK = 2.0
 _FLOAT32, _BFLOAT16 = 2.0**-23, 2.0**-7  # spacing of numbers in [1, 2)
 
 
 @dataclass(frozen=True)
 class Band:
-    """What a candidate may do. ``centre``, ``spread``, ``half_width``: shape (steps,), in the quantity's unit.
+    """What is allowed. ``centre``, ``spread``, ``half_width``: shape (steps,), in the quantity's unit.
 
     ``peak_limit``: in spreads. ``drift_limit``: in the quantity's unit, around the mean of ``centre``.
     """
@@ -49,7 +43,7 @@ class Band:
 
 @dataclass(frozen=True)
 class Deviation:
-    """What a candidate did: ``peak`` in spreads at ``peak_step`` (from 1), ``drift`` in the quantity's unit."""
+    """How far a run is from the centre: ``peak`` in spreads, at ``peak_step`` (from 1); ``drift`` in the unit."""
 
     peak: float
     peak_step: int
@@ -61,7 +55,7 @@ class Deviation:
 def resolution(values: np.ndarray) -> np.ndarray:
     """The spacing of the numbers that a run logs, at each of ``values`` (any shape): float32's or bfloat16's.
 
-    A stack that keeps gradients in bfloat16 logs their norm in it, at steps of 0.4 to 0.8%.
+    A backend that keeps gradients in bfloat16 logs their norm in it, at steps of 0.4 to 0.8%.
     """
     rounded = np.asarray(values, dtype=np.float32)
     is_short = bool((rounded.view(np.uint32) & 0xFFFF == 0).all() and (rounded == values).all())
@@ -83,9 +77,9 @@ def draw_band(runs: np.ndarray, resolutions: np.ndarray, alpha: float) -> Band:
         spread = _spread(others, spacing) * math.sqrt(1 + 1 / (num_runs - 1))
         peaks.append(float(np.max(np.abs(runs[left_out] - others.mean(axis=0)) / spread)))
     logs = np.log(np.maximum(peaks, 1e-12))
-    more = math.sqrt(1 + 1 / num_runs)
+    one_more_run = math.sqrt(1 + 1 / num_runs)
     factor = math.sqrt(LARGER_ROUNDING**2 + 1 / num_runs)
-    typical = math.exp(float(logs.mean()) + _quantile(1 - alpha, num_runs - 1) * float(logs.std(ddof=1)) * more)
+    typical = math.exp(float(logs.mean()) + _quantile(1 - alpha, num_runs - 1) * float(logs.std(ddof=1)) * one_more_run)
     spread = _spread(runs, resolutions)
     means = runs.mean(axis=1)
     drift_sd = math.hypot(float(means.std(ddof=1)), float(np.sqrt((resolutions**2).mean() / 12 / num_steps)))
@@ -100,10 +94,10 @@ def draw_band(runs: np.ndarray, resolutions: np.ndarray, alpha: float) -> Band:
     )
 
 
-def hold_against(band: Band, candidate: np.ndarray) -> Deviation:
-    """How a candidate's trajectory, shape (steps,), lies in the band."""
-    distances = np.abs(candidate - band.centre) / band.spread
-    drift = float(np.mean(candidate - band.centre))
+def compare_with_band(band: Band, run: np.ndarray) -> Deviation:
+    """How far ``run``, shape (steps,), is from the band's centre, and whether that is inside its limits."""
+    distances = np.abs(run - band.centre) / band.spread
+    drift = float(np.mean(run - band.centre))
     outside = int((distances > band.peak_limit).sum())
     return Deviation(
         peak=float(distances.max()),

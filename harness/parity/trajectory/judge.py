@@ -1,4 +1,4 @@
-"""Rungs 4 and 5: the baseline's own rounding over a whole run, and the candidate held against it.
+"""Rungs 4 and 5: how far the baseline's own rounding moves a whole run, and whether the candidate stays within that.
 
 At dropout 0, since masks differ between layouts, and with every arm's adapter in float32
 (``harness.parity.probes.float32_adapter`` says why). Losses are compared as they are, gradient norms by their
@@ -8,7 +8,7 @@ logarithms. What a band is, and how often it is wrong: ``harness/parity/trajecto
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,39 +16,27 @@ from forge.training.config.workload import load_workload
 from forge.training.system.errors import CheckError
 from harness.measurement.metrics import training_steps
 from harness.measurement.results import Outcome, RunSpec
-from harness.parity.claims import Rung, not_completed
-from harness.parity.same_run import check_same_run
-from harness.parity.suite import FAULT, NO_DROPOUT, TRAJECTORY_SEED
-from harness.parity.trajectory.bands import (
-    LEAST_RUNS,
-    Band,
-    Deviation,
-    draw_band,
-    hold_against,
-    num_distinct,
-    resolution,
-)
-
-if TYPE_CHECKING:
-    from harness.parity.session import Ladder
+from harness.parity.claims import FALSE_ALARM, FAULT, LEAST_RUNS, LEAST_STEPS, LIMIT_ALPHA, verdict_on
+from harness.parity.session import Ladder, check_same_run
+from harness.parity.suite import NO_DROPOUT, TRAJECTORY_SEED
+from harness.parity.trajectory.bands import Band, Deviation, compare_with_band, draw_band, num_distinct, resolution
+from harness.verdict import Verdict, status_of_run, why_not_completed
 
 Quantity = Literal["loss", "grad_norm"]
 QUANTITIES: tuple[Quantity, ...] = ("loss", "grad_norm")
-LEAST_STEPS = 100
 _ROUNDING = "rounding="
-FALSE_ALARM = 0.02  # of a sound candidate, shared by the four limits: peak and drift of two quantities
 
 
 @dataclass(frozen=True)
 class Noise:
-    """The baseline's band of each quantity, and the runs it was drawn from."""
+    """The baseline's band of each quantity, and the runs that it was drawn from."""
 
     bands: dict[Quantity, Band]
     values: dict[Quantity, np.ndarray]  # (runs, steps); log of the gradient norm
 
 
 def trajectory(outcome: Outcome, quantity: Quantity) -> np.ndarray:
-    """A run's losses (nats a trained token) or logarithms of its gradient norms, shape (steps,).
+    """A run's losses (nats per trained token) or logarithms of its gradient norms, shape (steps,).
 
     Raises :class:`CheckError` for a step without a finite value, or a gradient norm of 0.
     """
@@ -73,13 +61,13 @@ def measure_noise(outcomes: list[Outcome]) -> Noise:
     bands = {}
     for quantity, runs in values.items():
         spacing = np.array([_resolutions(run, quantity) for run in runs])
-        bands[quantity] = draw_band(runs, spacing, FALSE_ALARM / 4)
+        bands[quantity] = draw_band(runs, spacing, LIMIT_ALPHA)
     return Noise(bands, values)
 
 
-def hold(noise: Noise, outcome: Outcome) -> dict[Quantity, Deviation]:
-    """A run against the baseline's bands."""
-    return {quantity: hold_against(noise.bands[quantity], trajectory(outcome, quantity)) for quantity in QUANTITIES}
+def deviations(noise: Noise, outcome: Outcome) -> dict[Quantity, Deviation]:
+    """How far a run is from the baseline's, by quantity."""
+    return {name: compare_with_band(band, trajectory(outcome, name)) for name, band in noise.bands.items()}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -101,24 +89,16 @@ def _noise_spec(ladder: Ladder, layout: tuple[str, ...], *changes: str) -> RunSp
     return spec.model_copy(update={"rounding": rounding})
 
 
-def judge_noise(ladder: Ladder) -> Rung:
+def judge_noise(ladder: Ladder) -> Verdict:
     """Rung 4: PASS if enough different runs of enough steps show the baseline's rounding."""
-    from harness.parity.outcome.judge import pilot_specs
-
     specs = noise_specs(ladder)
-    # none of these hangs on another, so rungs 5 and 6 need not wait for this one's runs, only for its verdict
-    ladder.prefetch([*specs, *trajectory_specs(ladder)[0], *pilot_specs(ladder)])
     outcomes = ladder.outcomes(specs)
     run_ids = [outcome.run_id for outcome in outcomes]
-    if outcomes and outcomes[-1].status != "completed":
-        return not_completed(4, outcomes[-1], "baseline", run_ids)
+    if outcomes and (status := status_of_run(outcomes[-1].status, "baseline")):
+        return verdict_on(4, status, why_not_completed(outcomes[-1], "baseline"), run_ids=run_ids)
     if len(outcomes) < len(specs):
-        return Rung(
-            number=4,
-            status="INCOMPLETE",
-            reason=f"{len(outcomes)} of {len(specs)} runs of the baseline measured",
-            run_ids=run_ids,
-        )
+        reason = f"{len(outcomes)} of {len(specs)} runs of the baseline measured: {ladder.session.why_missing()}"
+        return verdict_on(4, "INCOMPLETE", reason, run_ids=run_ids)
     noise = measure_noise(outcomes)
     num_steps, distinct = noise.values["loss"].shape[1], num_distinct(noise.values["loss"])
     figures: dict[str, Any] = {
@@ -133,21 +113,14 @@ def judge_noise(ladder: Ladder) -> Rung:
         ],
         "bands": {name: _described(band) for name, band in noise.bands.items()},
     }
-    unit = noise.bands["loss"].spread
-    found = f"the loss moves by {_rms(unit):.2g} nats a step (rms), the gradient norm by "
-    found += f"{_rms(noise.bands['grad_norm'].spread):.2%}; {distinct} different runs of {num_steps} steps"
+    reason = f"the loss moves by {_rms(noise.bands['loss'].spread):.2g} nats per step (rms), the gradient norm by "
+    reason += f"{_rms(noise.bands['grad_norm'].spread):.2%}; {distinct} different runs of {num_steps} steps"
     if num_steps < LEAST_STEPS:
-        return Rung(
-            number=4,
-            status="FAIL",
-            reason=f"{found}: at least {LEAST_STEPS} are needed",
-            figures=figures,
-            run_ids=run_ids,
-        )
+        return verdict_on(4, "FAIL", f"{reason}: at least {LEAST_STEPS} are needed", figures, run_ids)
     if distinct < LEAST_RUNS:
-        reason = f"{found}: {LEAST_RUNS} are needed, and equal runs show no noise"
-        return Rung(number=4, status="INCONCLUSIVE", reason=reason, figures=figures, run_ids=run_ids)
-    return Rung(number=4, status="PASS", reason=found, figures=figures, run_ids=run_ids)
+        reason += f": {LEAST_RUNS} are needed, and equal runs show no noise"
+        return verdict_on(4, "INCONCLUSIVE", reason, figures, run_ids)
+    return verdict_on(4, "PASS", reason, figures, run_ids)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -156,71 +129,68 @@ def judge_noise(ladder: Ladder) -> Rung:
 
 def trajectory_specs(ladder: Ladder) -> tuple[list[RunSpec], str]:
     """The candidate's run and the baseline's with a planted fault; and which fault."""
-
     candidate_spec = ladder.spec(ladder.candidate, TRAJECTORY_SEED, changes=(NO_DROPOUT,), float32_adapter=True)
     rate = load_workload(candidate_spec.workload, candidate_spec.overrides).optimizer.learning_rate
-    faulty = f"optimizer.{FAULT[0]}={rate * FAULT[1]:.6g}"
-    control_spec = _noise_spec(ladder, ladder.layouts[0], faulty)
-    return [candidate_spec, control_spec], faulty
+    fault = f"optimizer.{FAULT[0]}={rate * FAULT[1]:.6g}"
+    control_spec = _noise_spec(ladder, ladder.layouts[0], fault)
+    return [candidate_spec, control_spec], fault
 
 
-def judge_trajectory(ladder: Ladder) -> Rung:
+def judge_trajectory(ladder: Ladder) -> Verdict:
     """Rung 5: PASS if the candidate stays within the bands and a planted fault does not."""
     baselines = ladder.outcomes(noise_specs(ladder))
     noise = measure_noise(baselines)
-    specs, faulty = trajectory_specs(ladder)
+    specs, fault = trajectory_specs(ladder)
     outcomes = ladder.outcomes(specs)
     run_ids = [outcome.run_id for outcome in outcomes]
     if not outcomes:
-        return Rung(number=5, status="INCOMPLETE", reason="no time was left for the candidate's run")
+        return verdict_on(5, "INCOMPLETE", f"the candidate's run: {ladder.session.why_missing()}")
     candidate = outcomes[0]
-    if candidate.status != "completed":
-        return not_completed(5, candidate, "candidate", run_ids)
+    if status := status_of_run(candidate.status, "candidate"):
+        return verdict_on(5, status, why_not_completed(candidate, "candidate"), run_ids=run_ids)
     check_same_run(baselines[0], candidate)
-    found = hold(noise, candidate)
+    by_quantity = deviations(noise, candidate)
     figures: dict[str, Any] = {
-        "candidate": {name: _deviation(noise.bands[name], deviation) for name, deviation in found.items()},
+        "candidate": {name: _deviation(noise.bands[name], deviation) for name, deviation in by_quantity.items()},
         "curves": _curves(noise, candidate),
         "bands": {name: _described(band) for name, band in noise.bands.items()},
-        "fault": faulty,
+        "fault": fault,
     }
-    told = "; ".join(_sentence(name, noise.bands[name], deviation) for name, deviation in found.items())
-    if not all(deviation.is_inside for deviation in found.values()):
-        return Rung(number=5, status="FAIL", reason=told, figures=figures, run_ids=run_ids)
-    if len(outcomes) < 2 or outcomes[1].status != "completed":
-        why = "not measured" if len(outcomes) < 2 else outcomes[1].status
-        reason = f"{told}; but the run with a planted fault is {why}"
-        return Rung(number=5, status="INCOMPLETE", reason=reason, figures=figures, run_ids=run_ids)
-    seen = hold(noise, outcomes[1])
-    figures["control"] = {name: _deviation(noise.bands[name], deviation) for name, deviation in seen.items()}
-    if all(deviation.is_inside for deviation in seen.values()):
-        reason = f"{told}; but so is the baseline with {faulty}: the noise hides such faults"
-        return Rung(number=5, status="INCONCLUSIVE", reason=reason, figures=figures, run_ids=run_ids)
-    told += f"; the baseline with {faulty} is seen to leave them"
-    return Rung(number=5, status="PASS", reason=told, figures=figures, run_ids=run_ids)
+    reason = "; ".join(_sentence(name, noise.bands[name], deviation) for name, deviation in by_quantity.items())
+    if not all(deviation.is_inside for deviation in by_quantity.values()):
+        return verdict_on(5, "FAIL", reason, figures, run_ids)
+    if len(outcomes) < 2:
+        reason += f"; but the run with a planted fault: {ladder.session.why_missing()}"
+        return verdict_on(5, "INCOMPLETE", reason, figures, run_ids)
+    if status := status_of_run(outcomes[1].status, "baseline"):
+        return verdict_on(5, status, f"{reason}; but {why_not_completed(outcomes[1], 'baseline')}", figures, run_ids)
+    control = deviations(noise, outcomes[1])
+    figures["control"] = {name: _deviation(noise.bands[name], deviation) for name, deviation in control.items()}
+    if all(deviation.is_inside for deviation in control.values()):
+        reason += f"; but so is the baseline with {fault}: the noise hides such faults"
+        return verdict_on(5, "INCONCLUSIVE", reason, figures, run_ids)
+    return verdict_on(5, "PASS", f"{reason}; the baseline with {fault} is seen to leave them", figures, run_ids)
 
 
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _sentence(name: Quantity, band: Band, found: Deviation) -> str:
-    what, unit = ("loss", " nats") if name == "loss" else ("gradient norm", "")
-    drift, limit = (found.drift, band.drift_limit) if name == "loss" else (100 * found.drift, 100 * band.drift_limit)
-    unit = unit or "%"
-    outside = f", {found.num_steps_outside} steps outside" if found.num_steps_outside else ""
-    peak = f"at most {found.peak:.1f} spreads off, at step {found.peak_step} (allowed {band.peak_limit:.1f}{outside})"
-    return f"{what}: {peak}, drift {drift:+.2g}{unit} (allowed {limit:.2g})"
+def _sentence(name: Quantity, band: Band, run: Deviation) -> str:
+    what, unit, scale = ("loss", " nats", 1) if name == "loss" else ("gradient norm", "%", 100)
+    outside = f", {run.num_steps_outside} steps outside" if run.num_steps_outside else ""
+    peak = f"at most {run.peak:.1f} spreads off, at step {run.peak_step} (allowed {band.peak_limit:.1f}{outside})"
+    return f"{what}: {peak}, drift {scale * run.drift:+.2g}{unit} (allowed {scale * band.drift_limit:.2g})"
 
 
-def _deviation(band: Band, found: Deviation) -> dict[str, Any]:
+def _deviation(band: Band, run: Deviation) -> dict[str, Any]:
     return {
-        "peak_spreads": found.peak,
-        "peak_step": found.peak_step,
+        "peak_spreads": run.peak,
+        "peak_step": run.peak_step,
         "peak_limit_spreads": band.peak_limit,
-        "drift": found.drift,
+        "drift": run.drift,
         "drift_limit": band.drift_limit,
-        "num_steps_outside": found.num_steps_outside,
-        "is_inside": found.is_inside,
+        "num_steps_outside": run.num_steps_outside,
+        "is_inside": run.is_inside,
     }
 
 

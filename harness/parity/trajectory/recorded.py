@@ -13,7 +13,7 @@ from harness.parity.trajectory.bands import Band, draw_band, resolution
 
 @dataclass(frozen=True)
 class Recorded:
-    """Losses and logarithms of gradient norms, each by name of the run, shape (steps,).
+    """Losses (nats per trained token) and logarithms of gradient norms by name of the run, each of shape (steps,).
 
     The first of ``sound`` has the layout of the runs in ``faulty``.
     """

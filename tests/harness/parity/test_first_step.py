@@ -16,16 +16,16 @@ from forge.training.system.environment import ROOT
 from forge.training.system.errors import CheckError, ConfigurationError
 from forge.training.system.files import sha256_file
 from harness.measurement.results import Store
-from harness.parity import architectures
-from harness.parity.claims import Rung
-from harness.parity.first_step import judge as rungs_1_to_3
+from harness.parity import rungs
+from harness.parity.claims import verdict_on
 from harness.parity.first_step.checks import Check, differing_inputs, direction_check, first_step_checks, layout_checks
 from harness.parity.first_step.compare import MeasuredStep, read_step
-from harness.parity.first_step.judge import find_checks, judge_first_step, judge_inputs, judge_step_equivalence
-from harness.parity.first_step.measure import measure_steps
+from harness.parity.first_step.judge import find_checks, judge_inputs
+from harness.parity.first_step.measure import MeasuredSteps, measure_steps, own_steps
 from harness.parity.probes import first_step
 from harness.parity.probes.architecture import write_architecture
 from harness.parity.session import Ladder
+from harness.session import Session
 from tests.support.tiny_model import write_base
 
 PACKED, PADDED = "none", "longest"
@@ -195,7 +195,7 @@ def test_a_loss_averaged_by_micro_batch_turns_step_equivalence_red(bench: Bench)
 
 def test_packing_without_boundaries_turns_the_first_step_red_and_is_named_a_leak(bench: Bench) -> None:
     lines = bench.rung_2(bench.take("trl", "8x1", PACKED, "no-boundaries"))
-    assert any("by an exchanged one" in line for line in lines)
+    assert any("other documents' losses" in line for line in lines)
     assert any("token's loss" in line for line in lines)
 
 
@@ -233,8 +233,8 @@ def test_a_check_is_plain_json_and_comes_back_from_it_as_it_was() -> None:
         again = Check.from_dict(content)
         assert (again.holds, again.name, again.least, again.more) == (check.holds, check.name, check.least, check.more)
         assert again.to_dict() == content
-    rung = Rung(number=2, status="PASS", reason="", figures={"checks": [Check("a", np.float64(1), 1.0).to_dict()]})
-    assert json.loads(json.dumps(rung.to_dict()))["figures"]["checks"][0]["holds"] is True
+    judged = verdict_on(2, "PASS", "", {"checks": [Check("a", np.float64(1), 1.0).to_dict()]}).to_dict()
+    assert json.loads(json.dumps(judged))["figures"]["checks"][0]["holds"] is True
 
 
 def test_an_unknown_backend_is_refused(bench: Bench) -> None:
@@ -260,8 +260,7 @@ def test_the_ladders_first_three_rungs_pass_through_its_own_processes(folder: Pa
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     small = ("model.quantization=none", BF16, "data.max_length=176", "lora.rank=4")
     ladder = Ladder(
-        store=Store(tmp_path / "store"),
-        train=tmp_path / "train.jsonl",
+        Session(store=Store(tmp_path / "store"), train=tmp_path / "train.jsonl"),
         base=str(folder / "qwen2"),
         baseline="trl",
         candidate="trl",
@@ -270,16 +269,16 @@ def test_the_ladders_first_three_rungs_pass_through_its_own_processes(folder: Pa
         num_side_by_side=1,
         overrides=small,
     )
-    rungs = [judge_inputs(ladder), judge_first_step(ladder), judge_step_equivalence(ladder)]
-    assert [rung.status for rung in rungs] == ["PASS"] * 3, [rung.reason for rung in rungs]
+    verdicts = [rungs.verdict(ladder, number) for number in (1, 2, 3)]
+    assert [verdict.status for verdict in verdicts] == ["PASS"] * 3, [verdict.reason for verdict in verdicts]
     assert str(tmp_path) not in "".join(path.read_text() for path in (tmp_path / "store" / "probes").iterdir())
     assert list((tmp_path / "store" / "parity").glob("checks-*")), (
         "what was found is kept with the digests of its files"
     )
 
 
-def counted(ladder: Ladder, measured: Any, quantization: str, layouts: tuple[str, ...]) -> list[Check]:
-    """Stands for the checks of a rung: needs its files."""
+def counted(ladder: Ladder, measured: MeasuredSteps, quantization: str) -> list[Check]:
+    """Takes the place of a rung's checks: needs its files."""
     paths = [measured.folder / facts["file"] for facts in measured.facts.values()]
     return [Check(f"{quantization}: {path.read_text()}", 0.0, 1.0) for path in paths]
 
@@ -289,35 +288,39 @@ def of_short_texts(kind: type[Ladder], folder: Path) -> Ladder:
     (folder / "base").mkdir()
     row = '{"instruction": "Recite %d.", "input": "", "output": "Ship %d came by night."}\n'
     (folder / "train.jsonl").write_text("".join(row % (i, i) for i in range(230)))
-    return kind(store=Store(folder / "store"), train=folder / "train.jsonl", base=str(folder / "base"))
+    session = Session(store=Store(folder / "store"), train=folder / "train.jsonl")
+    return kind(session, base=str(folder / "base"), num_side_by_side=2)
 
 
-def test_judged_steps_are_not_measured_again_and_lost_ones_beside_the_old_never_in_their_place(tmp_path: Path) -> None:
+def test_judged_steps_are_not_measured_again_and_lost_ones_beside_the_old_never_in_their_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     answers: dict[Any, Any] = {}
 
     class Recording(Ladder):
-        def probes(self, name: str, asked: Any) -> list[Any]:
+        def probes(self, name: str, calls: Any, *, is_prefetch: bool = False) -> list[Any]:
             """As a store: what was answered once is answered alike, and measured no more."""
-            return [answers.get(one) or answers.setdefault(one, self.measure(one)) for one in asked]
+            return [answers.get(call) or answers.setdefault(call, self.measure(call)) for call in calls]
 
-        def measure(self, one: Any) -> dict[str, Any]:
-            backend, folder = one[1][2], Path(next(a for a in one[1] if a.startswith("--out="))[6:])
+        def measure(self, call: Any) -> dict[str, Any]:
+            arguments = call[1]
+            backend, folder = arguments[2], Path(next(a for a in arguments if a.startswith("--out="))[6:])
             folder.mkdir(parents=True, exist_ok=True)
-            steps = [one[1][place + 1] for place, a in enumerate(one[1]) if a == "--step"]
+            steps = [arguments[place + 1] for place, a in enumerate(arguments) if a == "--step"]
             files = [folder / f"{backend}-{step}".replace(":", "-") for step in steps]
             for file in files:
                 file.write_text(f"{len(answers)}")
             return {"steps": [{"file": file.name, "file_sha256": sha256_file(file)} for file in files]}
 
     ladder = of_short_texts(Recording, tmp_path)
-    found = find_checks(ladder, counted)
-    assert list(found) == ["nf4", "none"]
+    checks = find_checks(ladder, counted, own_steps(ladder))
+    assert list(checks) == ["nf4", "none"]
     num = len(answers)
     shutil.rmtree(tmp_path / "parity" / "steps")
-    assert find_checks(ladder, counted) == found
+    assert find_checks(ladder, counted, own_steps(ladder)) == checks
     assert len(answers) == num, "what was judged is not measured again"
-    shutil.rmtree(tmp_path / "store" / "parity")
-    assert find_checks(ladder, counted) != found
+    monkeypatch.setattr("harness.parity.first_step.judge.STEP_BARS", (1.4,))
+    assert find_checks(ladder, counted, own_steps(ladder)) != checks, "judged by other bars"
     assert len(answers) == 2 * num, "a store only grows"
 
 
@@ -327,27 +330,30 @@ def test_stored_steps_are_known_without_a_process_and_fetch_no_other_architectur
     answers: dict[Any, Any] = {}
 
     class Stored(Ladder):
-        def probes(self, name: str, asked: Any, *, is_prefetch: bool = False) -> list[Any]:
-            if self.measures:
-                answers.update({one: {"steps": [{}] * one[1].count("--step")} for one in asked})
-            return [answers.get(one) for one in asked]
+        def probes(self, name: str, calls: Any, *, is_prefetch: bool = False) -> list[Any]:
+            if self.session.measures:
+                answers.update({call: {"steps": [{}] * call[1].count("--step")} for call in calls})
+            return [answers.get(call) for call in calls]
 
-    fetched: list[Ladder] = []
-    monkeypatch.setattr(architectures, "prefetch", fetched.append)
-    monkeypatch.setattr(rungs_1_to_3, "_judged", lambda *_: None)
+    made: list[str] = []
+    monkeypatch.setattr(
+        "harness.parity.architectures.make_base_as", lambda base, model_type, directory: made.append(model_type)
+    )
     ladder = of_short_texts(Stored, tmp_path)
-    judge_first_step(ladder)
-    assert fetched == [ladder]
-    measure_steps(ladder)
-    judge_first_step(ladder)
-    assert fetched == [ladder]
+    rungs.RUNGS[2].prefetch(ladder)
+    assert made == ["llama", "qwen3"]
+    assert len(answers) > len({call for call in answers if str(tmp_path / "base") in "".join(call[1])}) > 0
+    answers.clear()
+    measure_steps(ladder, own_steps(ladder))
+    num = len(answers)
+    rungs.RUNGS[2].prefetch(ladder)
+    assert (len(answers), len(made)) == (num, 2), "the store has the steps of the ladder's own base"
 
 
 def test_stored_inputs_of_another_workload_are_no_verdict(tmp_path: Path) -> None:
     class Stored(Ladder):
-        def probes(self, name: str, asked: Any, *, is_prefetch: bool = False) -> list[Any]:
-            return [{"inputs": {"backend": one[0], "workload_sha256": "0" * 64}} for one in asked]
+        def probes(self, name: str, calls: Any, *, is_prefetch: bool = False) -> list[Any]:
+            return [{"inputs": {"backend": backend, "workload_sha256": "0" * 64}} for backend, _ in calls]
 
-    ladder = of_short_texts(Stored, tmp_path)
-    rung = judge_inputs(ladder)
-    assert (rung.status, "another one" in rung.reason) == ("INCOMPLETE", True)
+    judged = judge_inputs(of_short_texts(Stored, tmp_path))
+    assert (judged.status, "another one" in judged.reason) == ("INCOMPLETE", True)

@@ -1,4 +1,4 @@
-"""Processes beside one another: how many at a time, what becomes of their failures, and that runs stay apart."""
+"""Processes side by side: how many at a time, what becomes of their failures, and that runs stay apart."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from harness.measurement.results import Outcome, RunSpec, Store
 from harness.measurement.runner import run_once
 from harness.parity.session import Ladder
 from harness.parity.side_by_side import Job, run_side_by_side
+from harness.session import Session
 from tests.support.fake_training import fake
 
 
@@ -42,14 +43,14 @@ class Watched:
 
 def test_as_many_run_as_are_allowed_and_never_more() -> None:
     watched = Watched(together=3)
-    assert run_side_by_side([watched.job(1) for _ in range(6)], most=3, room=10) == [1] * 6
+    assert run_side_by_side([watched.job(1) for _ in range(6)], most=3, memory=10) == [1] * 6
     assert watched.most == 3
 
 
-def test_there_is_never_more_on_the_gpu_than_it_has_room_for_but_what_runs_alone() -> None:
+def test_there_is_never_more_on_the_gpu_than_its_memory_holds_but_what_runs_alone() -> None:
     watched = Watched()
     weights = [6, 6, 4, 6, 30, 1]
-    assert run_side_by_side([watched.job(w) for w in weights], most=9, room=10) == weights
+    assert run_side_by_side([watched.job(w) for w in weights], most=9, memory=10) == weights
     assert watched.heaviest == 30
     assert watched.sums - {30} <= set(range(11))
 
@@ -61,11 +62,11 @@ def test_a_failure_is_its_jobs_answer_and_a_bug_is_raised() -> None:
     def bug() -> int:
         raise ZeroDivisionError
 
-    first, second = run_side_by_side([Job(fail), Job(lambda: 2)], most=2, room=9)
+    first, second = run_side_by_side([Job(fail), Job(lambda: 2)], most=2, memory=9)
     assert isinstance(first, DataError)
     assert second == 2
     with pytest.raises(ZeroDivisionError):
-        run_side_by_side([Job(bug), Job(lambda: 2)], most=1, room=9)
+        run_side_by_side([Job(bug), Job(lambda: 2)], most=1, memory=9)
 
 
 def make_ladder(where: Path, command: Callable[[RunSpec, Path], list[str]]) -> Ladder:
@@ -76,9 +77,8 @@ def make_ladder(where: Path, command: Callable[[RunSpec, Path], list[str]]) -> L
     def run(spec: RunSpec, **more: Any) -> Outcome:
         return run_once(spec, command=command, **more)
 
-    return Ladder(
-        store=Store(where / "store"), train=where / "train.jsonl", base=str(where / "base"), run=run, num_side_by_side=4
-    )
+    session = Session(store=Store(where / "store"), train=where / "train.jsonl", run_one=run)
+    return Ladder(session, base=str(where / "base"), num_side_by_side=4)
 
 
 def test_runs_made_side_by_side_are_stored_apart_and_not_made_again(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_runs_made_side_by_side_are_stored_apart_and_not_made_again(tmp_path: Pa
     outcomes = ladder.outcomes(specs)
     assert [outcome.status for outcome in outcomes] == ["completed"] * 6
     assert [outcome.spec for outcome in outcomes] == [spec.portable() for spec in specs]
-    assert len({outcome.run_id for outcome in outcomes}) == len(ladder.store.run_ids()) == 6
+    assert len({outcome.run_id for outcome in outcomes}) == len(ladder.session.store.run_ids()) == 6
     assert ladder.outcomes(specs) == outcomes
 
 
@@ -95,8 +95,8 @@ def test_what_finds_no_memory_beside_others_is_run_again_alone_and_only_then_bel
     ladder = make_ladder(tmp_path, fake(exit_code=5, record={"status": "out_of_memory"}))
     (outcome,) = ladder.outcomes([ladder.spec("trl", 1), ladder.spec("trl", 2)])
     assert outcome.status == "out_of_memory"
-    assert [o.status for o in ladder.store.outcomes()] == ["refused", "refused", "out_of_memory"]
-    assert "beside others: out_of_memory" in str(ladder.store.outcomes()[0].message)
+    assert [o.status for o in ladder.session.store.outcomes()] == ["refused", "refused", "out_of_memory"]
+    assert "beside others: out_of_memory" in str(ladder.session.store.outcomes()[0].message)
 
 
 def test_a_probe_that_fails_beside_others_is_asked_once_more_alone(
@@ -108,15 +108,15 @@ def test_a_probe_that_fails_beside_others_is_asked_once_more_alone(
     def run_probe(name: str, backend: str, arguments: tuple[str, ...], *_: Any, is_alone: bool, **__: Any) -> Any:
         seen.append((arguments[0], is_alone))
         if arguments[0] == "broken" or (arguments[0] == "large" and not is_alone):
-            raise ForgeError("no room")
+            raise ForgeError("no memory")
         return {"of": arguments[0]}
 
-    monkeypatch.setattr("harness.parity.session.run_probe", run_probe)
-    asked: list[Any] = [("trl", (name,)) for name in ("small", "large", "broken", "small")]
-    assert ladder.probes("first_step", asked, is_prefetch=True)[0] == {"of": "small"}
+    monkeypatch.setattr("harness.session.run_probe", run_probe)
+    calls: list[Any] = [("trl", (name,)) for name in ("small", "large", "broken", "small")]
+    assert ladder.probes("first_step", calls, is_prefetch=True)[0] == {"of": "small"}
     assert {is_alone for _, is_alone in seen} == {False}
-    found = ladder.probes("first_step", asked)
-    assert found[:2] + found[3:] == [{"of": "small"}, {"of": "large"}, {"of": "small"}]
-    assert isinstance(found[2], ForgeError)
-    assert [one for one in seen if one[1]] == [("large", True), ("broken", True)]
+    answers = ladder.probes("first_step", calls)
+    assert answers[:2] + answers[3:] == [{"of": "small"}, {"of": "large"}, {"of": "small"}]
+    assert isinstance(answers[2], ForgeError)
+    assert [name for name, is_alone in seen if is_alone] == ["large", "broken"]
     assert seen.count(("broken", False)) == 1, "what failed beside others is not tried there again"

@@ -11,12 +11,12 @@ import pytest
 
 from forge.training.system.files import write_json
 from harness.export.claims import KINDS
-from harness.parity.claims import Rung
 from harness.parity.first_step.checks import Check
+from harness.parity.rungs import verdict as judged
 from harness.parity.trajectory.recorded import read_recorded
 from harness.report.__main__ import main
-from tests.harness.parity.test_outcome import RECORDED, Runs, make_ladder
 from tests.support.export_answers import divergence_answer, verdict_on
+from tests.support.recorded_ladder import RECORDED, Runs, make_ladder
 from tests.support.report_pages import status_of
 
 
@@ -33,13 +33,11 @@ def gate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str,
     (where / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     ladder = make_ladder(where, where / "corpus.jsonl", Runs(read_recorded(RECORDED)))
     checks = [Check("error of a token's loss, nats", 0.01, 0.02), Check("cosine", 0.97, 0.99, least=True)]
-    second = Rung(
-        number=2, status="PASS", reason="all hold", figures={"checks": {"nf4": [c.to_dict() for c in checks]}}
-    )
+    second = verdict_on(2, "PASS", "all hold", {"checks": {"nf4": [c.to_dict() for c in checks]}})
     arms = {"arm": "unsloth", "backend": "unsloth", "baseline": "trl"}
     entries = [entry("parity", "rung 2", verdict=second.to_dict(), **arms)]
     for number in (4, 5, 6):
-        rung = ladder.verdict(number)
+        rung = judged(ladder, number)
         entries.append(entry("parity", f"rung {number}", verdict=rung.to_dict(), run_ids=rung.run_ids, **arms))
     found = divergence_answer(4e-7, 1e-8)
     found["pairs"] = [{**pair, "same_top_share": 0.987} for pair in found["pairs"]]
