@@ -11,30 +11,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from harness import verdict
+from harness.measurement.results import RunStatus
 from harness.stats import Interval, pairs_needed, ratio_interval
+from harness.verdict import CANNOT_RUN, Role, Status, Verdict, status_of_run
 
-Status = Literal["PASS", "FAIL", "INCONCLUSIVE", "INCOMPLETE"]
 Direction = Literal["at_least", "at_most", "contains"]
 
 CONFIDENCE = 0.95
 POWER = 0.9  # what INCONCLUSIVE's number of pairs aims at
 # Logarithms and back cost up to 1e-14 of a ratio, and one that is exactly the bar must not fall short of it.
 _ROUNDING = 1e-12
-_CANNOT_RUN = ("out_of_memory", "diverged", "timeout", "crashed", "no_record")
-_NOT_RUN = ("refused",)  # disk full, another process on the GPU: says nothing about the arm
-_RUN_STATUSES = ("completed", *_CANNOT_RUN, *_NOT_RUN)
+_RUN_STATUSES: tuple[RunStatus, ...] = get_args(RunStatus)
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class Claim(_Part):
+class Claim(BaseModel):
     """One line of the acceptance table.
 
     ``trial`` and ``metric`` name what is measured (all metrics: lower is better). ``direction``:
@@ -43,6 +37,8 @@ class Claim(_Part):
     whose interval must hold 1 and, where ``tolerance`` is given, lie within 1 / (1 + tolerance) and
     1 + tolerance: a control too noisy to see a difference of that size shows nothing.
     """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     name: str
     statement: str
@@ -69,7 +65,7 @@ class Claim(_Part):
         return self.tolerance is not None and (low < 1 / (1 + self.tolerance) or high > 1 + self.tolerance)
 
     def is_missed(self, low: float, high: float) -> bool:
-        """Whether an interval lies wholly on the wrong side: no luck with the noise would clear the bar."""
+        """Whether an interval lies wholly on the wrong side: even a lucky draw could not clear the bar."""
         if self.is_cleared(low, high):
             return False
         outside = low > self.bar * (1 + _ROUNDING) or high < self.bar * (1 - _ROUNDING)
@@ -77,14 +73,14 @@ class Claim(_Part):
 
 
 def _memory(name: str, metric: str, what: str) -> Claim:
-    statement = f"Training on whole documents takes at most a fifth of the legacy stack's {what}."
+    statement = f"Training on whole documents takes at most a fifth of legacy's {what}."
     return Claim(name=name, statement=statement, trial="genome_full", metric=metric, direction="at_most", bar=0.20)
 
 
 CLAIMS: tuple[Claim, ...] = (
     Claim(
         name="legacy_256_speed",
-        statement="Training on the legacy workload is at least twice as fast as with the legacy stack.",
+        statement="Training on the legacy workload is at least twice as fast as with legacy.",
         trial="legacy_256",
         metric="measured_seconds",
         direction="at_least",
@@ -92,7 +88,7 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     Claim(
         name="genome_full_speed",
-        statement="Training on whole documents is at least twice as fast as with the legacy stack.",
+        statement="Training on whole documents is at least twice as fast as with legacy.",
         trial="genome_full",
         metric="measured_seconds",
         direction="at_least",
@@ -103,7 +99,7 @@ CLAIMS: tuple[Claim, ...] = (
     _memory("genome_full_device_used", "device_used_bytes", "GPU memory in use as the driver counts it"),
     Claim(
         name="control_aa",
-        statement="The legacy stack measured against itself shows no difference, and one of a fifth would show.",
+        statement="legacy measured against itself shows no difference, and one of a fifth would show.",
         trial="control_aa",
         metric="measured_seconds",
         direction="contains",
@@ -111,49 +107,6 @@ CLAIMS: tuple[Claim, ...] = (
         tolerance=0.2,
     ),
 )
-
-
-class Verdict(verdict.Verdict):
-    """What the pairs say about a claim. ``to_dict`` and back loses nothing and holds no inf or NaN.
-
-    ``low``, ``high``: the 95% interval of the claim's ratio, None where there is none.
-    ``pairs_needed`` (INCONCLUSIVE only, None where unknown): the further pairs that would decide
-    with probability 0.9 if ratio and noise are as seen here: those of one new trial, judged by
-    itself. Adding them to the old pairs and judging again would pass too often.
-    """
-
-    name: str = ""
-    statement: str = ""
-    claim: dict[str, Any]
-    estimate: Annotated[float | None, Field(allow_inf_nan=False)] = None
-    low: Annotated[float | None, Field(allow_inf_nan=False)] = None
-    high: Annotated[float | None, Field(allow_inf_nan=False)] = None
-    num_pairs: Annotated[int, Field(ge=0)]
-    num_pairs_planned: Annotated[int, Field(ge=1)]
-    pairs_needed: Annotated[int | None, Field(ge=2)] = None
-
-    @model_validator(mode="after")
-    def _pass_is_earned(self) -> Self:
-        """A file that says PASS without the pairs and the interval for it is not believed."""
-        claim = Claim.model_validate(self.claim)
-        if self.num_pairs > self.num_pairs_planned:
-            raise ValueError(f"{claim.name}: {self.num_pairs} pairs where {self.num_pairs_planned} were planned")
-        if self.pairs_needed is not None and self.status != "INCONCLUSIVE":
-            raise ValueError(f"{claim.name}: {self.status} needs no further pairs")
-        if self.status == "PASS":
-            complete = self.num_pairs == self.num_pairs_planned >= 2
-            if not complete or self.low is None or self.high is None or not claim.is_cleared(self.low, self.high):
-                raise ValueError(f"{claim.name}: PASS, but its pairs or its interval do not say so")
-        return self
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-safe."""
-        return self.model_dump(mode="json")
-
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> Verdict:
-        """Raises ``ValueError`` (pydantic's) for anything that :meth:`to_dict` would not write."""
-        return cls.model_validate(content)
 
 
 def judge(
@@ -164,6 +117,7 @@ def judge(
     num_pairs_planned: int,
     baseline_statuses: Sequence[str],
     candidate_statuses: Sequence[str],
+    run_ids: Sequence[str] = (),
 ) -> Verdict:
     """The verdict on a claim from the complete pairs of its trial.
 
@@ -172,37 +126,48 @@ def judge(
     repeated pairs included. A candidate that cannot run has failed; a baseline that cannot leaves
     nothing to compare with. ``ValueError``: more pairs than planned (n is fixed beforehand), arms
     of unequal length, more values than completed runs, an unknown status.
+
+    The verdict's ``figures``: ``claim`` as JSON; ``estimate``, ``low``, ``high``: the claim's ratio and
+    its 95% interval, None where there is none; ``num_pairs``, ``num_pairs_planned``; ``pairs_needed``
+    (INCONCLUSIVE only, None where unknown): the further pairs that would decide with probability 0.9
+    if ratio and noise are as seen here: those of one new trial, judged by itself. Adding them to the
+    old pairs and judging again would pass too often.
     """
     num_pairs = _checked_pairs(baseline_values, candidate_values, baseline_statuses, candidate_statuses)
     if num_pairs_planned < 1 or num_pairs > num_pairs_planned:
         raise ValueError(f"{claim.name}: {num_pairs} pairs where {num_pairs_planned} were planned")
 
     def verdict(status: Status, reason: str, interval: Interval | None = None, further: int | None = None) -> Verdict:
-        ends = (interval.estimate, interval.low, interval.high) if interval else ()
-        estimate, low, high = (end if 0 < end < math.inf else None for end in ends or (0.0, 0.0, 0.0))
+        ends = (interval.estimate, interval.low, interval.high) if interval else (0.0, 0.0, 0.0)
+        estimate, low, high = (end if 0 < end < math.inf else None for end in ends)
+        figures = {
+            "claim": claim.model_dump(mode="json"),
+            "estimate": estimate,
+            "low": low,
+            "high": high,
+            "num_pairs": num_pairs,
+            "num_pairs_planned": num_pairs_planned,
+            "pairs_needed": further,
+        }
         return Verdict(
             name=claim.name,
             statement=claim.statement,
-            claim=claim.model_dump(mode="json"),
             status=status,
-            estimate=estimate,
-            low=low,
-            high=high,
-            num_pairs=num_pairs,
-            num_pairs_planned=num_pairs_planned,
-            pairs_needed=further,
             reason=reason,
+            figures=figures,
+            run_ids=list(run_ids),
         )
 
-    if broken := _first(candidate_statuses, _CANNOT_RUN):
-        return verdict("FAIL", f"the candidate cannot run this: {broken}")
-    if broken := _first(baseline_statuses, _CANNOT_RUN):
-        return verdict("INCONCLUSIVE", f"the baseline cannot run this: {broken}")
+    ends: tuple[tuple[Role, Sequence[str]], ...] = (("candidate", candidate_statuses), ("baseline", baseline_statuses))
+    for role, statuses in ends:
+        broken = next((status for status in statuses if status in CANNOT_RUN), None)
+        if broken and (meaning := status_of_run(broken, role)):
+            return verdict(meaning, f"the {role} cannot run this: {broken}")
     arms = (baseline_values, candidate_values) if claim.direction == "at_least" else (candidate_values, baseline_values)
     interval = ratio_interval(*arms, confidence=CONFIDENCE) if num_pairs else None
     if interval is None or num_pairs < num_pairs_planned:
-        refused = _first([*baseline_statuses, *candidate_statuses], _NOT_RUN)
-        why = "; a run was refused before or while it measured" if refused else ""
+        is_refused = any(status != "completed" for _, statuses in ends for status in statuses)
+        why = "; a run was refused before or while it measured" if is_refused else ""
         return verdict("INCOMPLETE", f"{num_pairs} of {num_pairs_planned} pairs measured{why}", interval)
     if interval.log_sd is None:
         return verdict("INCONCLUSIVE", "one pair shows no noise, so there is no interval", interval)
@@ -233,10 +198,6 @@ def _checked_pairs(
         if (completed := sum(status == "completed" for status in statuses)) < len(baseline_values):
             raise ValueError(f"{len(baseline_values)} values from {completed} completed runs")
     return len(baseline_values)
-
-
-def _first(statuses: Sequence[str], wanted: Sequence[str]) -> str | None:
-    return next((status for status in statuses if status in wanted), None)
 
 
 def _describe(claim: Claim, interval: Interval, does: str) -> str:

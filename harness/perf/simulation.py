@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from harness.perf.claims import CLAIMS, Claim, Verdict, judge
+from harness.perf.claims import CLAIMS, Claim, judge
 from harness.stats import ratio_interval, tost, tost_power
+from harness.verdict import Verdict
 
 SEED = 20261124
 SIZES = (3, 5, 7, 10)
@@ -152,11 +153,12 @@ def repeated_pass_rates(
     for old, new in zip(*draw_trials(rng, trials, num_pairs, ratio, log_sd), strict=True):
         verdict = judge_trial(SPEED, old, new)
         first += verdict.status == "PASS"
-        if verdict.pairs_needed is None or verdict.pairs_needed > most_pairs:
+        needed = verdict.figures["pairs_needed"]
+        if needed is None or needed > most_pairs:
             continue
-        more_old, more_new = (arm[0] for arm in draw_trials(rng, 1, verdict.pairs_needed, ratio, log_sd))
+        more_old, more_new = (arm[0] for arm in draw_trials(rng, 1, needed, ratio, log_sd))
         anew += judge_trial(SPEED, more_old, more_new).status == "PASS"
-        extra = verdict.pairs_needed - num_pairs  # what an extended trial would add to reach that number
+        extra = needed - num_pairs  # what an extended trial would add to reach that number
         pooled = np.concatenate([old, more_old[:extra]]), np.concatenate([new, more_new[:extra]])
         together += judge_trial(SPEED, *pooled).status == "PASS"
     return first / trials, (first + anew) / trials, (first + together) / trials

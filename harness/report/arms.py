@@ -1,21 +1,19 @@
-"""The arms of a gate: what was measured on a workload, by which backend, in which runs."""
+"""The arms of a gate with their runs: what was measured on a workload, by which backend in which layout."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from harness.report.evidence import Entry, Evidence
+from forge.training.backends import BACKENDS
+from harness.perf.suite import LEGACY as BASELINE
+from harness.report.evidence import Entry, Evidence, Run
 from harness.report.page.numbers import NONE, Spread, spread
-from harness.report.run import Run
-
-BACKENDS = ("legacy", "trl", "unsloth")
-BASELINE = "legacy"
 
 
 @dataclass(frozen=True, eq=False)  # the same only if it is the same object: it serves as a key
-class Arm:
-    """One backend in one layout on one workload. ``name``: the backend's, or says what is different about it."""
+class ArmRuns:
+    """An arm on one workload with its runs. ``name``: the backend's, or says what is different about it."""
 
     name: str
     backend: str
@@ -47,33 +45,37 @@ class Arm:
         return ", ".join(ends) or "no run"
 
 
-def arms_by_workload(evidence: Evidence) -> dict[str, list[Arm]]:
-    """The arms of the metric entries, each with all runs that its entries name; the baseline first."""
-    grouped: dict[str, dict[str, list[Entry]]] = {}
-    for entry in evidence.of_kind("metric"):
-        grouped.setdefault(entry.workload, {}).setdefault(entry.text("arm"), []).append(entry)
-    return {
-        workload: sorted((arm(evidence, name, workload, entries) for name, entries in arms.items()), key=_order)
-        for workload, arms in grouped.items()
-    }
+def arms_by_workload(evidence: Evidence) -> dict[str, list[ArmRuns]]:
+    """The arms of the metric entries by workload, each with all runs that its entries name; the baseline first."""
+    arms: dict[str, list[ArmRuns]] = {}
+    for arm in _arms(evidence, "metric"):
+        arms.setdefault(arm.workload, []).append(arm)
+    return {workload: sorted(found, key=_order) for workload, found in arms.items()}
 
 
-def ladder(evidence: Evidence) -> list[Arm]:
-    """The rungs, in the order they were written."""
+def ablation(evidence: Evidence) -> list[ArmRuns]:
+    """The arms of the ablation, in the order they were written."""
+    return _arms(evidence, "ablation")
+
+
+def _arms(evidence: Evidence, kind: str) -> list[ArmRuns]:
     grouped: dict[tuple[str, str], list[Entry]] = {}
-    for entry in evidence.of_kind("ladder"):
+    for entry in evidence.of_kind(kind):
         grouped.setdefault((entry.workload, entry.text("arm")), []).append(entry)
-    return [arm(evidence, name, workload, entries) for (workload, name), entries in grouped.items()]
+    return [
+        ArmRuns(name, entries[0].text("backend"), workload, tuple(evidence.runs_of(entries)))
+        for (workload, name), entries in grouped.items()
+    ]
 
 
-def arm(evidence: Evidence, name: str, workload: str, entries: Iterable[Entry]) -> Arm:
-    entries = list(entries)
-    return Arm(name, entries[0].text("backend"), workload, tuple(evidence.runs_of(entries)))
+def baseline_of(arms: Iterable[ArmRuns]) -> ArmRuns | None:
+    """The baseline in its own layout."""
+    return next((arm for arm in arms if arm.name == BASELINE.name), None)
 
 
-def baseline_of(arms: Iterable[Arm]) -> Arm | None:
-    """The legacy stack in its owner's own layout."""
-    return next((arm for arm in arms if arm.name == BASELINE), None)
+def by_backend(backend: str) -> int:
+    """Place in the list of backends; unknown ones last."""
+    return [*BACKENDS, backend].index(backend)
 
 
 def ratio(above: Spread | None, below: Spread | None) -> float | None:
@@ -81,12 +83,11 @@ def ratio(above: Spread | None, below: Spread | None) -> float | None:
     return None if above is None or below is None or below.middle == 0 else above.middle / below.middle
 
 
-def floor_bytes(arms: Iterable[Arm]) -> int | None:
+def floor_bytes(arms: Iterable[ArmRuns]) -> int | None:
     """The weight floor that the arms of a workload share, None where no run carries the model's sizes."""
     floors = [arm.example.floor_bytes for arm in arms if arm.example]
     return next((floor for floor in floors if floor is not None), None)
 
 
-def _order(one: Arm) -> tuple[int, bool]:
-    place = BACKENDS.index(one.backend) if one.backend in BACKENDS else len(BACKENDS)
-    return place, one.name != one.backend
+def _order(arm: ArmRuns) -> tuple[int, bool]:
+    return by_backend(arm.backend), arm.name != arm.backend

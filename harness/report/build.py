@@ -2,47 +2,52 @@
 
 from __future__ import annotations
 
+from harness.report.arms import ablation as ablation_of
 from harness.report.arms import arms_by_workload
-from harness.report.arms import ladder as rungs_of
 from harness.report.evidence import Evidence
 from harness.report.page.content import Report
-from harness.report.sections import ablation as ladder
-from harness.report.sections import context, losses, projection, reliability, training, verdicts
-from harness.report.sections import environment as setting
-from harness.report.sections import export as fidelity
-from harness.report.sections import missing as gaps
-from harness.report.sections import parity as accuracy
-from harness.report.stated import statuses
+from harness.report.sections import (
+    ablation,
+    context,
+    environment,
+    export,
+    losses,
+    missing,
+    parity,
+    projection,
+    reliability,
+    training,
+    verdicts,
+)
+from harness.report.verdicts import headline, judge_all, overall
 
 
 def gather(evidence: Evidence) -> Report:
     """The whole report. Raises :class:`~forge.training.system.errors.DataError` where an entry is not what it says."""
-    judged = verdicts.judged_claims(evidence)
-    arms, rungs = arms_by_workload(evidence), rungs_of(evidence)
-    used = evidence.runs_of(entry for entry in evidence.entries)
+    judged = judge_all(evidence)
+    arms, changes = arms_by_workload(evidence), ablation_of(evidence)
     sections = (
-        verdicts.build(evidence, judged),
-        accuracy.build(evidence),
-        training.build(arms, evidence) if arms else None,
+        verdicts.build(evidence, judged["claim"]),
+        parity.build(judged["parity"]),
+        training.build(arms, evidence),
         training.build_trade_off(arms),
         training.build_phases(arms),
         context.build(evidence),
         losses.build(arms),
         projection.build(arms),
-        ladder.build(rungs),
-        ladder.build_ceiling(evidence),
-        fidelity.build(evidence),
-        reliability.build(evidence),
-        setting.build(evidence, used),
-        gaps.build(evidence, judged, arms, rungs),
-        gaps.build_appendix(evidence),
+        ablation.build(changes),
+        ablation.build_matmul_peak(evidence),
+        export.build(evidence, judged["export"]),
+        reliability.build(judged["reliability"]),
+        environment.build(evidence, evidence.runs_of(evidence.entries)),
+        missing.build(evidence, judged, arms, changes),
+        missing.build_appendix(evidence),
     )
-    others = statuses(evidence)
     return Report(
-        status=verdicts.overall(judged, others, is_partial=evidence.is_partial),
-        headline=verdicts.headline(judged, others),
+        status=overall(judged, is_partial=evidence.is_partial),
+        headline=headline(judged),
         facts=tuple(_facts(evidence)),
-        sections=tuple(section for section in sections if section is not None),
+        sections=tuple(section for section in sections if section.parts or section.sections),
     )
 
 

@@ -1,16 +1,16 @@
 """A synthetic gate for tests of the report: plausible numbers, none of them measured.
 
-The runs are the real records under docs/results/2026-11-24-h200, scaled to what other arms might show and varied by
-seeded noise; the GPU's name says that they are synthetic. The verdicts on them are the real ones.
+The runs are real ones (tests/data/h200_runs.json), scaled to what other arms might show and varied by seeded noise;
+the GPU's name says that they are synthetic. The verdicts on them are the real ones.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ from forge.training.config.workload import load_workload
 from forge.training.system.files import sha256_json, write_json
 from harness.measurement.results import Monitor, Outcome, Pair, RunSpec, Store, TrialState
 from harness.perf.claims import CLAIMS, Claim, judge
-from harness.report.run import Run, read_run
+from harness.report.evidence import Run, read_run
 from tests.support.recorded_verdicts import verdicts
 
-RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results" / "2026-11-24-h200"
+RUNS = json.loads((Path(__file__).parents[1] / "data" / "h200_runs.json").read_text(encoding="utf-8"))
 GPU = "NVIDIA H200 (synthetic data)"
 QWEN2_7B = {
     **{"hidden_size": 3584, "num_hidden_layers": 28, "intermediate_size": 18944, "vocab_size": 152064},
@@ -58,7 +58,7 @@ ARMS: dict[tuple[str, str], Shape] = {
     ("genome_full", "unsloth"): Shape("unsloth", "full-unsloth", 1.0, 0.73, _TILED),
 }
 _CANDIDATE = ARMS["genome_full", "unsloth"]
-RUNGS: dict[str, Shape] = {
+ABLATION: dict[str, Shape] = {
     "legacy 1 x 8": Shape("legacy", "full-unsloth", 3.3, 6.2, _ONE),
     "trl 1 x 8: fused loss": Shape("trl", "full-unsloth", 2.7, 2.1, _ONE),
     "unsloth 1 x 8: its kernels": Shape("unsloth", "full-unsloth", 2.6, 0.95, _ONE),
@@ -70,10 +70,14 @@ RUNGS: dict[str, Shape] = {
 }
 
 
-@cache
-def _real(source: str) -> tuple[str, str]:
-    record = (RESULTS / f"{source}.run.json").read_text(encoding="utf-8")
-    return record, (RESULTS / f"{source}.steps.jsonl").read_text(encoding="utf-8")
+def _real(source: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The record of a real run and its step log."""
+    run = copy.deepcopy(RUNS["runs"][source])
+    fields = ("seconds", "documents", "tokens", "loss")
+    steps = [{"step": i, **dict(zip(fields, values, strict=True))} for i, values in enumerate(run.pop("steps"), 1)]
+    record = copy.deepcopy(RUNS["record"])
+    record["environment"] |= run.pop("environment", {})
+    return record | run, steps
 
 
 class Gate:
@@ -88,10 +92,8 @@ class Gate:
 
     def run(self, shape: Shape, workload: str, status: str = "completed") -> Run:
         """One more run in the store."""
-        record_text, step_text = _real(shape.source)
-        record, steps = json.loads(record_text), [json.loads(line) for line in step_text.splitlines()]
-        record["plan"] = {**record["plan"], **shape.plan}
-        record["plan"].pop("group_by_length", None)
+        record, steps = _real(shape.source)
+        record["plan"] |= shape.plan
         record.update(backend=shape.backend, model_shape=QWEN2_7B, seed=42)
         description = load_workload(workload).description
         record["workload"].update(
@@ -161,7 +163,8 @@ class Gate:
                 self.entry(f"{kind}/{workload}/{arm}/{metric}", kind, samples, **named, backend=backend, run_ids=ids)
 
     def claim(self, claim: Claim, baseline: Sequence[Run], candidate: Sequence[Run], num_planned: int = 5) -> None:
-        """The verdict that these pairs earn."""
+        """The verdict that these pairs earn, and their trial in the store."""
+        self.trial(claim.trial, baseline, candidate, num_planned)
         both = [run for pair in zip(baseline, candidate, strict=True) for run in pair]
         complete = [pair for pair in zip(baseline, candidate, strict=True) if all(run.is_complete for run in pair)]
         values = [[run.measure(claim.metric) or 0.0 for run in arm] for arm in zip(*complete, strict=True)] or [[], []]
@@ -177,12 +180,15 @@ class Gate:
 
     def trial(self, name: str, baseline: Sequence[Run], candidate: Sequence[Run], num_pairs: int = 5) -> None:
         """The trial's state in the store; the pairs' order is not what the report looks at."""
-        ids = [(a.id, b.id) for a, b in zip(baseline, candidate, strict=True) if a.is_complete and b.is_complete]
+        both = list(zip(baseline, candidate, strict=True))
+        ids = [(a.id, b.id) for a, b in both if a.is_complete and b.is_complete]
         pairs = [Pair(index=i, order="AB", baseline=a, candidate=b) for i, (a, b) in enumerate(ids, 1)]
-        arms = {"baseline": baseline[0].outcome, "candidate": candidate[0].outcome}
         fixed: dict[str, Any] = {"name": name, "num_pairs": num_pairs, "pairs": pairs}
-        for role, outcome in arms.items():
+        for role, runs in (("baseline", baseline), ("candidate", candidate)):
+            outcome = runs[0].outcome
             fixed |= {role: outcome.spec, f"{role}_key": outcome.key, f"{role}_parts": outcome.key_parts}
+            if failed := [run for run in runs if not run.is_complete]:
+                fixed |= {"failure": failed[0].id, "failed_role": role}
         self.store.trial_path(name).parent.mkdir(parents=True, exist_ok=True)
         self.store.write_trial(TrialState(**fixed))
 
@@ -202,7 +208,7 @@ class Gate:
 
 
 def whole_gate(directory: Path) -> Gate:
-    """Everything a gate leaves: five pairs a trial, the arms beside them, ladder, context, ceiling. Not yet written."""
+    """Everything a gate leaves: five pairs per trial, the arms beside them, ablation, context. Not yet written."""
     gate = Gate(directory)
     runs: dict[tuple[str, str], list[Run]] = {}
     trials = {"legacy_256": "legacy_256", "genome_full": "genome_full", "control_aa": "legacy_256"}
@@ -210,9 +216,8 @@ def whole_gate(directory: Path) -> Gate:
     for trial, workload in trials.items():
         other = "legacy" if trial == "control_aa" else "unsloth"
         arms = (ARMS[workload, "legacy"], ARMS[workload, other])
-        found = [[gate.run(shape, workload) for shape in arms] for _ in range(5)]
-        pairs[trial] = ([pair[0] for pair in found], [pair[1] for pair in found])
-        gate.trial(trial, *pairs[trial])
+        measured = [[gate.run(shape, workload) for shape in arms] for _ in range(5)]
+        pairs[trial] = ([pair[0] for pair in measured], [pair[1] for pair in measured])
         if trial != "control_aa":
             runs[workload, "legacy"], runs[workload, "unsloth"] = pairs[trial]
     for (workload, arm), shape in ARMS.items():
@@ -223,12 +228,12 @@ def whole_gate(directory: Path) -> Gate:
         gate.claim(claim, *pairs[claim.trial])
     beside = [gate.run(shape, "genome_full") for shape in (ARMS["genome_full", "legacy fastest layout"], _CANDIDATE)]
     gate.trial("genome_full_fastest_legacy", beside[:1], beside[1:], num_pairs=1)
-    for rung, shape in RUNGS.items():
-        gate.metrics("genome_full", rung, shape.backend, [gate.run(shape, "genome_full")], kind="ladder")
+    for change, shape in ABLATION.items():
+        gate.metrics("genome_full", change, shape.backend, [gate.run(shape, "genome_full")], kind="ablation")
     per_token = {"legacy": 2_200_000, "trl": 640_000, "unsloth": 240_000}
     for backend, size in per_token.items():
         points = [[tokens, 5_700_000_000 + size * tokens] for tokens in (2048, 8192, 16384, 32768)]
-        probe = gate.probe("context", backend)
+        probe = gate.probe("max_context", backend)
         for budget in (8.0, 24.0, 80.0):
             longest = int((budget * 2**30 - 5_700_000_000) / size)
             context = {
@@ -240,13 +245,13 @@ def whole_gate(directory: Path) -> Gate:
             }
             context["is_embedding_on_host"] = (backend, budget) == ("unsloth", 8.0)
             fits, fails = longest // 256 * 256, longest // 256 * 256 + 512
-            gate.entry(f"context/{backend}/{budget:g}", "context", **context, tokens_fits=fits, tokens_fails=fails)
+            gate.entry(f"context/{backend}/{budget:g}", "max_context", **context, tokens_fits=fits, tokens_fails=fails)
     speeds = {"legacy": 9.1e13, "trl": 1.6e14, "unsloth": 3.0e14}
     shares = {backend: speed / 7.9e14 for backend, speed in speeds.items()}
     facts = {"tflops": 790.0, "model_flops_per_second": speeds, "utilisation": shares}
     firsts = [runs["genome_full", backend][0].id for backend in speeds]
-    probe = gate.probe("ceiling", "unsloth")
-    gate.entry("ceiling", "ceiling", workload="genome_full", probe=probe, run_ids=firsts, **facts)
+    probe = gate.probe("matmul_peak", "unsloth")
+    gate.entry("matmul_peak", "matmul_peak", workload="genome_full", probe=probe, run_ids=firsts, **facts)
     gate.entry(
         "not_run/fp16", "not_run", what="fp16 in the legacy arm", reason="its gradient scaler refuses bfloat16 adapters"
     )

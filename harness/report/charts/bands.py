@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from harness.report.charts import svg as canvas
 from harness.report.charts.style import colour, finished, legend, name_axes
-from harness.report.charts.svg import GOOD, INK, MUTED, SMALL_SIZE, mark
+from harness.report.charts.svg import GOOD, INK, MUTED, SMALL_SIZE, mark, paper
 from harness.report.page.content import Chart
 
 
@@ -19,14 +18,14 @@ def within_band(
     half_width: Sequence[float],
     values: Sequence[float],
     y_label: str,
-    told: str,
+    description: str,
 ) -> Chart:
-    """Over steps from 1: the baseline's mean, the band around it, and the candidate's line. ``told``: in words."""
+    """Over steps from 1: the baseline's mean, the band around it, and the candidate's line."""
     from matplotlib.ticker import MaxNLocator
 
     baseline, candidate = names
     steps = range(1, len(middle) + 1)
-    with canvas.paper(256, left=56, right=8, top=50, bottom=40) as axes:
+    with paper(256, left=56, right=8, top=50, bottom=40) as axes:
         low, high = ([m + sign * h for m, h in zip(middle, half_width, strict=True)] for sign in (-1, 1))
         band = axes.fill_between(steps, low, high, color=colour(baseline), alpha=0.3, linewidth=0)
         mark(band, baseline, f"band of {baseline}'s own rounding")
@@ -40,7 +39,7 @@ def within_band(
         axes.grid(axis="y")
         name_axes(axes, "optimizer step", y_label)
         legend(axes, [(baseline, baseline), (candidate, candidate)], key="swatch")
-        return finished(axes, name, title, told)
+        return finished(axes, name, title, description)
 
 
 @dataclass(frozen=True)
@@ -54,16 +53,16 @@ class Difference:
 
 
 def differences(name: str, title: str, items: Sequence[Difference], margin: float | None) -> Chart:
-    """Paired differences, one a row, 0 a line; ``margin``: how far from 0 is still equal."""
+    """Paired differences, one per row, with a line at 0; ``margin``: how far from 0 is still equal."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     is_long = len(items) > 16  # then rows have no names
     row = 6.0 if is_long else 19.0
-    with canvas.paper(row * len(items) + 60, left=8 if is_long else 60, right=12, top=8, bottom=40) as axes:
+    with paper(row * len(items) + 60, left=8 if is_long else 60, right=12, top=8, bottom=40) as axes:
         axes.set(ylim=(len(items) - 0.4, -0.6))
         if margin is not None:
             area = axes.axvspan(-margin, margin, color=GOOD, alpha=0.15, linewidth=0)
-            mark(area, "margin", f"equal: within {margin:g} nats a token")
+            mark(area, "margin", f"equal: within {margin:g} nats per token")
         axes.axvline(0, color=INK, linewidth=1)
         for position, item in enumerate(items):
             if item.low is not None and item.high is not None:
@@ -78,7 +77,7 @@ def differences(name: str, title: str, items: Sequence[Difference], margin: floa
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+.3g}" if value else "0"))
         axes.grid(axis="x")
-        axes.set_xlabel("nats a token; below 0 is better", loc="right", fontsize=SMALL_SIZE, labelpad=3)
+        axes.set_xlabel("nats per token; below 0 is better", loc="right", fontsize=SMALL_SIZE, labelpad=3)
         ends = f"from {min(i.middle for i in items):+.4f} to {max(i.middle for i in items):+.4f}"
         within = f"; margin {margin:g}" if margin is not None else ""
-        return finished(axes, name, title, f"{len(items)} differences {ends} nats a token{within}.")
+        return finished(axes, name, title, f"{len(items)} differences {ends} nats per token{within}.")

@@ -1,4 +1,4 @@
-"""Charts of bars: one value an arm, or one an arm and phase."""
+"""Charts of bars: one value per arm, or one per arm and phase."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from harness.report.charts import svg as canvas
 from harness.report.charts.style import colour, finished, is_variant, legend, name_axes, text_width
-from harness.report.charts.svg import INK, MUTED, RULE, SMALL_SIZE, TEXT_SIZE, WIDTH, mark
+from harness.report.charts.svg import INK, MUTED, RULE, SMALL_SIZE, TEXT_SIZE, WIDTH, mark, paper
 from harness.report.page.content import Chart
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ class Bar:
 def bars(name: str, title: str, items: Sequence[Bar], reference: tuple[float, str] | None = None) -> Chart:
     """Horizontal bars with their names above them. ``reference``: a value and its name, a line across all bars."""
     top = 26.0 if reference else 4.0
-    with canvas.paper(_ROW * len(items) + top + 4, left=_EDGE, right=_EDGE, top=top, bottom=4) as axes:
+    with paper(_ROW * len(items) + top + 4, left=_EDGE, right=_EDGE, top=top, bottom=4) as axes:
         longest = _longest(items, reference)
         axes.set(xlim=(0, longest), ylim=(len(items) - 0.5, -0.5))
         axes.axis("off")
@@ -51,8 +50,8 @@ def bars(name: str, title: str, items: Sequence[Bar], reference: tuple[float, st
         axes.plot([0, 0], [-0.1, len(items) - 0.6], color=RULE, linewidth=1)
         if reference:
             _line_across(axes, *reference, longest=longest, num=len(items))
-        told = "; ".join(f"{bar.label} {bar.text}" for bar in items)
-        return finished(axes, name, title, f"{told}." + (f" Line: {reference[1]}." if reference else ""))
+        values = "; ".join(f"{bar.label} {bar.text}" for bar in items)
+        return finished(axes, name, title, f"{values}." + (f" Line: {reference[1]}." if reference else ""))
 
 
 def groups(
@@ -64,11 +63,11 @@ def groups(
     show: Callable[[float], str],
     reference: tuple[float, str] | None = None,
 ) -> Chart:
-    """Upright bars: ``series`` of (label, backend, one value a category), a line across for ``reference``."""
+    """Upright bars: ``series`` of (label, backend, one value per category), a line across for ``reference``."""
     from matplotlib.ticker import MaxNLocator
 
     values = [value for *_, row in series for value in row if value is not None]
-    with canvas.paper(256, left=30, right=6, top=50, bottom=24) as axes:
+    with paper(256, left=30, right=6, top=50, bottom=24) as axes:
         most = max([*values, reference[0] if reference else 0.0], default=0.0)
         axes.set(xlim=(-0.5, len(categories) - 0.5), ylim=(0, most * 1.1 or 1.0))
         width = 0.84 / len(series)
@@ -95,7 +94,7 @@ def groups(
             axes, [(label, backend) for label, backend, _ in series], line_across=reference[1] if reference else None
         )
         line = f" Line: {reference[1]}." if reference else ""
-        return finished(axes, name, title, f"In {unit}. {_tell(categories, series, show)}.{line}")
+        return finished(axes, name, title, f"In {unit}. {_in_words(categories, series, show)}.{line}")
 
 
 def _draw(axes: Axes, bar: Bar, at: float) -> None:
@@ -112,23 +111,23 @@ def _draw(axes: Axes, bar: Bar, at: float) -> None:
 
 def _longest(items: Sequence[Bar], reference: tuple[float, str] | None) -> float:
     """The value at the right edge: every bar and the text at its end must fit in front of it."""
-    room = WIDTH - 2 * _EDGE
-    ends = [bar.end * room / max(room - text_width(bar.text, TEXT_SIZE) - 8, room / 4) for bar in items]
+    width = WIDTH - 2 * _EDGE
+    ends = [bar.end * width / max(width - text_width(bar.text, TEXT_SIZE) - 8, width / 4) for bar in items]
     return max([*ends, reference[0] * 1.02 if reference else 0.0]) or 1.0
 
 
 def _line_across(axes: Axes, value: float, text: str, *, longest: float, num: int) -> None:
     for position in range(num):  # beside the bars only: the names between them stay readable
         axes.plot([value, value], [position - 0.12, position + 0.36], color=INK, linewidth=1.1)
-    room = (WIDTH - 2 * _EDGE) * (1 - value / longest)
-    side = "left" if room > text_width(text, SMALL_SIZE) else "right"
+    right = (WIDTH - 2 * _EDGE) * (1 - value / longest)  # of the line, pixels
+    side = "left" if right > text_width(text, SMALL_SIZE) else "right"
     axes.plot([value, value], [-0.86, -0.62], color=INK, linewidth=1.1, clip_on=False)
     at = (4 if side == "left" else -4, 0)
     written: dict[str, Any] = {"ha": side, "va": "center", "fontsize": SMALL_SIZE, "color": INK}
     axes.annotate(text, (value, -0.75), at, textcoords="offset points", annotation_clip=False, **written)
 
 
-def _tell(categories: Sequence[str], series: Sequence[tuple[str, str, Sequence[float | None]]], show: Any) -> str:
+def _in_words(categories: Sequence[str], series: Sequence[tuple[str, str, Sequence[float | None]]], show: Any) -> str:
     return "; ".join(
         f"{label}: " + ", ".join(f"{c} {show(v)}" for c, v in zip(categories, row, strict=True) if v is not None)
         for label, _, row in series

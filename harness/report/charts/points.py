@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from harness.report.charts import svg as canvas
 from harness.report.charts.style import colour, finished, legend, line_style, name_axes, names_beside, point
-from harness.report.charts.svg import BAD, DOUBT, GOOD, INK, MUTED, PAPER, SMALL_SIZE, mark
+from harness.report.charts.svg import BAD, DOUBT, GOOD, INK, MUTED, PAPER, SMALL_SIZE, mark, paper
 from harness.report.page.content import Chart
 from harness.report.page.numbers import digits
 
@@ -41,7 +40,7 @@ def trade_off(name: str, title: str, dots: Sequence[Dot], x_label: str, y_label:
     """Points where left and up is better, and a line through those that no other beats in both."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    with canvas.paper(270, left=42, right=10, top=26, bottom=40) as axes:
+    with paper(270, left=42, right=10, top=26, bottom=40) as axes:
         edge = max(dot.x for dot in dots) * 1.12
         axes.set(xlim=(0, edge), ylim=(0, max(dot.y for dot in dots) * 1.15))
         best = undominated(dots)
@@ -56,8 +55,8 @@ def trade_off(name: str, title: str, dots: Sequence[Dot], x_label: str, y_label:
         axes.grid(True)
         axes.set_axisbelow(True)
         name_axes(axes, x_label, y_label)
-        told = "; ".join(f"{dot.label} {dot.text}" for dot in dots)
-        return finished(axes, name, title, f"{told}. Beaten by none in both: {', '.join(dot.label for dot in best)}.")
+        values = "; ".join(f"{dot.label} {dot.text}" for dot in dots)
+        return finished(axes, name, title, f"{values}. Beaten by none in both: {', '.join(dot.label for dot in best)}.")
 
 
 def undominated(dots: Sequence[Dot]) -> list[Dot]:
@@ -75,12 +74,12 @@ def curves(
     series: Sequence[tuple[str, str, Sequence[tuple[float, float]]]],
     x_label: str,
     y_label: str,
-    told: str,
+    description: str,
 ) -> Chart:
     """Lines over steps: ``series`` of (label, backend, points). Dashes tell lines apart that lie on each other."""
     from matplotlib.ticker import MaxNLocator
 
-    with canvas.paper(256, left=42, right=8, top=50, bottom=40) as axes:
+    with paper(256, left=42, right=8, top=50, bottom=40) as axes:
         for label, backend, points in series:
             xs, ys = zip(*points, strict=True)
             (line,) = axes.plot(xs, ys, color=colour(backend), **line_style(label, backend))
@@ -92,7 +91,7 @@ def curves(
         axes.grid(axis="y")
         name_axes(axes, x_label, y_label)
         legend(axes, [(label, backend) for label, backend, _ in series], key="line")
-        return finished(axes, name, title, told)
+        return finished(axes, name, title, description)
 
 
 @dataclass(frozen=True)
@@ -109,20 +108,19 @@ def reaches(name: str, title: str, series: Sequence[Reach]) -> Chart:
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
     budgets = sorted({budget for reach in series for budget in reach.longest})
-    with canvas.paper(290, left=42, right=10, top=50, bottom=40) as axes:
+    with paper(290, left=42, right=10, top=50, bottom=40) as axes:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
         for reach in series:
             if reach.points:
                 axes.plot(*zip(*reach.points, strict=True), color=colour(reach.backend), linewidth=1.2)
             for tokens, peak in reach.points:
-                told = f"{reach.backend}: {digits(peak)} GiB at {tokens:,} tokens"
-                point(axes, tokens, peak, reach.backend, reach.backend, told, size=6)
+                tooltip = f"{reach.backend}: {digits(peak)} GiB at {tokens:,} tokens"
+                point(axes, tokens, peak, reach.backend, reach.backend, tooltip, size=6)
             for budget, tokens in reach.longest.items():
-                told = f"{reach.backend}: {tokens:,} tokens fit in {budget:g} GiB"
                 (ring,) = axes.plot([tokens], [budget], "o", color=colour(reach.backend), markersize=11, clip_on=False)
                 ring.set(markerfacecolor="none", markeredgewidth=1.8)
-                mark(ring, reach.backend, told)
+                mark(ring, reach.backend, f"{reach.backend}: {tokens:,} tokens fit in {budget:g} GiB")
         for budget in budgets:
             axes.axhline(budget, color=INK, linewidth=0.9, linestyle=(0, (4, 2)), zorder=1)
         axes.xaxis.set_major_locator(LogLocator(base=2, numticks=8))
@@ -134,12 +132,12 @@ def reaches(name: str, title: str, series: Sequence[Reach]) -> Chart:
         axes.grid(axis="x")
         name_axes(axes, "tokens in one document", "GiB")
         legend(axes, [(reach.backend, reach.backend) for reach in series], key="shape", line_across="budget")
-        told = "; ".join(
-            f"{reach.backend}: " + ", ".join(f"{tokens:,} tokens in {budget:g} GiB" for budget, tokens in found)
+        values = "; ".join(
+            f"{reach.backend}: " + ", ".join(f"{tokens:,} tokens in {budget:g} GiB" for budget, tokens in longest)
             for reach in series
-            if (found := sorted(reach.longest.items()))
+            if (longest := sorted(reach.longest.items()))
         )
-        return finished(axes, name, title, f"Longest that fits. {told}.")
+        return finished(axes, name, title, f"Longest that fits. {values}.")
 
 
 @dataclass(frozen=True)
@@ -160,7 +158,7 @@ def margins(name: str, title: str, items: Sequence[Estimate]) -> Chart:
 
     known = [v for item in items for v in (item.low, item.middle, item.high) if v]
     low, high = min([0.8, *(v / 1.15 for v in known)]), max([1.25, *(v * 1.15 for v in known)])
-    with canvas.paper(36.0 * len(items) + 46, left=12, right=12, top=2, bottom=42) as axes:
+    with paper(36.0 * len(items) + 46, left=12, right=12, top=2, bottom=42) as axes:
         axes.set_xscale("log")
         axes.set(xlim=(low, high), ylim=(len(items) - 0.45, -0.6))
         for position, item in enumerate(items):
@@ -183,12 +181,12 @@ def margins(name: str, title: str, items: Sequence[Estimate]) -> Chart:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_visible(False)
         axes.set_xlabel("times better than the bar asks", loc="right", fontsize=SMALL_SIZE, labelpad=3)
-        told = "; ".join(f"{item.label}: {item.status}, {item.text}" for item in items)
-        return finished(axes, name, title, f"{told}.")
+        values = "; ".join(f"{item.label}: {item.status}, {item.text}" for item in items)
+        return finished(axes, name, title, f"{values}.")
 
 
 def _spaced(axes: Axes, ticks: Sequence[float]) -> list[float]:
-    """The ticks that leave room for each other's labels; 1 first, then outwards."""
+    """The ticks whose labels do not touch; 1 first, then outwards."""
     kept: list[float] = []
     for tick in sorted(ticks, key=lambda tick: abs(math.log(tick))):
         at = axes.transData.transform((tick, 0))[0]

@@ -1,33 +1,62 @@
-"""What the charts share: the shapes of the backends, names beside points, legends, axis titles.
+"""What the charts share: how each backend looks, names beside points, legends, axis titles.
 
-Colour is never the only sign: a mark is labelled, or has a shape or a line style of its own.
+Colour is never the only sign: a mark is labelled, or has a shape or a line style of its own. Looks are dealt out to
+the list of backends in order, the baseline first: a backend more takes the next one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from itertools import cycle
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from harness.report.charts import svg as canvas
+from forge.training.backends import BACKENDS
+from harness.report.charts import svg
 from harness.report.charts.svg import BACKEND_COLOURS, INK, MUTED, PAPER, SMALL_SIZE, WIDTH, mark
 from harness.report.page.content import Chart
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MARKERS = {"legacy": "o", "trl": "s", "unsloth": "^"}
-_LINES: dict[str, dict[str, Any]] = {
-    "legacy": {"linewidth": 5, "alpha": 0.45, "solid_capstyle": "round"},
-    "trl": {"linewidth": 2.2, "linestyle": (0, (4, 2))},
-    "unsloth": {"linewidth": 1.3},
-}
+
+class Look(NamedTuple):
+    """How a backend is drawn. ``light``, ``dark``: colours on paper of that kind. ``line``: style of its lines."""
+
+    light: str
+    dark: str
+    marker: str
+    line: dict[str, Any]
+
+
+LOOKS = (
+    Look("#77736b", "#a19c92", "o", {"linewidth": 5, "alpha": 0.45, "solid_capstyle": "round"}),
+    Look("#2f68b1", "#7db0f0", "s", {"linewidth": 2.2, "linestyle": (0, (4, 2))}),
+    Look("#b84a14", "#f0925c", "^", {"linewidth": 1.3}),
+    Look("#6b4fa0", "#b9a0ec", "v", {"linewidth": 1.8, "linestyle": (0, (6, 2, 1, 2))}),
+    Look("#1f7a72", "#62c7bd", "P", {"linewidth": 2.2, "linestyle": (0, (2, 2))}),
+    Look("#a3286f", "#ef8dc2", "p", {"linewidth": 1.3, "linestyle": (0, (8, 3))}),
+)
+_LOOK_OF: dict[str, Look] = dict(zip(BACKENDS, cycle(LOOKS), strict=False))
 _VARIANT = {"linewidth": 1.6, "linestyle": (0, (1, 1.5))}
 _CHARACTER = 0.56  # mean width of a character, in text sizes; generous, since the page's font is not known here
 _LINE = 14.0  # pixels from one line of text to the next
 
 
+def colour_variables() -> str:
+    """The backends' colours as CSS: a variable each, for light and for dark pages."""
+    light, dark = (
+        " ".join(f"--{backend}: {getattr(look, scheme)};" for backend, look in _LOOK_OF.items())
+        for scheme in ("light", "dark")
+    )
+    return f":root {{ {light} }}\n@media screen and (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n"
+
+
 def colour(backend: str) -> str:
     return BACKEND_COLOURS.get(backend, MUTED)
+
+
+def marker(backend: str) -> str:
+    return _LOOK_OF[backend].marker if backend in _LOOK_OF else "D"
 
 
 def is_variant(label: str, backend: str) -> bool:
@@ -36,8 +65,9 @@ def is_variant(label: str, backend: str) -> bool:
 
 
 def line_style(label: str, backend: str) -> dict[str, Any]:
-    """The baseline broad and pale, the others thinner and broken: lines that lie on each other are all seen."""
-    return {"dash_capstyle": "butt", **(_VARIANT if is_variant(label, backend) else _LINES.get(backend, {}))}
+    """Lines that lie on each other are all seen: they differ in width and dashes."""
+    own = _LOOK_OF[backend].line if backend in _LOOK_OF else {}
+    return {"dash_capstyle": "butt", **(_VARIANT if is_variant(label, backend) else own)}
 
 
 def text_width(text: str, size: float) -> float:
@@ -52,7 +82,7 @@ def halo() -> dict[str, Any]:
 
 def point(axes: Axes, x: float, y: float, label: str, backend: str, tooltip: str, *, size: float = 9) -> None:
     """A mark in its backend's shape, hollow for a variant."""
-    (drawn,) = axes.plot([x], [y], MARKERS.get(backend, "D"), color=colour(backend), markersize=size, clip_on=False)
+    (drawn,) = axes.plot([x], [y], marker(backend), color=colour(backend), markersize=size, clip_on=False)
     face = PAPER if is_variant(label, backend) else colour(backend)
     drawn.set(markerfacecolor=face, markeredgewidth=1.6, zorder=3)
     mark(drawn, label, tooltip)
@@ -83,8 +113,8 @@ def legend(
     left, top = axes.transAxes.transform((0, 1))
     x, up = 0.0, 37.0
     for label, backend in [*entries, *([(line_across, "")] if line_across else [])]:
-        room = 22 if key == "line" or not backend else 15
-        needed = room + text_width(label, SMALL_SIZE) + 8
+        width = 22 if key == "line" or not backend else 15
+        needed = width + text_width(label, SMALL_SIZE) + 8
         if x + needed > WIDTH and x > 0:
             x, up = 0.0, up - 12.5
         style: dict[str, Any] = {"transform": None, "clip_on": False, "color": colour(backend)}
@@ -93,7 +123,7 @@ def legend(
         elif key == "line":
             axes.plot([x, x + 17], [top + up] * 2, **style, **line_style(label, backend))
         else:
-            shape = MARKERS.get(backend, "D") if key == "shape" else "s"
+            shape = marker(backend) if key == "shape" else "s"
             (drawn,) = axes.plot([x + 5], [top + up], shape, **style)
             drawn.set(markersize=8, alpha=0.55 if is_variant(label, backend) else 1, markeredgewidth=0)
         written: dict[str, Any] = {
@@ -102,7 +132,7 @@ def legend(
             "va": "center",
             "color": INK,
         }
-        axes.annotate(label, (0, 1), (x - left + room, up - 0.5), fontsize=SMALL_SIZE, **written)
+        axes.annotate(label, (0, 1), (x - left + width, up - 0.5), fontsize=SMALL_SIZE, **written)
         x += needed
 
 
@@ -115,4 +145,4 @@ def name_axes(axes: Axes, x_label: str, y_label: str) -> None:
 
 
 def finished(axes: Axes, name: str, title: str, description: str) -> Chart:
-    return Chart(name, title, description, canvas.to_svg(axes, name, title, description))
+    return Chart(name, title, description, svg.to_svg(axes, name, title, description))

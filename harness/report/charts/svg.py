@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
+from forge.training.backends import BACKENDS
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -24,7 +26,7 @@ TEXT_SIZE = 10.5
 SMALL_SIZE = 9.5
 INK, MUTED, RULE, PAPER = "#010101", "#010102", "#010103", "#010104"
 GOOD, BAD, DOUBT = "#010105", "#010106", "#010107"
-BACKEND_COLOURS = {"legacy": "#010201", "trl": "#010202", "unsloth": "#010203"}
+BACKEND_COLOURS: dict[str, str] = {backend: f"#0102{place:02x}" for place, backend in enumerate(BACKENDS)}
 _VARIABLES = {
     **{INK: "ink", MUTED: "muted", RULE: "rule", PAPER: "paper", GOOD: "good", BAD: "bad", DOUBT: "doubt"},
     **{colour: name for name, colour in BACKEND_COLOURS.items()},

@@ -48,7 +48,7 @@ class Table:
     texts: int = 1
     is_folded: bool = False  # shown on demand: the numbers behind a curve
     is_wide: bool = False  # scrolls sideways on a narrow screen instead of being stacked
-    is_beside: bool = False  # stands beside the chart before it where there is room
+    is_beside: bool = False  # stands beside the chart before it where the page is wide enough
 
     @property
     def has_runs(self) -> bool:

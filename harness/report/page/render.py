@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from harness.report.charts.style import colour_variables
 from harness.report.page.content import Chart, Report, Table, printable
 
 SIGNS = {"PASS": "✓", "FAIL": "✗", "INCONCLUSIVE": "?", "INCOMPLETE": "…"}
@@ -26,7 +27,7 @@ _MARKDOWN = re.compile(r"([\\`*\[\]<>|~&#]|(?<![^\W_])_|_(?![^\W_]))")  # an und
 
 def render_html(report: Report) -> str:
     """One page that needs nothing beside it."""
-    style = Markup((_TEMPLATES / "report.css").read_text(encoding="utf-8"))
+    style = Markup((_TEMPLATES / "report.css").read_text(encoding="utf-8") + colour_variables())
     return _environment("html").get_template("report.html.j2").render(report=report, style=style)
 
 

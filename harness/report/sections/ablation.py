@@ -1,4 +1,4 @@
-"""Where the gain comes from, and how much of the GPU's arithmetic is used."""
+"""Where the gain comes from: one change after the other; and how much of the GPU's arithmetic is used."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field
 
-from harness.report.arms import BACKENDS, Arm, ratio
+from forge.training.backends import BACKENDS
+from harness.report.arms import ArmRuns, ratio
 from harness.report.charts.bars import Bar, bars
 from harness.report.evidence import Evidence
 from harness.report.page.content import Chart, Row, Section, Table
@@ -17,8 +18,8 @@ _TERA = 1e12
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class Ceiling(BaseModel):
-    """extra_info of a ceiling: measured matrix products, and what the backends make of them (a share of 1)."""
+class MatmulPeak(BaseModel):
+    """extra_info: measured matrix products, and what the backends reach of them (a share of 1)."""
 
     workload: str | None = None
     tflops: _Positive
@@ -26,79 +27,66 @@ class Ceiling(BaseModel):
     utilisation: dict[str, _Positive] = {}
 
 
-def build(rungs: Sequence[Arm]) -> Section | None:
-    """One run a rung; each adds one thing to the rung before it, until the backend changes."""
-    if not rungs:
-        return None
+def build(arms: Sequence[ArmRuns]) -> Section:
+    """One run per arm; each adds one change to the arm before it, until the backend changes."""
     parts: list[Chart | Table] = []
-    for workload in dict.fromkeys(rung.workload for rung in rungs):
-        found = [rung for rung in rungs if rung.workload == workload]
-        first = found[0].measure("measured_seconds")
+    for workload in dict.fromkeys(arm.workload for arm in arms):
+        of_workload = [arm for arm in arms if arm.workload == workload]
+        first = of_workload[0].measure("measured_seconds")
         rows, items, before = [], [], None
-        for rung in found:
-            seconds, peak = rung.measure("measured_seconds"), rung.measure("peak_allocated_bytes")
-            speed = rung.measure("documents_per_second")
-            text = rung.failure or "not measured"
+        for arm in of_workload:
+            seconds, peak = arm.measure("measured_seconds"), arm.measure("peak_allocated_bytes")
+            speed = arm.measure("documents_per_second")
+            text = arm.failure or "not measured"
             if speed and peak:
                 text = f"{digits(speed.middle)} documents/s, {times(ratio(first, seconds))}, {gib(peak.middle)}"
-            items.append(Bar(rung.name, rung.backend, speed.middle if speed else None, text))
-            cells = (rung.name, rung.layout, with_range(speed) if speed else text, times(ratio(before, seconds)))
-            peaks = with_range(peak, scale=GIB)
-            rows.append(Row((*cells, times(ratio(first, seconds)), peaks), rung.run_ids))
+            items.append(Bar(arm.name, arm.backend, speed.middle if speed else None, text))
+            cells = (arm.name, arm.layout, with_range(speed) if speed else text, times(ratio(before, seconds)))
+            rows.append(Row((*cells, times(ratio(first, seconds)), with_range(peak, scale=GIB)), arm.run_ids))
             before = seconds
-        columns = (
-            "Rung",
-            "Layout",
-            "Documents/s",
-            "To rung before",
-            "To first",
-            "Peak, GiB",
-        )
-        parts.append(bars(f"ladder-{workload}", f"{workload}: documents a second, rung by rung", items))
-        parts.append(Table(f"{workload}: the ladder", columns, tuple(rows), texts=2))
+        columns = ("Change", "Layout", "Documents/s", "To the one before", "To the first", "Peak, GiB")
+        parts.append(bars(f"ablation-{workload}", f"{workload}: documents/s, change by change", items))
+        parts.append(Table(f"{workload}: the ablation", columns, tuple(rows), texts=2))
     return Section(
-        "ladder",
+        "ablation",
         "Where the gain comes from",
-        paragraphs=("One run a rung, the same work on each: a guide to causes, not a claim.",),
+        paragraphs=(
+            "An ablation: each line makes one change to the line before it. One run per line, the same work in each. "
+            "It shows causes; it is not a claim.",
+        ),
         parts=tuple(parts),
     )
 
 
-def build_ceiling(evidence: Evidence) -> Section | None:
-    """Model FLOP/s against a matrix-product ceiling measured on the same GPU."""
+def build_matmul_peak(evidence: Evidence) -> Section:
+    """Model FLOP/s against the matrix-product peak measured on the same GPU."""
     parts: list[Chart | Table] = []
-    for number, entry in enumerate(evidence.of_kind("ceiling"), 1):
-        ceiling, probe = entry.parse(Ceiling), evidence.probe_of(entry)
-        names = list(dict.fromkeys([*ceiling.model_flops_per_second, *ceiling.utilisation]))
+    for number, entry in enumerate(evidence.of_kind("matmul_peak"), 1):
+        peak, probe = entry.parse(MatmulPeak), evidence.probe_of(entry)
         rows = [
-            Row(
-                ("matrix products (the ceiling)", digits(ceiling.tflops), percent(1.0)),
-                (probe,) if probe else entry.run_ids,
-            )
+            Row(("matrix products (the peak)", digits(peak.tflops), percent(1.0)), (probe,) if probe else entry.run_ids)
         ]
         items = []
-        for name in names:
-            flops, share = ceiling.model_flops_per_second.get(name), ceiling.utilisation.get(name)
+        for name in dict.fromkeys([*peak.model_flops_per_second, *peak.utilisation]):
+            flops, share = peak.model_flops_per_second.get(name), peak.utilisation.get(name)
             reached = None if flops is None else flops / _TERA
             shown = NONE if reached is None else digits(reached)
             backend = next((known for known in BACKENDS if name.startswith(known)), name)
             ids = tuple(run.id for run in evidence.runs_of([entry]) if run.backend == backend)
             rows.append(Row((name, shown, percent(share)), ids))
             items.append(Bar(name, backend, reached, f"{shown} TFLOP/s, {percent(share)}"))
-        where = f"{ceiling.workload}: " if ceiling.workload else ""
+        where = f"{peak.workload}: " if peak.workload else ""
         if items:
-            line = (ceiling.tflops, f"ceiling {digits(ceiling.tflops)} TFLOP/s")
-            parts.append(bars(f"ceiling-{number}", f"{where}model FLOP/s against the ceiling", items, line))
-        columns = ("Backend", "TFLOP/s", "Of the ceiling")
-        parts.append(Table(f"{where}model-FLOPs utilisation", columns, tuple(rows), is_beside=bool(items)))
-    if not parts:
-        return None
+            line = (peak.tflops, f"peak {digits(peak.tflops)} TFLOP/s")
+            parts.append(bars(f"matmul-peak-{number}", f"{where}model FLOP/s against the peak", items, line))
+        columns = ("Backend", "TFLOP/s", "Of the peak")
+        parts.append(Table(f"{where}model FLOPs utilisation (MFU)", columns, tuple(rows), is_beside=bool(items)))
     return Section(
-        "ceiling",
+        "matmul-peak",
         "Use of the GPU's arithmetic",
         paragraphs=(
-            "Model FLOPs: those that the model's forward and backward need, recomputation not counted. The ceiling is "
-            "not a data sheet's: large bfloat16 matrix products, measured on this GPU in the same gate.",
+            "Model FLOPs: those that the model's forward and backward pass need, without recomputation. The peak is "
+            "not a data sheet's: it is that of large bfloat16 matrix products, measured on this GPU in the same gate.",
         ),
         parts=tuple(parts),
     )

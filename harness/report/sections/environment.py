@@ -5,34 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from harness.report.arms import BACKENDS
-from harness.report.evidence import Evidence
+from forge.training.backends import BACKENDS
+from harness.report.evidence import Evidence, Run
 from harness.report.page.content import Row, Section, Table
 from harness.report.page.numbers import NONE, count, gib, spread, with_range
-from harness.report.run import Run
 
 
 def build(evidence: Evidence, used: Iterable[Run]) -> Section:
     """``used``: the runs that the report's numbers come from."""
     runs = list(used)
-    by_backend = {name: found for name in BACKENDS if (found := [r for r in runs if r.backend == name and r.record])}
+    by_backend: dict[str, list[Run]] = {
+        name: of_backend
+        for name in BACKENDS
+        if (of_backend := [run for run in runs if run.backend == name and run.record])
+    }
     parts = [Table("Where the gate ran", ("What", "Value"), tuple(_facts(evidence, runs)), texts=2)]
     if by_backend:
-        columns = ("Package", *by_backend)
-        texts = len(columns)
-        parts.append(Table("Packages of the backends", columns, tuple(_packages(by_backend)), texts=texts))
-        columns = ("Variable", *by_backend)
-        parts.append(
-            Table("Settings that bear on speed and memory", columns, tuple(_settings(by_backend)), texts=texts)
-        )
+        for caption, column, key in (
+            ("Packages of the backends", "Package", "packages"),
+            ("Settings that bear on speed and memory", "Variable", "settings"),
+        ):
+            rows = tuple(_of_backends(key, by_backend))
+            parts.append(Table(caption, (column, *by_backend), rows, texts=1 + len(by_backend)))
         columns = (
-            "Backend",
-            "SM clock, MHz",
-            "Lowest, MHz",
-            "Power, W",
-            "Hottest, °C",
-            "Throttled",
-            "Others on the GPU",
+            *("Backend", "SM clock, MHz", "Lowest, MHz", "Power, W", "Hottest, °C"),
+            *("Throttled", "Others on the GPU"),
         )
         parts.append(Table("The GPU while it was measured", columns, tuple(map(_watched, by_backend.items()))))
     return Section(
@@ -47,8 +44,7 @@ def build(evidence: Evidence, used: Iterable[Run]) -> Section:
 
 def _facts(evidence: Evidence, runs: list[Run]) -> Iterable[Row]:
     machine, commit = evidence.machine, evidence.commit
-    found = machine.get("gpu")
-    gpu: dict[str, Any] = found if isinstance(found, dict) else {}
+    gpu: dict[str, Any] = machine["gpu"] if isinstance(machine.get("gpu"), dict) else {}
     facts: dict[str, Any] = {
         "GPU": gpu.get("name") or next((name for run in runs if (name := _gpu(run).get("name"))), None),
         "GPU memory": gib(gpu["memory_total_bytes"]) if gpu.get("memory_total_bytes") else None,
@@ -66,25 +62,13 @@ def _facts(evidence: Evidence, runs: list[Run]) -> Iterable[Row]:
     return (Row((name, str(value))) for name, value in facts.items() if value)
 
 
-def _packages(by_backend: dict[str, list[Run]]) -> Iterable[Row]:
-    found = {backend: _environment(runs[0]).get("packages") or {} for backend, runs in by_backend.items()}
-    names = dict.fromkeys(name for packages in found.values() for name, version in packages.items() if version)
-    yield _examples(by_backend)
-    for name in names:
-        yield Row((name, *(str(packages.get(name) or NONE) for packages in found.values())))
-
-
-def _settings(by_backend: dict[str, list[Run]]) -> Iterable[Row]:
-    found = {backend: _environment(runs[0]).get("settings") or {} for backend, runs in by_backend.items()}
-    names = dict.fromkeys(name for settings in found.values() for name in settings)
-    yield _examples(by_backend)
-    for name in names:
-        yield Row((name, *(str(settings.get(name) or NONE) for settings in found.values())))
-
-
-def _examples(by_backend: dict[str, list[Run]]) -> Row:
+def _of_backends(key: str, by_backend: dict[str, list[Run]]) -> Iterable[Row]:
+    """What the first run of each backend recorded under ``key`` of its environment, by name."""
+    values = [_environment(runs[0]).get(key) or {} for runs in by_backend.values()]
     ids = tuple(runs[0].id for runs in by_backend.values())
-    return Row(("as seen in run", *ids), ids)
+    yield Row(("as seen in run", *ids), ids)
+    for name in dict.fromkeys(name for of_backend in values for name, value in of_backend.items() if value):
+        yield Row((name, *(str(of_backend.get(name) or NONE) for of_backend in values)))
 
 
 def _watched(pair: tuple[str, list[Run]]) -> Row:

@@ -1,32 +1,33 @@
-"""Export fidelity: a verdict a claim, the loss from base to the smallest file as one chain, the export at 7B."""
+"""Export fidelity: one verdict per claim, the loss from base to the smallest file as one chain, the export at 7B."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from harness.report.charts.bars import Bar, bars
-from harness.report.evidence import Entry, Evidence
+from harness.report.evidence import Entry, Evidence, figures_of
 from harness.report.page.content import Chart, Row, Section, Table
 from harness.report.page.numbers import NONE, duration, gib, number, percent
-from harness.report.stated import Stated, figures_of, read_stated, verdict_table
+from harness.report.verdicts import Judged, verdict_table
 
 
-def build(evidence: Evidence) -> Section:
-    """Raises :class:`DataError` for a verdict that cannot be read."""
-    found = read_stated(evidence, "export")
-    by_name = {one.name: one for one in found}
-    parts: list[Chart | Table] = [verdict_table(found, "What an export must keep", "Claim")]
-    if by_name["chain"].figures.get("chain"):
-        with figures_of(by_name["chain"].entry):
-            parts += _chain(by_name["chain"], by_name)
+def build(evidence: Evidence, judged: list[Judged]) -> Section:
+    """Raises :class:`DataError` for figures that cannot be shown."""
+    parts: list[Chart | Table] = [verdict_table("export", judged, "What an export must keep", "Claim")]
+    by_name = {verdict.name: (verdict, entry) for verdict, entry in judged}
+    chain, entry = by_name["chain"]
+    if entry and chain.figures.get("chain"):
+        with figures_of(entry):
+            parts += _chain(chain.figures, str(entry.info.get("backend")), by_name)
     for entry in timed_exports(evidence):
-        with figures_of(entry.name):
-            parts += _timed(entry)
+        with figures_of(entry):
+            parts.append(_timed(entry))
     return Section(
         "export",
         "Export: from the adapter to the files",
         paragraphs=(
-            "On held-out text, of a model trained in this gate. Divergences are those of each file's predictions in "
+            "On held-out text, with a model trained in this gate. Divergences are those of each file's predictions in "
             "llama.cpp from the merged weights' in float32.",
         ),
         parts=tuple(parts),
@@ -38,37 +39,31 @@ def timed_exports(evidence: Evidence) -> list[Entry]:
     return [entry for entry in evidence.of_kind("export") if entry.info.get("metric") == "export_seconds"]
 
 
-def _chain(stated: Stated, found: dict[str, Stated]) -> list[Chart | Table]:
-    steps, held_out = stated.figures["chain"], stated.figures["held_out"]
-    items = [Bar(s["subject"], "unsloth", s["nats_per_token"], f"{s['nats_per_token']:.4f}") for s in steps]
-    judged = {s["subject"]: found.get(f"divergence_{s['subject']}") for s in steps}
-    judged["merged"] = found["merged_against_adapter"]
+def _chain(figures: dict[str, Any], backend: str, by_name: Mapping[str, Judged]) -> list[Chart | Table]:
+    steps, held_out = figures["chain"], figures["held_out"]
+    items = [Bar(step["subject"], backend, step["nats_per_token"], f"{step['nats_per_token']:.4f}") for step in steps]
+    claims = {step["subject"]: by_name.get(f"divergence_{step['subject']}") for step in steps}
+    claims["merged"] = by_name["merged_against_adapter"]
     rows = tuple(
-        Row((s["subject"], f"{s['nats_per_token']:.4f}", _change(s), *_divergence(judged[s["subject"]]))) for s in steps
+        Row((step["subject"], f"{step['nats_per_token']:.4f}", _change(step), *_divergence(claims[step["subject"]])))
+        for step in steps
     )
     size = f"{held_out['num_tokens']:,} tokens of {held_out['num_documents']} documents"
     columns = (
-        "Model",
-        "Nats a token",
-        "Change (standard error)",
-        "Mean KL (standard error)",
-        "KL below",
-        "Same top token",
+        *("Model", "Nats per token", "Change (standard error)"),
+        *("Mean KL (standard error)", "KL below", "Same top token"),
     )
+    caption = "The chain; KL of the merged weights is from the adapter, of each file from the merged weights"
     parts: list[Chart | Table] = [
-        bars("export-chain", f"Held-out loss along the export, nats a token ({size})", items),
-        Table(
-            "The chain; KL of the merged weights is from the adapter, of each file from the merged weights",
-            columns,
-            rows,
-        ),
+        bars("export-chain", f"Held-out loss along the export, nats per token ({size})", items),
+        Table(caption, columns, rows),
     ]
-    four_bit = stated.figures.get("four_bit") or {}
+    four_bit = figures.get("four_bit") or {}
     if four_bit.get("shift_nats_per_token") is not None:
         shift, error = four_bit["shift_nats_per_token"], four_bit["standard_error_nats_per_token"]
-        row = Row(("adapter on the 4-bit base it was trained on", f"{four_bit['nats_per_token']:.4f}"))
+        adapter = Row(("adapter on the 4-bit base it was trained on", f"{four_bit['nats_per_token']:.4f}"))
         moved = Row(("shift to the original 16-bit base", f"{shift:+.4f} ({number(error, 2)})"))
-        parts.append(Table("Beside the chain", ("What", "Nats a token"), (row, moved)))
+        parts.append(Table("Beside the chain", ("What", "Nats per token"), (adapter, moved)))
     return parts
 
 
@@ -78,21 +73,22 @@ def _change(step: dict[str, Any]) -> str:
     return f"{step['change_nats_per_token']:+.2e} ({number(step['standard_error_nats_per_token'], 2)})"
 
 
-def _divergence(judged: Stated | None) -> tuple[str, str, str]:
+def _divergence(judged: Judged | None) -> tuple[str, str, str]:
     """KL, its bar and the share of equal top tokens; dashes where no verdict is about it."""
-    if judged is None or not judged.figures.get("pair"):
+    verdict, entry = judged or (None, None)
+    if verdict is None or entry is None or not verdict.figures.get("pair"):
         return NONE, NONE, NONE
-    with figures_of(judged.entry):
-        pair = judged.figures["pair"]
+    with figures_of(entry):
+        pair = verdict.figures["pair"]
         error = pair["standard_error_nats"]
         shown = NONE if error is None else f"{error:.1e}"
-        bar = f"{judged.figures['bar']:g}" if "bar" in judged.figures else NONE
+        bar = f"{verdict.figures['bar']:g}" if "bar" in verdict.figures else NONE
         return f"{pair['mean_kl_nats']:.2e} ({shown})", bar, percent(pair["same_top_share"], 4)
 
 
-def _timed(entry: Entry) -> list[Chart | Table]:
+def _timed(entry: Entry) -> Table:
     rows = tuple(
         Row((str(step["name"]), duration(step["seconds"]), gib(step["num_bytes"]), gib(step["peak_rss_bytes"])))
         for step in entry.info["steps"]
     )
-    return [Table("The whole export at 7B", ("Step", "Took", "Written", "Peak memory"), rows)]
+    return Table("The whole export at 7B", ("Step", "Took", "Written", "Peak memory"), rows)

@@ -3,97 +3,83 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
-from harness.report.arms import Arm, baseline_of
+from harness.perf.suite import LEGACY as BASELINE
+from harness.report.arms import ArmRuns, baseline_of
 from harness.report.charts.points import curves
+from harness.report.evidence import Run
 from harness.report.page.content import Chart, Row, Section, Table
 from harness.report.page.numbers import NONE
-from harness.report.run import Run
+
+_AXES = ("optimizer step", "nats per trained token")
+_Losses = dict[int, float]  # by step
 
 
-def build(arms: dict[str, list[Arm]]) -> Section | None:
-    """The first complete run of each arm; None if no run logged a loss."""
+def build(arms: dict[str, list[ArmRuns]]) -> Section:
+    """The first complete run of each arm. Without parts where no run logged a loss."""
     parts: list[Chart | Table] = []
-    for workload, found in arms.items():
-        runs = {arm: arm.example for arm in found}
-        losses = {arm: values for arm, run in runs.items() if run and (values := _losses(run))}
-        if not losses:
-            continue
-        baseline = baseline_of(losses)
-        reference = losses[baseline] if baseline else None
-        rows = tuple(
-            Row(_summary(arm, values, reference if baseline is not arm else None), _ids(runs[arm]))
-            for arm, values in losses.items()
-        )
-        told = "; ".join(f"{row.cells[0]} from {row.cells[1]} to {row.cells[2]}" for row in rows)
-        series = [(arm.name, arm.backend, list(values.items())) for arm, values in losses.items()]
-        title = f"{workload}: training loss"
-        parts.append(curves(f"loss-{workload}", title, series, "optimizer step", "nats per trained token", f"{told}."))
-        if baseline is not None and (apart := _apart(losses, baseline)):
-            told = "; ".join(f"{row.cells[0]} at most {row.cells[4]}" for row in rows if row.cells[4] != NONE)
-            title = f"{workload}: difference to legacy at each step"
-            parts.append(
-                curves(f"apart-{workload}", title, apart, "optimizer step", "nats per trained token", f"{told}.")
-            )
-        columns = ("Arm", "First step", "Last step", "Mean difference", "Largest")
-        parts.append(
-            Table(f"{workload}: training loss, nats per trained token, and difference to legacy", columns, rows)
-        )
-        parts.append(_by_step(workload, losses))
-    if not parts:
-        return None
+    for workload, of_workload in arms.items():
+        examples = [(arm, arm.example) for arm in of_workload if arm.example]
+        losses = {arm: values for arm, run in examples if (values := _losses(run))}
+        if losses:
+            parts += _workload(workload, losses)
     return Section(
         "losses",
         "Loss",
         paragraphs=(
-            "One run an arm, the same documents in the same order; lines that lie on each other are the point. Dropout "
-            "draws other masks in each stack, so the curves agree but for noise. Whether the difference matters is for "
-            "the parity claims to say, not for the eye.",
+            "One run per arm, the same documents in the same order: the lines should lie on each other. Dropout draws "
+            "other masks in each backend, so the curves agree but for noise. Whether a difference matters is judged "
+            "by the parity claims, not by eye.",
         ),
         parts=tuple(parts),
     )
 
 
-def _losses(run: Run) -> dict[int, float]:
-    return {
-        int(s["step"]): float(s["loss"]) for s in run.steps if s.get("loss") is not None and math.isfinite(s["loss"])
-    }
-
-
-def _ids(run: Run | None) -> tuple[str, ...]:
-    return (run.id,) if run else ()
-
-
-def _summary(arm: Arm, values: dict[int, float], reference: dict[int, float] | None) -> tuple[str, ...]:
-    steps = list(values)
-    ends = (f"{values[steps[0]]:.3f}", f"{values[steps[-1]]:.3f}")
-    shared = [values[step] - reference[step] for step in steps if step in reference] if reference else []
-    if not shared:
-        return (arm.name, *ends, NONE, NONE)
-    return (arm.name, *ends, f"{math.fsum(shared) / len(shared):+.4f}", f"{max(shared, key=abs):+.4f}")
-
-
-def _apart(losses: dict[Arm, dict[int, float]], baseline: Arm) -> list[tuple[str, str, list[tuple[float, float]]]]:
-    """The other arms' losses less the baseline's, at the steps that both have."""
-    reference = losses[baseline]
-    found: Iterable[tuple[str, str, list[tuple[float, float]]]] = (
-        (
-            arm.name,
-            arm.backend,
-            [(step, value - reference[step]) for step, value in values.items() if step in reference],
-        )
-        for arm, values in losses.items()
-        if arm is not baseline
-    )
-    return [one for one in found if one[2]]
-
-
-def _by_step(workload: str, losses: dict[Arm, dict[int, float]]) -> Table:
+def _workload(workload: str, losses: dict[ArmRuns, _Losses]) -> list[Chart | Table]:
+    baseline = baseline_of(losses)
+    reference = losses[baseline] if baseline else {}
+    differences = {arm: _less(values, reference) for arm, values in losses.items() if arm is not baseline}
+    differences = {arm: values for arm, values in differences.items() if values}
+    rows = tuple(_row(arm, values, differences.get(arm)) for arm, values in losses.items())
+    ends = "; ".join(f"{row.cells[0]} from {row.cells[1]} to {row.cells[2]}" for row in rows)
+    parts: list[Chart | Table] = [
+        curves(f"loss-{workload}", f"{workload}: training loss", _series(losses), *_AXES, f"{ends}.")
+    ]
+    title = f"difference to {BASELINE.name}"
+    if differences:
+        most = "; ".join(f"{row.cells[0]} at most {row.cells[4]}" for row in rows if row.cells[4] != NONE)
+        of_step = f"{workload}: {title} at each step"
+        parts.append(curves(f"loss-difference-{workload}", of_step, _series(differences), *_AXES, f"{most}."))
+    columns = ("Arm", "First step", "Last step", "Mean difference", "Largest")
+    parts.append(Table(f"{workload}: training loss, nats per trained token, and {title}", columns, rows))
     steps = sorted({step for values in losses.values() for step in values})
-    rows = (
+    by_step = (
         Row((str(step), *(f"{values[step]:.4f}" if step in values else NONE for values in losses.values())))
         for step in steps
     )
-    columns = ("Step", *(arm.name for arm in losses))
-    return Table(f"{workload}: every step", columns, tuple(rows), is_folded=True)
+    names = (arm.name for arm in losses)
+    return [*parts, Table(f"{workload}: every step", ("Step", *names), tuple(by_step), is_folded=True)]
+
+
+def _losses(run: Run) -> _Losses:
+    logged = ((int(step["step"]), step.get("loss")) for step in run.steps)
+    return {step: float(loss) for step, loss in logged if loss is not None and math.isfinite(loss)}
+
+
+def _less(values: _Losses, reference: _Losses) -> _Losses:
+    """The differences at the steps that both have."""
+    return {step: value - reference[step] for step, value in values.items() if step in reference}
+
+
+def _series(losses: dict[ArmRuns, _Losses]) -> list[tuple[str, str, list[tuple[float, float]]]]:
+    return [(arm.name, arm.backend, list(values.items())) for arm, values in losses.items()]
+
+
+def _row(arm: ArmRuns, values: _Losses, differences: _Losses | None) -> Row:
+    logged = list(values.values())
+    mean, largest = NONE, NONE
+    if differences:
+        mean = f"{math.fsum(differences.values()) / len(differences):+.4f}"
+        largest = f"{max(differences.values(), key=abs):+.4f}"
+    cells = (arm.name, f"{logged[0]:.3f}", f"{logged[-1]:.3f}", mean, largest)
+    return Row(cells, (arm.example.id,) if arm.example else ())

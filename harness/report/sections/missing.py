@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
+from forge.training.backends import BACKENDS
 from harness.perf.suite import ABLATION, CONTEXT_BUDGETS_GIB, SINGLES, TRIALS
-from harness.report.arms import BACKENDS, Arm
+from harness.report.arms import ArmRuns
 from harness.report.evidence import KINDS, Evidence
 from harness.report.page.content import Row, Section, Table
 from harness.report.page.numbers import NONE, duration
 from harness.report.sections.context import contexts
 from harness.report.sections.export import timed_exports
-from harness.report.sections.verdicts import Judged
-from harness.report.stated import ROOMS, read_stated
+from harness.report.verdicts import SUITES, Judged, label
 
 _CONTROL = "control_aa"  # its runs are no arm of their own
 _EXPORT = "export at 7B"
+_MATMUL_PEAK = "matrix-product peak"
 
 
-def build(evidence: Evidence, judged: list[Judged], arms: dict[str, list[Arm]], rungs: list[Arm]) -> Section:
+def build(
+    evidence: Evidence, judged: dict[str, list[Judged]], arms: dict[str, list[ArmRuns]], ablation: list[ArmRuns]
+) -> Section:
     """Nothing here is a number: it says where the report is silent, and why."""
-    rows = [*_said(evidence).values(), *_unjudged(judged), *_unstated(evidence)]
-    rows += [*_absent(evidence, arms, rungs), *_unread(evidence)]
+    recorded = _recorded(evidence)
+    rows = [*recorded.values(), *_not_judged(judged), *_unknown(evidence)]
+    known = {*recorded, *_measured(evidence, arms, ablation)}
+    rows += [Row((what, "no entry in the benchmark JSON")) for what in _planned() if what not in known]
     if evidence.is_partial:
         rows.insert(0, Row(("the rest of the gate", "it ended early: this is what was kept while it ran")))
     failed = tuple(
@@ -30,52 +36,36 @@ def build(evidence: Evidence, judged: list[Judged], arms: dict[str, list[Arm]], 
         if not run.is_complete
     )
     aside = tuple(
-        Row((state.name, str(one.index), one.reason), tuple(i for i in one.run_ids if i in evidence.runs))
-        for state in evidence.trials
-        for one in state.set_aside
+        Row((trial.name, str(pair.index), pair.reason), tuple(i for i in pair.run_ids if i in evidence.runs))
+        for trial in evidence.trials.values()
+        for pair in trial.set_aside
     )
+    if not (rows or failed or aside):
+        rows.append(Row(("nothing", "everything that this report knows of was run")))
     parts = (
         Table("Not run", ("What", "Why"), tuple(rows), texts=2),
         Table("Runs that did not complete", ("Run", "How it ended", "Message"), failed, texts=3),
         Table("Set aside and measured again", ("Trial", "Pair", "Why"), aside, texts=3),
     )
-    silent = () if any(part.rows for part in parts) else ("Everything this report knows of was run.",)
-    return Section("gaps", "What was not run", paragraphs=silent, parts=tuple(part for part in parts if part.rows))
+    return Section("missing", "What was not run", parts=tuple(part for part in parts if part.rows))
 
 
 def build_appendix(evidence: Evidence) -> Section:
-    columns = ("Run", "What", "Status", "Key", "Commit", "Code", "Machine", "Started (UTC)", "Took")
+    columns = ("Run", "What", "Status", "Commit", "Key", "Code", "Machine", "Started (UTC)", "Took")
     rows = tuple(
         Row(
             (
                 run.id,
                 run.outcome.spec.label(),
                 run.status.replace("_", " "),
-                run.outcome.key[:12],
                 run.commit or NONE,
-                str(run.outcome.key_parts.get("code") or NONE)[:12],
-                run.outcome.machine,
-                run.outcome.started_at.replace("T", " ")[:19],
-                duration(run.outcome.wall_seconds),
+                *_origin(vars(run.outcome)),
             ),
             anchor=f"run-{run.id}",
         )
         for run in evidence.runs.values()
     )
-    probes = tuple(
-        Row(
-            (
-                name,
-                str(probe.get("key") or NONE)[:12],
-                str((probe.get("key_parts") or {}).get("code") or NONE)[:12],
-                str(probe.get("machine") or NONE),
-                str(probe.get("started_at") or NONE).replace("T", " ")[:19],
-                duration(probe.get("wall_seconds")),
-            ),
-            anchor=f"run-{name}",
-        )
-        for name, probe in evidence.probes.items()
-    )
+    probes = tuple(Row((name, *_origin(probe)), anchor=f"run-{name}") for name, probe in evidence.probes.items())
     named = ("Probe", "Key", "Code", "Machine", "Started (UTC)", "Took")
     parts = (
         Table("Runs", columns, rows, texts=len(columns), is_wide=True),
@@ -93,51 +83,52 @@ def build_appendix(evidence: Evidence) -> Section:
     )
 
 
-def _said(evidence: Evidence) -> dict[str, Row]:
+def _origin(measured: dict[str, Any]) -> tuple[str, ...]:
+    """Of a run or a probe: key, code, machine, start, duration."""
+    return (
+        str(measured.get("key") or NONE)[:12],
+        str((measured.get("key_parts") or {}).get("code") or NONE)[:12],
+        str(measured.get("machine") or NONE),
+        str(measured.get("started_at") or NONE).replace("T", " ")[:19],
+        duration(measured.get("wall_seconds")),
+    )
+
+
+def _recorded(evidence: Evidence) -> dict[str, Row]:
     """What the gate itself says it did not run, each thing once: ``what`` and ``reason`` of its entries."""
-    found: dict[str, Row] = {}
+    rows: dict[str, Row] = {}
     for entry in evidence.of_kind("not_run"):
         what = str(entry.info.get("what") or entry.name)
-        found.setdefault(what, Row((what, str(entry.info.get("reason") or "no reason given")), entry.run_ids))
-    return found
+        rows.setdefault(what, Row((what, str(entry.info.get("reason") or "no reason given")), entry.run_ids))
+    return rows
 
 
-def _unjudged(judged: list[Judged]) -> Iterable[Row]:
-    for one in judged:
-        if one.verdict.status == "INCOMPLETE":
-            yield Row((f"claim {one.claim.name}", one.verdict.reason), one.run_ids)
+def _not_judged(judged: dict[str, list[Judged]]) -> Iterable[Row]:
+    """The verdicts that are INCOMPLETE, with why, or missing."""
+    for kind, verdicts in judged.items():
+        for verdict, _ in verdicts:
+            if verdict.status == "INCOMPLETE":
+                yield Row((f"{SUITES[kind]}: {label(verdict)}", verdict.reason), tuple(verdict.run_ids))
 
 
-def _unstated(evidence: Evidence) -> Iterable[Row]:
-    """The verdicts beside the claims that are INCOMPLETE, with why, or missing."""
-    for kind, room in ROOMS.items():
-        for one in read_stated(evidence, kind):
-            if one.status == "INCOMPLETE":
-                rung = f"rung {one.number}, " if one.number else ""
-                yield Row((f"{room}: {rung}{one.name.replace('_', ' ')}", one.reason), one.run_ids)
-
-
-def _absent(evidence: Evidence, arms: dict[str, list[Arm]], rungs: list[Arm]) -> Iterable[Row]:
-    """What the gate is to measure and this JSON holds no word of."""
-    known = {f"{arm.name} on {workload}" for workload, found in arms.items() for arm in found}
-    known |= {f"ladder: {rung.name}" for rung in rungs}
-    known |= {_context(one.backend, one.budget_gib) for one, _ in contexts(evidence)}
-    known |= {_EXPORT} if timed_exports(evidence) else set()
-    known |= {"matrix-product ceiling"} if evidence.of_kind("ceiling") else set()
-    silent = [what for what in _planned() if what not in known | _said(evidence).keys()]
-    return (Row((what, "no entry in the benchmark JSON")) for what in silent)
+def _measured(evidence: Evidence, arms: dict[str, list[ArmRuns]], ablation: list[ArmRuns]) -> Iterable[str]:
+    yield from (f"{arm.name} on {workload}" for workload, of_workload in arms.items() for arm in of_workload)
+    yield from (f"ablation: {arm.name}" for arm in ablation)
+    yield from (_context(context.backend, context.budget_gib) for context, _ in contexts(evidence))
+    yield from (_EXPORT for _ in timed_exports(evidence))
+    yield from (_MATMUL_PEAK for _ in evidence.of_kind("matmul_peak"))
 
 
 def _planned() -> Iterable[str]:
-    """In the gate's own words."""
+    """What the gate is to measure beside the verdicts, in its own words."""
     for name, planned in TRIALS.items():
         for arm in (planned.baseline, planned.candidate):
             if name != _CONTROL:
                 yield f"{arm.name} on {planned.workload}"
     yield from (f"{arm.name} on {workload}" for workload, arm in SINGLES)
-    yield from (f"ladder: {arm.name}" for _, arm in ABLATION)
+    yield from (f"ablation: {arm.name}" for _, arm in ABLATION)
     yield from (_context(backend, budget) for backend in BACKENDS for budget in CONTEXT_BUDGETS_GIB)
-    yield "matrix-product ceiling"
+    yield _MATMUL_PEAK
     yield _EXPORT
 
 
@@ -145,7 +136,7 @@ def _context(backend: str, budget_gib: float) -> str:
     return f"context of {backend} in {budget_gib:g} GiB"
 
 
-def _unread(evidence: Evidence) -> Iterable[Row]:
+def _unknown(evidence: Evidence) -> Iterable[Row]:
     for entry in evidence.entries:
         if entry.kind not in KINDS:
             yield Row((f"entry {entry.name}", f"of a kind this report does not know: {entry.kind}"))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from harness.perf.claims import CLAIMS
+from harness.perf.suite import LEGACY as BASELINE
 from harness.perf.suite import TRIALS
-from harness.report.arms import Arm, baseline_of, floor_bytes, ratio
+from harness.report.arms import ArmRuns, baseline_of, floor_bytes, ratio
 from harness.report.charts.bars import Bar, bars, groups
 from harness.report.charts.points import Dot, trade_off, undominated
 from harness.report.evidence import Evidence
@@ -14,36 +15,35 @@ from harness.report.page.content import Chart, Row, Section, Table
 from harness.report.page.numbers import GIB, NONE, count, digits, gib, percent, spread, times, with_range
 
 
-def build(arms: dict[str, list[Arm]], evidence: Evidence) -> Section:
+def build(arms: dict[str, list[ArmRuns]], evidence: Evidence) -> Section:
     return Section(
         "training",
         "Training time and memory",
         paragraphs=(
-            "The same examples in the same optimizer steps, by each backend. legacy is the pinned stack being "
-            "replaced in its owner's layout, trl is today's TRL at its best honest settings, unsloth the candidate. "
-            "Every run is a process of its own. A layout changes speed and memory, never the mathematics of a step.",
+            f"The same examples in the same optimizer steps with each backend. An arm is a backend in a layout; "
+            f"{BASELINE.name} in its own layout is the baseline. Every run is a process of its own. A layout changes "
+            "speed and memory, never the mathematics of a step.",
         ),
-        sections=tuple(_workload(workload, found, evidence) for workload, found in arms.items()),
+        sections=tuple(_workload(workload, of_workload, evidence) for workload, of_workload in arms.items()),
         notes=(
-            "Time: the summed seconds of the measured optimizer steps (the first steps, which compile and warm up, "
-            "left out). Memory: the highest value of the whole process, loading included; device: what the driver "
-            "counts, above what was in use before. Floor: what weights, adapter and optimizer state need whatever "
-            "the plan. Several runs: the median and, in brackets, the extremes. Speedup and share are ratios of "
-            "medians, against legacy, for reading: two rows may come from two machines of one kind, which differ "
-            "where the work waits for the processor. The runs of a pair come from one machine, one after the other; "
-            "the claims above are judged on pairs.",
+            "Time: the summed seconds of the measured optimizer steps, without the first ones, which compile and warm "
+            "up. Memory: the highest value of the whole process, loading included; device: what the driver counts, "
+            "less what was in use before. Floor: what weights, adapter and optimizer state need with any plan. "
+            "Several runs: the median and, in brackets, the extremes. Speedup and share are ratios of medians to "
+            f"{BASELINE.name}, for reading only: two rows may come from two machines of one kind, which differ where "
+            "the GPU waits for the CPU. The runs of a pair come from one machine, one after the other; the claims "
+            "above are judged on pairs.",
         ),
     )
 
 
-def _workload(workload: str, arms: Sequence[Arm], evidence: Evidence) -> Section:
-    known = next((arm.example for arm in arms if arm.example), None)
+def _workload(workload: str, arms: Sequence[ArmRuns], evidence: Evidence) -> Section:
+    run = next((arm.example for arm in arms if arm.example), None)
     words = []
-    if known and known.record:
-        first, last = known.num_warmup_steps + 1, len(known.steps)
+    if run and run.record:
         words = [
-            f"{known.record.workload.get('description') or workload} Measured: steps {first} to {last}, "
-            f"{known.documents:,} documents, {known.tokens:,} tokens."
+            f"{run.record.workload.get('description') or workload} Measured: steps {run.num_warmup_steps + 1} to "
+            f"{len(run.steps)}, {run.documents:,} documents, {run.tokens:,} tokens."
         ]
     baseline = baseline_of(arms)
     pairs = tuple(_pairs_beside(workload, evidence))
@@ -63,7 +63,7 @@ def _workload(workload: str, arms: Sequence[Arm], evidence: Evidence) -> Section
             ),
             Table(
                 f"{workload}: peak GPU memory in GiB",
-                ("Arm", "Allocated", "Reserved", "Device", "Of legacy's", "Above floor"),
+                ("Arm", "Allocated", "Reserved", "Device", f"Of {BASELINE.name}'s", "Above floor"),
                 tuple(_memory_row(arm, baseline, floor_bytes(arms)) for arm in arms),
             ),
             *((Table(f"{workload}: pairs beside the claims", columns, pairs),) if pairs else ()),
@@ -74,13 +74,13 @@ def _workload(workload: str, arms: Sequence[Arm], evidence: Evidence) -> Section
 def _pairs_beside(workload: str, evidence: Evidence) -> Iterable[Row]:
     """The pairs that no claim rests on: reported, not judged."""
     claimed = {claim.trial for claim in CLAIMS}
-    for trial in evidence.trials:
+    for trial in evidence.trials.values():
         planned = TRIALS.get(trial.name)
         if planned is None or planned.workload != workload or trial.name in claimed:
             continue
         for pair in trial.pairs:
             baseline, candidate = (
-                Arm(arm.name, arm.backend, workload, (evidence.runs[run_id],))
+                ArmRuns(arm.name, arm.backend, workload, (evidence.runs[run_id],))
                 for arm, run_id in ((planned.baseline, pair.baseline), (planned.candidate, pair.candidate))
             )
             slow, fast = (arm.measure("measured_seconds") for arm in (baseline, candidate))
@@ -94,14 +94,15 @@ def _pairs_beside(workload: str, evidence: Evidence) -> Iterable[Row]:
             yield Row(cells, (*baseline.run_ids, *candidate.run_ids))
 
 
-def _time_bar(arm: Arm) -> Bar:
-    found = arm.measure("measured_seconds")
-    if found is None:
+def _time_bar(arm: ArmRuns) -> Bar:
+    seconds = arm.measure("measured_seconds")
+    if seconds is None:
         return Bar(arm.name, arm.backend, None, arm.failure or "not measured")
-    return Bar(arm.name, arm.backend, found.middle, f"{digits(found.middle)} s", low=found.low, high=found.high)
+    text = f"{digits(seconds.middle)} s"
+    return Bar(arm.name, arm.backend, seconds.middle, text, low=seconds.low, high=seconds.high)
 
 
-def _peak_bar(arm: Arm) -> Bar:
+def _peak_bar(arm: ArmRuns) -> Bar:
     allocated, reserved = arm.measure("peak_allocated_bytes"), arm.measure("peak_reserved_bytes")
     if allocated is None:
         return Bar(arm.name, arm.backend, None, arm.failure or "not measured")
@@ -110,12 +111,12 @@ def _peak_bar(arm: Arm) -> Bar:
     return Bar(arm.name, arm.backend, allocated.middle / GIB, text, outer=outer)
 
 
-def _floor(arms: Sequence[Arm]) -> tuple[float, str] | None:
+def _floor(arms: Sequence[ArmRuns]) -> tuple[float, str] | None:
     floor = floor_bytes(arms)
     return None if floor is None else (floor / GIB, f"weight floor {gib(floor)}")
 
 
-def _time_row(arm: Arm, baseline: Arm | None) -> Row:
+def _time_row(arm: ArmRuns, baseline: ArmRuns | None) -> Row:
     seconds = arm.measure("measured_seconds")
     base = baseline.measure("measured_seconds") if baseline else None
     cells = (
@@ -129,7 +130,7 @@ def _time_row(arm: Arm, baseline: Arm | None) -> Row:
     return Row(cells, arm.run_ids)
 
 
-def _memory_row(arm: Arm, baseline: Arm | None, floor: int | None) -> Row:
+def _memory_row(arm: ArmRuns, baseline: ArmRuns | None, floor: int | None) -> Row:
     allocated = arm.measure("peak_allocated_bytes")
     base = baseline.measure("peak_allocated_bytes") if baseline else None
     cells = (
@@ -143,12 +144,12 @@ def _memory_row(arm: Arm, baseline: Arm | None, floor: int | None) -> Row:
     return Row(cells, arm.run_ids)
 
 
-def build_trade_off(arms: dict[str, list[Arm]]) -> Section | None:
-    """Tokens a second against peak memory; None if no arm has both."""
+def build_trade_off(arms: dict[str, list[ArmRuns]]) -> Section:
+    """Tokens per second against peak memory. Without parts where no arm has both."""
     parts: list[Chart | Table] = []
     columns = ("Arm", "Tokens/s", "Peak, GiB", "Beaten in both by")
-    for workload, found in arms.items():
-        dots = {arm: dot for arm in found if (dot := _dot(arm))}
+    for workload, of_workload in arms.items():
+        dots = {arm: dot for arm in of_workload if (dot := _dot(arm))}
         if not dots:
             continue
         title = f"{workload}: tokens/s against peak memory"
@@ -159,17 +160,15 @@ def build_trade_off(arms: dict[str, list[Arm]]) -> Section | None:
             for arm, dot in dots.items()
         )
         parts.append(Table(f"{workload}: speed and peak allocated", columns, tuple(rows), is_beside=True))
-    if not parts:
-        return None
     return Section(
         "pareto",
         "Speed against memory",
-        paragraphs=("Up and to the left is better. The broken line joins the arms that no other beats in both.",),
+        paragraphs=("Up and to the left is better. The broken line joins the arms that no other arm beats in both.",),
         parts=tuple(parts),
     )
 
 
-def _dot(arm: Arm) -> Dot | None:
+def _dot(arm: ArmRuns) -> Dot | None:
     speed, peak = arm.measure("tokens_per_second"), arm.measure("peak_allocated_bytes")
     if speed is None or peak is None:
         return None
@@ -183,42 +182,40 @@ def _beaten_by(dot: Dot, best: Sequence[Dot]) -> str:
     return ", ".join(other.label for other in best if other.x <= dot.x and other.y >= dot.y)
 
 
-def build_phases(arms: dict[str, list[Arm]]) -> Section | None:
-    """Peak memory up to the end of each phase; None if no run recorded phases."""
+def build_phases(arms: dict[str, list[ArmRuns]]) -> Section:
+    """Peak memory up to the end of each phase. Without parts where no run recorded phases."""
     parts: list[Chart | Table] = []
-    for workload, found in arms.items():
-        measured = [(arm, phases) for arm in found if (phases := _phases(arm))]
+    for workload, of_workload in arms.items():
+        measured = [(arm, phases) for arm in of_workload if (phases := _phases(arm))]
         names = list(dict.fromkeys(name for _, phases in measured for name in phases))
         if not names:
             continue
         title = f"{workload}: memory by phase"
         series = [(arm.name, arm.backend, [phases.get(name) for name in names]) for arm, phases in measured]
-        parts.append(groups(f"phases-{workload}", title, names, series, "GiB", digits, _floor(found)))
-        floor = gib(floor_bytes(found))
+        parts.append(groups(f"phases-{workload}", title, names, series, "GiB", digits, _floor(of_workload)))
+        floor = gib(floor_bytes(of_workload))
         rows = [
             Row((arm.name, *(digits(value) if value else NONE for value in values)), arm.run_ids)
             for (arm, _), (_, _, values) in zip(measured, series, strict=True)
         ]
         caption = f"{workload}: peak allocated by the end of each phase, GiB; weight floor {floor}"
         parts.append(Table(caption, ("Arm", *names), tuple(rows), is_beside=True))
-    if not parts:
-        return None
     return Section(
         "phases",
         "Memory by phase",
         paragraphs=(
             "Peaks up to the end of each phase, counted from the start of the process. The weight floor is "
             "computed, not measured: the linear layers in the workload's quantisation, embeddings and head in 16 "
-            "bits, the adapter, its gradients and optimizer state. No plan trains below it (loading alone can: "
-            "gradients and optimizer state come later); what stands above it is activations, logits and buffers.",
+            "bits, the adapter, its gradients and optimizer state. No plan trains with less (loading alone needs "
+            "less: gradients and optimizer state come later). The rest is activations, logits and buffers.",
         ),
         parts=tuple(parts),
     )
 
 
-def _phases(arm: Arm) -> dict[str, float]:
+def _phases(arm: ArmRuns) -> dict[str, float]:
     """Phase -> median over the runs of the peak allocated, GiB."""
     peaks = [run.peak_by_phase() for run in arm.runs]
-    names = dict.fromkeys(name for found in peaks for name in found)
-    values = {name: spread([found.get(name) for found in peaks]) for name in names}
-    return {name: found.middle / GIB for name, found in values.items() if found}
+    names = dict.fromkeys(name for phases in peaks for name in phases)
+    spreads = {name: spread([phases.get(name) for phases in peaks]) for name in names}
+    return {name: values.middle / GIB for name, values in spreads.items() if values}

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from forge.training.backends import BACKENDS
 from harness.report.__main__ import main
 from tests.support.recorded_gate import ARMS, CLAIMS, Gate, whole_gate
 
@@ -126,7 +127,7 @@ def test_every_chart_has_marks_of_some_size_inside_itself(browser: Browser, repo
         assert mark["right"] <= chart["right"] + 6
         assert mark["y"] >= chart["y"] - 6
         assert mark["bottom"] <= chart["bottom"] + 6
-    bars = [mark for mark in marks if mark["chart"].startswith(("time-", "peak-", "phases-", "ladder-"))]
+    bars = [mark for mark in marks if mark["chart"].startswith(("time-", "peak-", "phases-", "ablation-"))]
     assert bars
     assert all(min(bar["width"], bar["height"]) > _SPECKLE for bar in bars)
 
@@ -147,7 +148,7 @@ def test_backends_differ_in_colour_and_every_scheme_has_its_own(browser: Browser
             painted[scheme] = {mark["series"]: mark["fill"] for mark in marks}
             painted[scheme]["paper"] = watch.page.evaluate("getComputedStyle(document.body).backgroundColor")
             painted[scheme]["ink"] = watch.page.evaluate("getComputedStyle(document.body).color")
-    names = ("legacy", "trl", "unsloth", "paper", "ink")
+    names = (*BACKENDS, "paper", "ink")
     for colours in painted.values():
         assert len({colours[name] for name in names}) == len(names)
         assert "rgb(0, 0, 0)" not in colours.values()  # what a variable that does not resolve falls back to

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from forge.training.backends import BACKENDS
+from harness.report.charts.style import LOOKS
 from tests.support.report_pages import Page, report_of, small_gate, whole
 
 
@@ -75,20 +77,24 @@ def _luminance(colour: str) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def test_colours_are_readable_in_light_and_dark() -> None:
+def _contrast(colour: str, paper: str) -> float:
+    bright, dark = sorted((_luminance(colour), _luminance(paper)), reverse=True)
+    return (bright + 0.05) / (dark + 0.05)
+
+
+def test_colours_are_readable_in_light_and_dark_whatever_the_number_of_backends() -> None:
     """WCAG 2.2: 4.5 to 1 for text, 3 to 1 for the marks of charts."""
     _, page, _ = whole()
-    schemes = [
+    blocks = [
         dict(re.findall(r"--(\w+): (#[0-9a-f]{6});", block)) for block in re.findall(r":root \{(.*?)\}", page, re.S)
     ]
-    assert len(schemes) == 2
-    for scheme in schemes:
-        for name, least in {
-            **dict.fromkeys(("ink", "muted", "good", "bad", "doubt"), 4.5),
-            **dict.fromkeys(("legacy", "trl", "unsloth"), 3.0),
-        }.items():
-            bright, dark = sorted((_luminance(scheme[name]), _luminance(scheme["paper"])), reverse=True)
-            assert (bright + 0.05) / (dark + 0.05) >= least, name
+    assert [block.keys() for block in blocks[2:]] == [set(BACKENDS)] * 2
+    for scheme, text in (("light", blocks[0]), ("dark", blocks[1])):
+        for name in ("ink", "muted", "good", "bad", "doubt"):
+            assert _contrast(text[name], text["paper"]) >= 4.5, name
+        for look in LOOKS:
+            assert _contrast(getattr(look, scheme), text["paper"]) >= 3.0, look
+    assert len({look.marker for look in LOOKS}) == len({look.light for look in LOOKS}) == len(LOOKS) > len(BACKENDS)
 
 
 def test_the_report_is_loaded_without_torch_and_without_charts() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from forge.training.system.files import write_json
 from harness.export.claims import KINDS
+from harness.parity.claims import verdict_on as rung_verdict
 from harness.parity.first_step.checks import Check
 from harness.parity.rungs import verdict as judged
 from harness.parity.trajectory.recorded import read_recorded
@@ -33,7 +34,7 @@ def gate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str,
     (where / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     ladder = make_ladder(where, where / "corpus.jsonl", Runs(read_recorded(RECORDED)))
     checks = [Check("error of a token's loss, nats", 0.01, 0.02), Check("cosine", 0.97, 0.99, least=True)]
-    second = verdict_on(2, "PASS", "all hold", {"checks": {"nf4": [c.to_dict() for c in checks]}})
+    second = rung_verdict(2, "PASS", "all hold", {"checks": {"nf4": [c.to_dict() for c in checks]}})
     arms = {"arm": "unsloth", "backend": "unsloth", "baseline": "trl"}
     entries = [entry("parity", "rung 2", verdict=second.to_dict(), **arms)]
     for number in (4, 5, 6):
@@ -68,7 +69,7 @@ def section(markdown: str, title: str) -> str:
 def test_the_ladder_has_a_verdict_a_rung_with_what_was_found_and_its_runs(gate: Any) -> None:
     ladder = section(report_of(gate)[1], "Accuracy: the parity ladder")
     for number, name in ((2, "first step"), (4, "noise"), (5, "trajectory"), (6, "outcome")):
-        row = next(line for line in ladder.splitlines() if f"{number} {name}" in line)
+        row = next(line for line in ladder.splitlines() if f"rung {number}, {name}" in line)
         assert "**PASS**" in row
         verdict = next(e["extra_info"] for e in gate[1] if e["extra_info"]["metric"] == f"rung {number}")
         assert verdict["verdict"]["reason"][:40] in row
@@ -79,16 +80,22 @@ def test_the_ladder_has_a_verdict_a_rung_with_what_was_found_and_its_runs(gate: 
 def test_curves_stand_in_their_band_and_differences_beside_the_margin(gate: Any) -> None:
     page, markdown = report_of(gate)
     figures = gate[1][3]["extra_info"]["verdict"]["figures"]
-    for name in ("parity-loss", "parity-loss-apart", "parity-grad_norm-apart", "parity-seeds", "parity-documents"):
+    for name in (
+        "parity-loss",
+        "parity-loss-difference",
+        "parity-grad_norm-difference",
+        "parity-seeds",
+        "parity-documents",
+    ):
         assert f'id="{name}-title"' in page
-    assert page.count("equal: within 0.01 nats a token") == 1
+    assert page.count("equal: within 0.01 nats per token") == 1
     assert page.count("band of trl&#39;s own rounding") + page.count("band of trl's own rounding") == 3
     ladder = section(markdown, "Accuracy: the parity ladder")
     for row in figures["seeds"]:
         line = f"| {row['seed']} | {row['base']:.4f} | {row['baseline']:.4f} | {row['candidate']:.4f} |"
         line += f" {row['stock']:.4f} | {row['difference']:+.4f} | {row['difference_to_stock']:+.4f} |"
         assert line in ladder
-    assert "trl as it is keeps its adapter in bfloat16" in ladder
+    assert "trl unchanged keeps its adapter in bfloat16" in ladder
     assert "| d0 | 100 | 4.0000 |" in ladder
     assert "optimizer.learning_rate=" in ladder, "the planted fault is shown beside the candidate"
 

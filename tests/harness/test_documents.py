@@ -59,5 +59,5 @@ def test_a_document_that_is_all_instruction_is_left_out(tmp_path: Path, corpus: 
 
 def test_too_few_documents_are_refused_with_the_number(tmp_path: Path) -> None:
     (tmp_path / "few.jsonl").write_text('{"instruction": "a", "input": "", "output": "b"}\n')
-    with pytest.raises(DataError, match=r"takes 160 documents and 48 unlike them, .* has 0 and 1"):
+    with pytest.raises(DataError, match=r"160 documents and 48 .* has 0 and 1"):
         write_documents(tmp_path / "few.jsonl", tmp_path)
