@@ -1,7 +1,7 @@
-"""One session of the gate: what is measured comes from the store or is measured now, as long as there is time.
+"""One session of the gate: results come from the store or are measured now, as long as there is time.
 
 Every suite measures through it: a run, a trial of interleaved pairs, a probe. ``None`` is always "not measured": there
-was no time left, or the session leaves that suite out (``--gate-only``). An error is raised each time it is asked for.
+was no time left, or the session leaves that suite out (``--gate-only``).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Session:
 
     ``deadline``: on :func:`time.monotonic`'s clock; ``None``: no limit. ``only``: what ``--gate-only`` names; empty:
     everything. ``measures``: whether anything may be measured; if not, the store's results are all there is.
-    ``run_seconds``: a run that takes longer is stopped, which is an outcome. ``run`` makes one run.
+    ``run_seconds``: a run that takes longer is stopped, which is an outcome. ``run_one`` makes one run.
     """
 
     store: Store
@@ -78,9 +78,11 @@ class Session:
     def trial(
         self, name: str, baseline: RunSpec, candidate: RunSpec, num_pairs: int, *, expected_seconds: float
     ) -> Trial | None:
-        """A trial, with what is missing of it measured as far as there is time; ``None``: not a pair of it yet.
+        """A trial, with what is missing of it measured as far as there is time.
 
-        ``expected_seconds``: of a run, where the store has none of either arm.
+        ``None``: nothing may be measured, and the store has none of today's code, data and packages.
+        ``expected_seconds``: of a run, where the store has none of either arm. Raises what
+        :func:`harness.measurement.trial.run_trial` raises.
         """
         if not self.measures:
             return read_trial(name, self.store, specs=(baseline, candidate))
@@ -114,10 +116,10 @@ class Session:
         Asked once a session: a failure is raised again rather than repeated. The other arguments are those of
         :func:`harness.measurement.probe.run_probe`. Raises :class:`ForgeError` with the probe's own exit code.
         """
-        asked = (module, backend, is_alone, *arguments)  # a failure beside others is not that of a probe alone
-        if self._answers.get(asked) is None:
+        question = (module, backend, is_alone, *arguments)  # a failure beside others is not that of a probe alone
+        if self._answers.get(question) is None:
             try:
-                self._answers[asked] = run_probe(
+                self._answers[question] = run_probe(
                     module,
                     backend,
                     arguments,
@@ -131,8 +133,8 @@ class Session:
                     work=work,
                 )
             except ForgeError as error:
-                self._answers[asked] = error
-        answer = self._answers[asked]
+                self._answers[question] = error
+        answer = self._answers[question]
         if isinstance(answer, ForgeError):
             raise answer
         return answer

@@ -13,10 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from forge.training.system.errors import ForgeError
 from harness.measurement.results import Outcome
+from harness.measurement.results import Role as Role
 
 Status = Literal["PASS", "FAIL", "INCONCLUSIVE", "INCOMPLETE"]
 STATUSES: tuple[Status, ...] = ("PASS", "INCOMPLETE", "INCONCLUSIVE", "FAIL")  # from best to worst
-Role = Literal["baseline", "candidate"]
 
 # Exit codes of an accident that says nothing about what is judged: arguments, environment (a GPU in use), disk, a lock,
 # Ctrl-C and SIGTERM. Every other one is something found: a crash, bad data, memory, divergence, a failed check.
@@ -52,7 +52,7 @@ def worst(statuses: Sequence[Status]) -> Status:
 
 
 def by_faults(faults: Sequence[str], good: str) -> tuple[Status, str]:
-    """Status and reason: PASS where there is no fault; ``good`` says then what was looked at."""
+    """Status and reason: PASS where there is no fault, and then ``good`` is the reason."""
     return ("FAIL", "; ".join(faults)) if faults else ("PASS", good)
 
 

@@ -83,7 +83,8 @@ def run_probe(
             answer = None
         if not isinstance(answer, dict):
             why = f"did not end within {time_limit_seconds:g} s" if ended.timed_out else f"exit code {ended.exit_code}"
-            raise ForgeError.of_child(ended.exit_code, f"the {name} probe of {backend} failed: {why}\n{log}")
+            code = 1 if ended.timed_out else ended.exit_code  # the limit's SIGTERM is no interruption
+            raise ForgeError.of_child(code, f"the {name} probe of {backend} failed: {why}\n{log}")
         stored = {
             "schema_version": 1,
             "key": key,

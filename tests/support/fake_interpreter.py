@@ -32,20 +32,20 @@ def train(arguments: list[str]) -> int:
     parser.add_argument("-o", type=Path)
     parser.add_argument("--force", action="store_true")
     parser.add_argument("--on-oom", choices=["stop"], required=True)  # a run in another layout is another measurement
-    told = parser.parse_args(arguments)
-    overrides = list(told.set)
-    if told.backend == os.environ.get("ARM_CHANGES_WORKLOAD"):
+    options = parser.parse_args(arguments)
+    overrides = list(options.set)
+    if options.backend == os.environ.get("ARM_CHANGES_WORKLOAD"):
         overrides.append("lora.dropout=0.0")
-    workload = load_workload(told.workload, overrides)
-    if told.backend == os.environ.get("ARM_OUT_OF_MEMORY"):
+    workload = load_workload(options.workload, overrides)
+    if options.backend == os.environ.get("ARM_OUT_OF_MEMORY"):
         print("error: out of GPU memory", file=sys.stderr)
         return 5
-    if told.backend == os.environ.get("ARM_HANGS"):
+    if options.backend == os.environ.get("ARM_HANGS"):
         time.sleep(600)
-    plan = load_plan(workload, told.backend, told.plan)
+    plan = load_plan(workload, options.backend, options.plan)
     steps = int(workload.training.max_steps or 0)
-    seconds = {**SECONDS, **json.loads(os.environ.get("ARM_SECONDS", "{}"))}[told.backend]
-    peak = int({**BYTES, **json.loads(os.environ.get("ARM_BYTES", "{}"))}[told.backend])
+    seconds = {**SECONDS, **json.loads(os.environ.get("ARM_SECONDS", "{}"))}[options.backend]
+    peak = int({**BYTES, **json.loads(os.environ.get("ARM_BYTES", "{}"))}[options.backend])
     noise = 1 + 0.004 * (os.getpid() % 7 - 3) / 3
     digests = [hashlib.sha256(str(step).encode()).hexdigest() for step in range(steps)]
     lines = [
@@ -60,7 +60,7 @@ def train(arguments: list[str]) -> int:
     ]
     record = RunRecord(
         status="completed",
-        backend=told.backend,
+        backend=options.backend,
         workload=workload.model_dump(mode="json"),
         workload_sha256=workload.digest(),
         plan=plan.model_dump(),
@@ -88,8 +88,8 @@ def train(arguments: list[str]) -> int:
         memory=[MemoryPhase(phase="train", peak_allocated_bytes=peak, peak_reserved_bytes=peak + (1 << 28))],
         batch_digests=digests,
     )
-    (told.o / "steps.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    record.write(told.o)
+    (options.o / "steps.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    record.write(options.o)
     if workload.name == "genome_full" and "ARM_USED" in os.environ:
         used = Path(os.environ["ARM_USED"])
         used.write_text(str(peak + (1 << 29)))
@@ -106,10 +106,10 @@ def probe(name: str, arguments: list[str]) -> int:
     if os.environ.get("ARM_CONTEXT_FAILS") == backend:
         print("error: planted", file=sys.stderr)
         return 4
-    found = {"predicted_tokens": 1000, "tokens_fits": 985, "tokens_fails": 1015}
-    found |= {"budget_gib": float(arguments[arguments.index("--budget") + 1]), "loaded_bytes": 5 << 30}
+    answer = {"predicted_tokens": 1000, "tokens_fits": 985, "tokens_fails": 1015}
+    answer |= {"budget_gib": float(arguments[arguments.index("--budget") + 1]), "loaded_bytes": 5 << 30}
     points = [[8192, 8 << 30, 1.0], [32768, 12 << 30, 5.0]]
-    print(json.dumps({"backend": backend, "plan": {}, "points": points, "is_embedding_on_host": False, **found}))
+    print(json.dumps({"backend": backend, "plan": {}, "points": points, "is_embedding_on_host": False, **answer}))
     return 0
 
 

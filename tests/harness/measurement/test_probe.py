@@ -77,8 +77,8 @@ def interpreter(where: Path, body: str) -> str:
     return str(path)
 
 
-def run(store: Store, arguments: tuple[str, ...] = ()) -> dict[str, Any] | None:
-    return probes.run_probe("harness.perf.probes.matmul_peak", "trl", arguments, store, time_limit_seconds=20)
+def run(store: Store, arguments: tuple[str, ...] = (), seconds: float = 20) -> dict[str, Any] | None:
+    return probes.run_probe("harness.perf.probes.matmul_peak", "trl", arguments, store, time_limit_seconds=seconds)
 
 
 def test_a_probe_is_stored_and_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,12 +113,17 @@ def test_a_probe_that_trains_is_measured_again_when_its_plan_or_its_documents_ch
     assert [num_measured(work) for work in works] == [3, 4]
 
 
-@pytest.mark.parametrize("body", ["echo '{}'; exit 1", "echo no json", "exit 0", "echo out of memory >&2; exit 5"])
-def test_a_probe_that_fails_is_an_error_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [("echo '{}'; exit 1", 1), ("echo no json", 1), ("exit 0", 1), ("echo full >&2; exit 6", 6), ("exec sleep 60", 1)],
+)
+def test_a_probe_that_fails_is_an_error_with_its_exit_code_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, code: int
 ) -> None:
+    """One that was stopped at its limit was not interrupted."""
     monkeypatch.setenv("FORGE_GPU_PYTHON", interpreter(tmp_path, body))
     store = Store(tmp_path / "store")
-    with pytest.raises(ForgeError, match="the matmul_peak probe of trl failed"):
-        run(store)
+    with pytest.raises(ForgeError, match="the matmul_peak probe of trl failed") as caught:
+        run(store, seconds=2)
+    assert caught.value.exit_code == code
     assert not list((tmp_path / "store").rglob("*.json"))
