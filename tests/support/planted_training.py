@@ -56,5 +56,5 @@ def plant(fault: str) -> None:
 
 if __name__ == "__main__":
     plant(sys.argv.pop(1))
-    module = sys.argv.pop(1) if sys.argv[1].startswith("forge.") else "forge.training"
+    module = sys.argv.pop(1) if sys.argv[1].startswith(("forge.", "harness.")) else "forge.training"
     runpy.run_module(module, run_name="__main__", alter_sys=True)

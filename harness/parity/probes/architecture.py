@@ -1,8 +1,8 @@
 """A Qwen2 base in another architecture: ``python -m harness.parity.probes.architecture BASE --as llama -o DIR``.
 
-The gate's bases are Qwen2's; what is shown of their first step must hold for other models too. Llama's layer is
-Qwen2's without biases on query, key and value; Qwen3's has none either, and norms on query and key instead. So the
-trained weights carry over as they are, the norms are ones, and the result is a base whose losses still mean something.
+The gate's bases are Qwen2's; what is shown of their first step must be true of other models too. A layer of Llama is
+one of Qwen2 without biases on query, key and value; one of Qwen3 has no biases either, and norms on query and key. So
+the trained weights carry over as they are, the norms are ones, and the result is a base whose losses mean something.
 """
 
 from __future__ import annotations
@@ -68,9 +68,10 @@ def main() -> int:
     parser.add_argument("--as", choices=tuple(ARCHITECTURES), required=True, dest="model_type")
     parser.add_argument("-o", type=Path, required=True, dest="directory")
 
-    def answer(told: argparse.Namespace) -> dict[str, Any]:
-        write_architecture(told.base, told.directory, told.model_type)
-        return {"directory": str(told.directory.absolute()), "model_type": told.model_type}
+    def answer(arguments: argparse.Namespace) -> dict[str, Any]:
+        base, directory, model_type = arguments.base, arguments.directory, arguments.model_type
+        write_architecture(base, directory, model_type)
+        return {"directory": str(directory.absolute()), "model_type": model_type}
 
     return probe_main(parser, answer)
 

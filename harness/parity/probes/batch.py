@@ -1,4 +1,4 @@
-"""The frozen step of the first-step probe: its documents, the tokens looked at, the adapter it starts from.
+"""The frozen step of the first-step probe: its documents, the tokens measured by themselves, the first adapter.
 
 Documents are known by their place in the examples, tokens by their place in their document, matrices by
 their place in the model: none of it depends on how a backend lays a step out or wraps its model.
@@ -19,8 +19,8 @@ from forge.training.data.examples import Examples
 from forge.training.system.errors import CheckError
 
 NUM_DOCUMENTS = 8
-NUM_POSITIONS = 16  # tokens of a document whose loss is looked at by itself
-NUM_LEAK_POSITIONS = 4  # of those, how many are looked at again when another document is exchanged
+NUM_POSITIONS = 16  # tokens of a document whose loss is measured by itself
+NUM_LEAK_POSITIONS = 4  # of those, how many are measured again when another document is replaced
 B_BOUND = 0.01  # of the drawn LoRA B: what some fifty steps at a learning rate of 2e-4 make of zero
 
 _MATRIX = re.compile(r"(?:^|\.)layers\.(\d+\..+)\.lora_([AB])\.")
@@ -28,7 +28,7 @@ _MATRIX = re.compile(r"(?:^|\.)layers\.(\d+\..+)\.lora_([AB])\.")
 
 @dataclass(frozen=True)
 class FrozenStep:
-    """``positions``: int32 (documents, tokens looked at), targets within their document, -1 where there is none.
+    """``positions``: int32 (documents, tokens), targets measured by themselves in their document; -1: none.
 
     ``num_trained``: int64 (documents,), tokens that the model is trained to predict.
     """
@@ -75,26 +75,26 @@ def other_tokens(step: FrozenStep, document: int, seed: int) -> np.ndarray:
 
 
 def find_documents(batch: Any, rows: list[dict[str, Any]], documents: list[int]) -> dict[int, tuple[int, int]]:
-    """Where each document begins in a collated micro-batch: (row, column).
+    """The row and the first column of each document in a collated micro-batch.
 
     Documents are found by their tokens, between the borders that the batch itself gives: the attention mask's, or,
     where documents were flattened into one row, restarting ``position_ids``. Raises :class:`CheckError` where one is
-    not there as it was given.
+    missing or changed.
     """
     ids = batch["input_ids"].to("cpu").numpy()
-    found: dict[int, tuple[int, int]] = {}
+    places: dict[int, tuple[int, int]] = {}
     for row, start, end in _segments(batch, ids):
-        for document, wanted in zip(documents, rows, strict=True):
-            if document not in found and wanted["input_ids"] == ids[row, start:end].tolist():
-                found[document] = (row, start)
+        for document, given in zip(documents, rows, strict=True):
+            if document not in places and given["input_ids"] == ids[row, start:end].tolist():
+                places[document] = (row, start)
                 break
-    missing = sorted(set(documents) - set(found))
+    missing = sorted(set(documents) - set(places))
     if missing:
         raise CheckError(
             f"documents {missing} are not in the micro-batch as they were given to the collator",
             remedy="look at what the backend's collator cuts, joins or reorders",
         )
-    return found
+    return places
 
 
 def _segments(batch: Any, ids: np.ndarray) -> list[tuple[int, int, int]]:
@@ -117,15 +117,15 @@ def only_labels(batch: Any, row: int, columns: Any) -> dict[str, Any]:
 
 def matrix_name(parameter: str) -> str | None:
     """``"0.self_attn.q_proj.lora_A"`` for a LoRA parameter however it is wrapped, else ``None``."""
-    found = _MATRIX.search(parameter.replace("._orig_mod", "").replace("._checkpoint_wrapped_module", ""))
-    return f"{found[1]}.lora_{found[2]}" if found else None
+    match = _MATRIX.search(parameter.replace("._orig_mod", "").replace("._checkpoint_wrapped_module", ""))
+    return f"{match[1]}.lora_{match[2]}" if match else None
 
 
 def draw_adapter(model: Any, seed: int) -> str:
     """Set the adapter: A as every run draws it, B drawn too, both rounded to bfloat16. Returns a digest of both.
 
-    With B = 0 every gradient of A would be zero. Some stacks keep the adapter in bfloat16 and some in float32;
-    rounded, all hold the same numbers, and no rounding of the start counts as an error of theirs.
+    With B = 0 every gradient of A would be zero. Some backends keep the adapter in bfloat16 and some in float32;
+    rounded, all have the same numbers, and no rounding of the start counts as an error of theirs.
     """
     import torch
 
@@ -145,20 +145,20 @@ def draw_adapter(model: Any, seed: int) -> str:
                 values = torch.empty(parameter.shape).uniform_(-B_BOUND, B_BOUND, generator=generator)
             values = values.to(torch.bfloat16).float()
             parameter.copy_(values.to(parameter.dtype))
-            held = parameter.detach().float().cpu().numpy()
-            digests[matrix] = hashlib.sha256(held.tobytes()).hexdigest()
+            stored = parameter.detach().float().cpu().numpy()
+            digests[matrix] = hashlib.sha256(stored.tobytes()).hexdigest()
     return hashlib.sha256("".join(f"{name}={digests[name]};" for name in sorted(digests)).encode()).hexdigest()
 
 
 def adapter_gradients(model: Any, loss_scale: float = 1.0) -> dict[str, np.ndarray]:
     """Every LoRA matrix's gradient as float32; zeros where the backward pass left none."""
-    found = {}
+    gradients = {}
     for name, parameter in model.named_parameters():
         matrix = matrix_name(name)
         if matrix is not None:
             gradient = parameter.grad
             if gradient is None:
-                found[matrix] = np.zeros(tuple(parameter.shape), dtype=np.float32)
+                gradients[matrix] = np.zeros(tuple(parameter.shape), dtype=np.float32)
             else:
-                found[matrix] = gradient.detach().float().cpu().numpy() / np.float32(loss_scale)
-    return found
+                gradients[matrix] = gradient.detach().float().cpu().numpy() / np.float32(loss_scale)
+    return gradients

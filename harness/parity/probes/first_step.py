@@ -1,21 +1,16 @@
-"""Frozen optimizer steps as a backend's own trainer takes them, or as float32 arithmetic has them.
+"""One optimizer step on frozen documents, as a backend's own trainer takes it, or in float32 (``reference``).
 
     python -m harness.parity.probes.first_step WORKLOAD --backend unsloth --out DIR [--tag NAME]
         [--step QUANTIZATION:LAYOUT:PADDING ...] [--inputs] [--set ...] [--plan ...]
 
 One process measures as many steps as it is asked for, since it spends most of its time on imports: ``--step
-nf4:8x1:none`` is all eight documents as one micro-batch without padding, on a base in NF4; of the reference
+nf4:8x1:none`` is all eight documents as one micro-batch without padding, on a base in NF4. For the reference
 (``--backend reference``) a step is a quantisation alone.
 
 Eight of the workload's documents, the longest and an even spread of the others by length, are one step. The same
 adapter is put into every backend, B drawn rather than zero, and dropout is off, since its masks differ between
-layouts. Inside the backend's own training loop its step is taken as planned, then, with the same micro-batches:
-
-- ``step/MATRIX``: the gradient that the loop itself accumulated, with the divisor that it chose;
-- ``document/N/MATRIX``, ``document_losses``: each document's share of it, all other labels masked (nats, summed);
-- ``token_losses``: the loss of single tokens, all labels masked but one: no stack needs to return logits for it;
-- ``replaced_losses``: the same of the first micro-batch once more and with one document exchanged for another
-  (``repeated_losses``: with none exchanged). What the others lose or gain by that has leaked.
+layouts. Inside the backend's own training loop the step is taken as planned, then measured with the same micro-batches.
+The tensors that this leaves in ``--out``, and their shapes, are in ``harness/parity/first_step/compare.py``.
 
 ``--inputs`` takes the workload as it is (its dropout, its documents, its steps) and stops before the first step.
 """
@@ -138,8 +133,8 @@ def write(tensors: dict[str, np.ndarray], facts: dict[str, Any], path: Path) -> 
 
     partial = path.with_name(f".{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    held = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    save_file(held, partial, metadata={"facts": json.dumps(facts)})
+    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    save_file(contiguous, partial, metadata={"facts": json.dumps(facts)})
     partial.replace(path)
     return {**facts, "file": path.name, "file_sha256": sha256_file(path)}
 
@@ -172,49 +167,52 @@ def _release() -> None:
         torch.cuda.empty_cache()
 
 
-def answer(told: argparse.Namespace) -> dict[str, Any]:
-    """What is asked, measured: facts in the answer, tensors in files."""
-    if told.steps and told.out is None:
+def answer(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure what the arguments ask for: facts in the answer, tensors in files."""
+    backend = arguments.backend
+    if arguments.steps and arguments.out is None:
         raise ConfigurationError("--out DIR is missing", remedy="say where the tensors go")
-    if not told.steps and not told.inputs:
+    if not arguments.steps and not arguments.inputs:
         raise ConfigurationError("nothing to measure", remedy="name a --step, or --inputs")
-    if told.positions < 2:
-        raise ConfigurationError("--positions: a document's first and last are looked at", remedy="take 2 or more")
-    parsed = [parse_step(step, told.backend) for step in told.steps]
-    found: dict[str, Any] = {"backend": told.backend, "inputs": None, "steps": []}
-    if told.inputs:
-        workload = frozen_workload(told.workload, told.overrides, inputs_only=True)
-        _, found["inputs"] = measure(workload, told.backend, told.plan_overrides, fault=told.fault, inputs_only=True)
+    if arguments.positions < 2:
+        raise ConfigurationError("--positions: a document's first and last are measured", remedy="take 2 or more")
+    parsed = [parse_step(step, backend) for step in arguments.steps]
+    result: dict[str, Any] = {"backend": backend, "inputs": None, "steps": []}
+    if arguments.inputs:
+        workload = frozen_workload(arguments.workload, arguments.overrides, inputs_only=True)
+        _, result["inputs"] = measure(
+            workload, backend, arguments.plan_overrides, fault=arguments.fault, inputs_only=True
+        )
         _release()
-    for step, (quantization, layout, plan) in zip(told.steps, parsed, strict=True):
-        workload = frozen_workload(told.workload, [*told.overrides, f"model.quantization={quantization}"])
+    for step, (quantization, layout, plan) in zip(arguments.steps, parsed, strict=True):
+        workload = frozen_workload(arguments.workload, [*arguments.overrides, f"model.quantization={quantization}"])
         tensors, facts = measure(
             workload,
-            told.backend,
-            [*told.plan_overrides, *plan],
-            fault=told.fault,
-            replace=told.replace,
-            num_positions=told.positions,
+            backend,
+            [*arguments.plan_overrides, *plan],
+            fault=arguments.fault,
+            replace=arguments.replace,
+            num_positions=arguments.positions,
         )
-        path = told.out / f"{told.tag}-{told.backend}-{step.replace(':', '-')}.safetensors"
-        found["steps"].append(write(tensors, {**facts, "layout": layout}, path))
+        path = arguments.out / f"{arguments.tag}-{backend}-{step.replace(':', '-')}.safetensors"
+        result["steps"].append(write(tensors, {**facts, "layout": layout}, path))
         del tensors
         _release()
-    return found
+    return result
 
 
 def main() -> int:
-    """Print the facts as JSON; errors as everywhere in Forge."""
+    """Print the facts as JSON."""
     parser = argparse.ArgumentParser(prog="harness.parity.probes.first_step", description="Frozen optimizer steps.")
     parser.add_argument("workload")
     parser.add_argument("--backend", choices=("reference", *BACKENDS), required=True)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where the tensors go, a file a step")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where the tensors go, one file per step")
     parser.add_argument("--tag", default="step", help="what the files' names begin with")
-    parser.add_argument("--attempt", type=int, default=0, help="of measuring the same: nothing hangs on it")
+    parser.add_argument("--attempt", type=int, default=0, help="tells repeated measurements apart, nothing else")
     parser.add_argument("--step", action="append", default=[], dest="steps", metavar="QUANTIZATION:LAYOUT:PADDING")
-    parser.add_argument("--inputs", action="store_true", help="also what the workload's own run would begin with")
+    parser.add_argument("--inputs", action="store_true", help="also the inputs and settings of the workload's own run")
     parser.add_argument("--replace", choices=("first", "last", "none"), default="first")
-    parser.add_argument("--positions", type=int, default=NUM_POSITIONS, help="tokens of a document looked at singly")
+    parser.add_argument("--positions", type=int, default=NUM_POSITIONS, help="tokens per document measured singly")
     parser.add_argument("--fault", choices=FAULTS, help="plant a fault that the gate must catch")
     add_settings(parser)
     return probe_main(parser, answer)

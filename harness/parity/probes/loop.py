@@ -99,9 +99,8 @@ class Observer:
             replaced = first[0 if self.replace == "first" else -1]
             other = {replaced: other_tokens(step, replaced, self.job.workload.training.seed)}
             for name, exchanged in (("repeated_losses", None), ("replaced_losses", other)):
-                found = np.full(step.positions.shape, np.nan)
-                self._token_losses(model, first, found, exchanged, NUM_LEAK_POSITIONS)
-                self.tensors[name] = found
+                self.tensors[name] = np.full(step.positions.shape, np.nan)
+                self._token_losses(model, first, self.tensors[name], exchanged, NUM_LEAK_POSITIONS)
             self.facts["replaced_document"] = replaced
 
     def _token_losses(

@@ -1,8 +1,8 @@
-"""What a first step should be: plain transformers in float32, eager attention, one document at a time.
+"""The reference of a first step: plain transformers in float32, eager attention, one document at a time.
 
-The base's weights are rounded to the workload's dtype first, or quantised to NF4 and taken back, as every backend
-does on loading: the reference's numbers are those weights' own, and what a backend differs by is its arithmetic.
-Nothing is recomputed, nothing is fused, no autocast; the loss of a token is taken from full logits.
+The base's weights are first rounded to the workload's dtype, or quantised to NF4 and dequantised, as every backend does
+on loading. So a backend differs from the reference by its arithmetic alone. Nothing is recomputed, nothing is fused, no
+autocast; the loss of a token is taken from full logits.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ def load_reference(job: TrainingJob) -> Any:
 
 
 def dequantise(model: Any) -> None:
-    """Put a plain float32 layer in the place of every 4-bit one, with the weights that its kernels compute with.
+    """Replace every 4-bit layer by a plain float32 one with the weights that its kernels compute with.
 
-    Those are the quantised ones taken back in the compute dtype. Needs bitsandbytes.
+    Those are the quantised weights, dequantised in the compute dtype. Needs bitsandbytes.
     """
     import torch
     from bitsandbytes.functional import dequantize_4bit
@@ -79,7 +79,7 @@ def dequantise(model: Any) -> None:
 
 
 def measure_reference(job: TrainingJob, step: FrozenStep) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Tensors and facts of the frozen step, under the names that :mod:`first_step` gives a backend's."""
+    """Tensors (first_step/compare.py has their shapes) and facts of the frozen step."""
     import torch
 
     model = load_reference(job)
@@ -96,10 +96,10 @@ def measure_reference(job: TrainingJob, step: FrozenStep) -> tuple[dict[str, np.
         logits = model(input_ids=given, use_cache=False).logits[0, :-1]
         nats = torch.nn.functional.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORED)
         (nats.sum() / step.num_trained_tokens).backward()
-        held = nats.detach().double().cpu().numpy()
-        losses[document] = held.sum()
+        values = nats.detach().double().cpu().numpy()
+        losses[document] = values.sum()
         chosen = step.positions[document]
-        tokens[document, chosen >= 0] = held[chosen[chosen >= 0] - 1]
+        tokens[document, chosen >= 0] = values[chosen[chosen >= 0] - 1]
         del logits, nats
         for name, gradient in adapter_gradients(model).items():
             tensors[f"document/{document}/{name}"] = gradient
