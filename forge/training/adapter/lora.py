@@ -95,6 +95,12 @@ def check_adapter(adapter_dir: Path, base_dir: Path) -> dict[str, tuple[int, flo
     return {module: (int(rank), float(scale)) for module, (rank, scale) in answer.value["modules"].items()}
 
 
+def describe_adapter(adapter_dir: str, base_dir: str) -> dict[str, Any]:
+    """What :func:`check_adapter` has a child process answer, as plain JSON values."""
+    inspected = inspect_adapter(Path(adapter_dir), read_weights(Path(base_dir)))
+    return {"modules": {factors.module: [factors.rank, factors.scale] for factors in inspected.factors.values()}}
+
+
 def inspect_adapter(adapter_dir: Path, base: ModelWeights) -> InspectedAdapter:
     """Check an adapter against its base, holding one stretch of a tensor in memory at a time.
 

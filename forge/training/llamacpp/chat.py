@@ -1,4 +1,4 @@
-"""A loaded GGUF model that replies. Only imported in a child process: :mod:`.chat` is the parent's side."""
+"""A loaded GGUF model that replies. Only imported in a child process: :mod:`forge.training.export.chat` is the parent's side."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def open_model(path: str, lora: str | None, context_tokens: int) -> dict[str, An
     return {"name": _model.metadata.get("general.name", "")}
 
 
-def reply(messages: list[dict[str, str]], max_tokens: int, on_text: Callable[[str], None]) -> dict[str, Any]:
-    """The greedy answer to a conversation, by the model's own template; pieces go to ``on_text`` as they come."""
+def reply(messages: list[dict[str, str]], max_tokens: int, progress: Callable[[str], None]) -> dict[str, Any]:
+    """The greedy answer to a conversation, by the model's own template; pieces go to ``progress`` as they come."""
     from jinja2 import TemplateError
 
     if _model.metadata.get("tokenizer.ggml.pre") in _NFC_PRE_TOKENIZERS:
@@ -46,7 +46,7 @@ def reply(messages: list[dict[str, str]], max_tokens: int, on_text: Callable[[st
             text = chunk["choices"][0]["delta"].get("content") or ""
             if text:
                 pieces.append(text)
-                on_text(text)
+                progress(text)
     except TemplateError as error:
         raise CheckError(f"the file's chat template cannot write this conversation: {error}") from error
     except ValueError as error:

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
+import inspect
 import json
 import os
 import resource
@@ -13,7 +15,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import asdict, is_dataclass
 from typing import Any
 
 from forge.training.system.errors import ForgeError
@@ -21,115 +23,34 @@ from forge.training.system.errors import ForgeError
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def _status(_: Callable[[str], None]) -> dict[str, Any]:
-    from forge.training.llamacpp import native
-
-    return native.status()
-
-
-def _verify(_: Callable[[str], None], **arguments: Any) -> dict[str, Any]:
-    from forge.training.llamacpp import native
-
-    return native.verify(**arguments)
-
-
-def _quantize(_: Callable[[str], None], **arguments: Any) -> dict[str, Any]:
-    from forge.training.llamacpp import native
-
-    return native.quantize(**arguments)
-
-
-def _convert(_: Callable[[str], None], **arguments: Any) -> dict[str, Any]:
-    from forge.training.llamacpp import converter
-
-    return converter.convert(**arguments)
-
-
-def _convert_lora(_: Callable[[str], None], **arguments: Any) -> dict[str, Any]:
-    from forge.training.llamacpp import converter
-
-    return converter.convert_lora(**arguments)
-
-
-def _check_adapter(_: Callable[[str], None], adapter_dir: str, base_dir: str) -> dict[str, Any]:
-    from forge.training.adapter.lora import inspect_adapter
-    from forge.training.models.weights import read_weights
-
-    found = inspect_adapter(Path(adapter_dir), read_weights(Path(base_dir)))
-    return {"modules": {factors.module: [factors.rank, factors.scale] for factors in found.factors.values()}}
-
-
-def _merge(progress: Callable[[str], None], **arguments: Any) -> dict[str, Any]:
-    from forge.training.adapter.merge import merge_adapter
-
-    return merge_adapter(**arguments, progress=progress).to_json()
-
-
-def _open_chat(_: Callable[[str], None], **arguments: Any) -> dict[str, Any]:
-    from forge.training.llamacpp import chat as chat_session
-
-    return chat_session.open_model(**arguments)
-
-
-def _reply(progress: Callable[[str], None], **arguments: Any) -> dict[str, Any]:
-    from forge.training.llamacpp import chat as chat_session
-
-    return chat_session.reply(on_text=progress, **arguments)
-
-
-def _open_logits(_: Callable[[str], None], **arguments: Any) -> dict[str, Any]:
-    from forge.training.llamacpp import logits
-
-    return logits.open_model(**arguments)
-
-
-def _write_logits(_: Callable[[str], None], **arguments: Any) -> dict[str, Any]:
-    from forge.training.llamacpp import logits
-
-    return logits.write_logits(**arguments)
-
-
-def _continue_greedily(_: Callable[[str], None], **arguments: Any) -> dict[str, Any]:
-    from forge.training.llamacpp import logits
-
-    return logits.continue_greedily(**arguments)
-
-
-def _open_vocabulary(_: Callable[[str], None], **arguments: Any) -> dict[str, Any]:
-    from forge.training.llamacpp import vocabulary
-
-    return vocabulary.open_vocabulary(**arguments)
-
-
-def _tokenize(_: Callable[[str], None], **arguments: Any) -> dict[str, Any]:
-    from forge.training.llamacpp import vocabulary
-
-    return vocabulary.tokenize(**arguments)
-
-
-def _render(_: Callable[[str], None], **arguments: Any) -> dict[str, Any]:
-    from forge.training.llamacpp import vocabulary
-
-    return vocabulary.render(**arguments)
-
-
-TASKS: dict[str, Callable[..., dict[str, Any]]] = {
-    "status": _status,
-    "verify": _verify,
-    "quantize": _quantize,
-    "convert": _convert,
-    "convert_lora": _convert_lora,
-    "check_adapter": _check_adapter,
-    "merge": _merge,
-    "open_chat": _open_chat,
-    "reply": _reply,
-    "open_logits": _open_logits,
-    "write_logits": _write_logits,
-    "continue_greedily": _continue_greedily,
-    "open_vocabulary": _open_vocabulary,
-    "tokenize": _tokenize,
-    "render": _render,
+# The only functions that can be asked for, below forge.training: what they import may crash, hang or exit.
+# One with a parameter ``progress`` is given a function that sends text to the parent.
+TASKS = {
+    "status": "llamacpp.native:status",
+    "verify": "llamacpp.native:verify",
+    "quantize": "llamacpp.native:quantize",
+    "convert": "llamacpp.converter:convert",
+    "convert_lora": "llamacpp.converter:convert_lora",
+    "check_adapter": "adapter.lora:describe_adapter",
+    "merge": "adapter.merge:merge_adapter",
+    "open_chat": "llamacpp.chat:open_model",
+    "reply": "llamacpp.chat:reply",
+    "open_logits": "llamacpp.logits:open_model",
+    "write_logits": "llamacpp.logits:write_logits",
+    "continue_greedily": "llamacpp.logits:continue_greedily",
+    "open_vocabulary": "llamacpp.vocabulary:open_vocabulary",
+    "tokenize": "llamacpp.vocabulary:tokenize",
+    "render": "llamacpp.vocabulary:render",
 }
+
+
+def _carry_out(task: str, arguments: dict[str, Any], progress: Callable[[str], None]) -> dict[str, Any]:
+    module, _, name = TASKS[task].partition(":")
+    function = getattr(importlib.import_module(f"forge.training.{module}"), name)
+    if "progress" in inspect.signature(function).parameters:
+        arguments = {**arguments, "progress": progress}
+    answer = function(**arguments)
+    return asdict(answer) if is_dataclass(answer) else answer  # type: ignore[arg-type]
 
 
 def _die_with_parent(parent_pid: int) -> None:
@@ -163,7 +84,7 @@ def main(arguments: list[str]) -> None:
         for line in sys.stdin:
             request = json.loads(line)
             try:
-                value = TASKS[request["task"]](lambda text: send({"progress": text}), **request["arguments"])
+                value = _carry_out(request["task"], request["arguments"], lambda text: send({"progress": text}))
                 send({"value": value, "peak_rss_bytes": _peak_rss_bytes()})
             except ForgeError as error:
                 send({"error": {"kind": type(error).__name__, "message": error.message, "remedy": error.remedy}})

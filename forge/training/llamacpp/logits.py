@@ -1,6 +1,6 @@
 """A GGUF model's logits and greedy continuations. Only imported in a child process: llama.cpp can crash.
 
-As :mod:`.chat_session`, but tokens in and numbers out: what :mod:`harness.export.probes.divergence` compares.
+As :mod:`.chat`, but tokens in and numbers out: what :mod:`harness.export.probes.divergence` compares.
 """
 
 from __future__ import annotations
