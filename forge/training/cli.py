@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from forge.training.backends import BACKENDS, choose_backend
+from forge.training.config.quantizations import GGUF_TYPES
 from forge.training.system.command import carry_out, print_json
 
 if TYPE_CHECKING:
@@ -239,7 +240,7 @@ def evaluate(
 def export(
     run: RunArgument,
     quantizations: Annotated[
-        str | None, typer.Option("--quant", help="For example f16,q8_0,q4_k_m; default: the workload's.")
+        str | None, typer.Option("--quant", help=f"Any of {','.join(GGUF_TYPES)}; default: the config's.")
     ] = None,
     lora: Annotated[bool, typer.Option("--lora", help="Also the adapter as GGUF.")] = False,
     keep_merged: Annotated[bool, typer.Option("--keep-merged", help="Keep the merged 16-bit model.")] = False,

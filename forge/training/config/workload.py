@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from forge.training.config.overrides import apply_overrides, listed, shown, unusable_text, validation_errors
+from forge.training.config.quantizations import Quantization
 from forge.training.config.yaml import dump_yaml, load_yaml
 from forge.training.system.errors import ConfigurationError
 from forge.training.system.files import sha256_json
@@ -160,7 +161,6 @@ class GateSection(_Section):
 
 
 Tracker = Literal["tensorboard", "wandb", "mlflow", "comet_ml", "trackio", "clearml", "neptune", "swanlab"]
-Quantization = Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k"]
 
 
 class ExportSection(_Section):

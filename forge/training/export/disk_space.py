@@ -5,25 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from forge.training.export.gguf import CONVERTED_TYPES, QUANTIZED_TYPES
+from forge.training.config.quantizations import GGUF_TYPES, QUANTIZED
 from forge.training.llamacpp.install import supported_architectures
 from forge.training.models.weights import ModelWeights
 from forge.training.system.errors import ConfigurationError, MachineError
 from forge.training.system.files import require_free_bytes
 
-_BITS_PER_WEIGHT = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5}
-_BITS_PER_WEIGHT |= {"q6_k": 6.6, "q5_k_m": 5.9, "q4_k_m": 5.1, "q3_k_m": 4.2, "q2_k": 3.6}  # with larger embeddings
 _MARGIN_BYTES = 64 << 20  # tokenizer, records, file system
 _MARGIN_SHARE = 0.02
 
 
 def check_quantizations(quantizations: Sequence[str]) -> None:
     """Raise :class:`ConfigurationError` unless each is known and stands once."""
-    known = (*CONVERTED_TYPES, *QUANTIZED_TYPES)
-    unknown = [name for name in quantizations if name not in known]
+    unknown = [name for name in quantizations if name not in GGUF_TYPES]
     if unknown or not quantizations:
         message = f"unknown quantisation {unknown[0]!r}" if unknown else "no quantisation was asked for"
-        raise ConfigurationError(message, remedy=f"choose from {', '.join(known)}")
+        raise ConfigurationError(message, remedy=f"choose from {', '.join(GGUF_TYPES)}")
     if len(set(quantizations)) != len(quantizations):
         raise ConfigurationError(f"a quantisation stands twice: {', '.join(quantizations)}")
 
@@ -45,7 +42,7 @@ def check_row_sizes(base: ModelWeights, quantizations: Sequence[str]) -> None:
     llama.cpp would then store those tensors in larger types, in silence, under the asked name.
     """
     for quantization in quantizations:
-        block = 256 if "_k" in quantization else 32 if quantization == "q8_0" else 1
+        block = GGUF_TYPES[quantization].block
         names = [name for name, tensor in base.tensors.items() if len(tensor.shape) == 2 and tensor.shape[1] % block]
         if names:
             width = base.tensors[names[0]].shape[1]
@@ -58,20 +55,20 @@ def check_row_sizes(base: ModelWeights, quantizations: Sequence[str]) -> None:
 
 def file_bytes(base: ModelWeights, quantization: str) -> int:
     """About how long a GGUF file of the base's size and of this type is."""
-    return int(base.num_parameters * _BITS_PER_WEIGHT[quantization] / 8)
+    return int(base.num_parameters * GGUF_TYPES[quantization].bits_per_weight / 8)
 
 
 def peak_disk_bytes(
     base: ModelWeights, quantizations: Sequence[str], *, adapter_bytes: int, writes_merged: bool, keeps_merged: bool
 ) -> int:
     """The most bytes on disk at any time during an export, beside what is there already."""
-    converted = [name for name in quantizations if name in CONVERTED_TYPES]
-    if any(name in QUANTIZED_TYPES for name in quantizations) and "f16" not in converted:
+    converted = [name for name in quantizations if name not in QUANTIZED]
+    if any(name in QUANTIZED for name in quantizations) and "f16" not in converted:
         converted.append("f16")
     merged = base.num_bytes if writes_merged else 0
     while_converting = merged + sum(file_bytes(base, name) for name in converted)
     in_the_end = while_converting - (0 if keeps_merged else merged)
-    in_the_end += sum(file_bytes(base, name) for name in quantizations if name in QUANTIZED_TYPES)
+    in_the_end += sum(file_bytes(base, name) for name in quantizations if name in QUANTIZED)
     return with_margin(max(while_converting, in_the_end)) + 3 * adapter_bytes
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from forge.training.adapter.merge import usable_merge
 from forge.training.adapter.provenance import read_own_base, require_own_adapter
+from forge.training.config.quantizations import QUANTIZED
 from forge.training.export import disk_space as space
 from forge.training.export import gguf
 from forge.training.export.card import read_evaluation, write_card
@@ -136,13 +137,13 @@ class _Export:
 
     def convert(self, merged_dir: Path, staging: Path, quantizations: Sequence[str]) -> None:
         """Convert and verify what is not quantised, and the f16 file that the rest is quantised from."""
-        converted = {name: staging / self._file_name(name) for name in quantizations if name in gguf.CONVERTED_TYPES}
+        converted = {name: staging / self._file_name(name) for name in quantizations if name not in QUANTIZED}
         if len(converted) < len(quantizations):
             converted.setdefault("f16", staging / _INTERMEDIATE)
         for name, path in converted.items():
             self.progress(f"convert to {name}")
             self._require_space(path, name)
-            answer = gguf.convert_to_gguf(merged_dir, path, name, model_name=self.name)  # type: ignore[arg-type]
+            answer = gguf.convert_to_gguf(merged_dir, path, name, model_name=self.name)
             self._count(f"convert {name}", answer, path.stat().st_size)
             report = self._verify(path, name)
             if name in quantizations:
@@ -152,7 +153,7 @@ class _Export:
         """Quantise the f16 file and verify each result; delete the f16 file if nobody asked for it."""
         source = staging / (self._file_name("f16") if "f16" in self.reports else _INTERMEDIATE)
         for name in quantizations:
-            if name in gguf.QUANTIZED_TYPES:
+            if name in QUANTIZED:
                 self.progress(f"quantise to {name}")
                 path = staging / self._file_name(name)
                 self._require_space(path, name)

@@ -18,15 +18,11 @@ from threading import Thread
 from typing import Any, Literal
 
 from forge.training.adapter.lora import check_adapter, write_canonical_adapter
+from forge.training.config.quantizations import QUANTIZED, Quantization
 from forge.training.llamacpp.parent import Answer, run_child, time_limit_seconds
 from forge.training.models.safety import refuse_unsafe_files
 from forge.training.system.errors import CheckError, ConfigurationError, DataError
 from forge.training.system.files import disk_errors, refuse_existing, sha256_file
-
-ConvertedType = Literal["f32", "f16", "bf16", "q8_0"]
-QuantizedType = Literal["q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k"]
-CONVERTED_TYPES = ("f32", "f16", "bf16")
-QUANTIZED_TYPES: tuple[QuantizedType, ...] = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "q2_k")
 
 _GIB = 1 << 30
 _HEADER = struct.Struct("<4sIQQ")  # magic, version, number of tensors, number of metadata entries
@@ -57,7 +53,7 @@ class GgufReport:
 
 
 def convert_to_gguf(
-    model_dir: Path, out: Path, outtype: ConvertedType = "f16", *, model_name: str | None = None, force: bool = False
+    model_dir: Path, out: Path, outtype: Quantization = "f16", *, model_name: str | None = None, force: bool = False
 ) -> Answer:
     """Convert a Hugging Face directory (safetensors, tokenizer) with llama.cpp's own converter.
 
@@ -113,15 +109,13 @@ def convert_lora_to_gguf(
         )
 
 
-def quantize(source: Path, target: Path, quantization: QuantizedType, *, force: bool = False) -> Answer:
+def quantize(source: Path, target: Path, quantization: Quantization, *, force: bool = False) -> Answer:
     """Quantise a 16- or 32-bit GGUF file. Which tensors fell back to another type, :func:`verify_gguf` tells.
 
     Raises :class:`ConfigurationError`, :class:`CheckError` with llama.cpp's reason, :class:`DiskError`.
     """
-    if quantization not in QUANTIZED_TYPES:
-        raise ConfigurationError(
-            f"unknown quantisation {quantization!r}", remedy=f"one of {', '.join(QUANTIZED_TYPES)}"
-        )
+    if quantization not in QUANTIZED:
+        raise ConfigurationError(f"unknown quantisation {quantization!r}", remedy=f"one of {', '.join(QUANTIZED)}")
     if os.path.realpath(source) == os.path.realpath(target):
         raise ConfigurationError(f"source and target of the quantisation are the same file: {source}")
     check_header(source)

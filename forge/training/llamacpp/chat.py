@@ -1,4 +1,4 @@
-"""A loaded GGUF model that replies. Only imported in a child process: :mod:`forge.training.export.chat` is the parent's side."""
+"""A loaded GGUF model that replies. Only imported in a child process: it can crash."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from typing import Any
 
+from forge.training.config.quantizations import GGUF_TYPES
 from forge.training.llamacpp.install import llama_cpp_tree
 from forge.training.system.errors import CheckError, ConfigurationError, MachineError
 from forge.training.system.files import disk_errors
@@ -20,12 +21,6 @@ _MAX_BLOCK_COUNT = 512  # 10**6 makes llama.cpp abort; the largest known models 
 _PROBE_BYTES = 1 << 20
 _WARNING = 3  # ggml.h: 0 none, 1 debug, 2 info, 3 warning, 4 error, 5 continues the line before
 _CONTINUED = 5
-
-# What llama.cpp stores instead, without an error, where a row does not divide into the type's blocks.
-_FALLBACK_TYPES = {
-    "_K": {"F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL"},
-    "Q8_0": {"F16", "BF16"},
-}
 
 _log_lines: list[str] = []
 _log_callback: Any = None  # llama.cpp holds a bare pointer to it
@@ -137,7 +132,7 @@ def _read_structure(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
     file_type = fields.get("general.file_type")
     known: dict[Any, str] = {int(member): member.name for member in gguf.LlamaFileType}
     name = known.get(file_type, str(file_type)).removeprefix("MOSTLY_").removeprefix("ALL_").lower()
-    suspects = next((types for mark, types in _FALLBACK_TYPES.items() if mark.lower() in name), set())
+    fallbacks = GGUF_TYPES[name].fallbacks if name in GGUF_TYPES else frozenset()
     report = {
         "architecture": fields.get("general.architecture"),
         "file_type": name,
@@ -146,7 +141,7 @@ def _read_structure(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
         "fallbacks": [
             f"{tensor.name} ({tensor.tensor_type.name})"
             for tensor in reader.tensors
-            if len(tensor.shape) > 1 and tensor.tensor_type.name in suspects
+            if len(tensor.shape) > 1 and tensor.tensor_type.name in fallbacks
         ],
         "pre_tokenizer": fields.get("tokenizer.ggml.pre"),
         "num_vocabulary_tokens": fields.get("tokenizer.ggml.tokens"),

@@ -18,11 +18,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from forge.training.config.quantizations import QUANTIZED
 from forge.training.config.workload import Workload
 from forge.training.data.conversation import Encoder
 from forge.training.data.examples import encode_records, load_examples, sample_examples
 from forge.training.data.records import read_records
-from forge.training.export.gguf import QUANTIZED_TYPES, convert_to_gguf, quantize
+from forge.training.export.gguf import convert_to_gguf, quantize
 from forge.training.export.modelfile import parse_modelfile
 from forge.training.models.digests import base_sha256, tokenizer_sha256
 from forge.training.models.tokenizers import load_tokenizer
@@ -134,7 +135,7 @@ def _remade(merged_dir: Path, export_dir: Path, export: dict[str, Any]) -> Itera
         for name, digest in stated.items():
             if name == "f16":
                 yield _link("f16 file, made again", "export.json", digest, sha256_file(source))
-            elif name in QUANTIZED_TYPES:
+            elif name in QUANTIZED:
                 target = Path(scratch) / f"{name}.gguf"
                 quantize(source, target, name)
                 yield _link(f"{name} file, made again", "export.json", digest, sha256_file(target))
