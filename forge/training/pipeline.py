@@ -30,14 +30,6 @@ class Outcome:
     answers: list[dict[str, Any]] = field(default_factory=list)
 
 
-class _StepFailed(ForgeError):
-    """A step's own process has already said what is wrong."""
-
-    def __init__(self, name: str, code: int, run_dir: Path) -> None:
-        super().__init__(f"step {name!r} ended with exit code {code}", remedy="the same command goes on from there")
-        self.exit_code = code if 0 < code < 256 else 128 - code
-
-
 def run_pipeline(
     workload: Workload,
     source: str,
@@ -70,7 +62,10 @@ def run_pipeline(
         started = time.perf_counter()
         code = run_following([sys.executable, "-m", "forge.training", *command])
         if code:
-            raise _StepFailed(name, code, run_dir)
+            ended = f"exit code {code}" if code > 0 else f"signal {-code}"
+            raise ForgeError.of_child(
+                code, f"step {name!r} ended with {ended}", remedy="the same command resumes at this step"
+            )
         outcome.seconds[name] = time.perf_counter() - started
 
     step("base", False, "base", workload.model.path)

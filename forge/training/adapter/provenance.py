@@ -9,8 +9,8 @@ from pydantic import ValidationError
 from forge.training.adapter.adapter_config import CONFIG, AdapterConfig
 from forge.training.adapter.lora import WEIGHTS, check_adapter
 from forge.training.config.workload import LoraSection
+from forge.training.models.base import refuse_unsafe_files
 from forge.training.models.digests import base_sha256, tokenizer_sha256
-from forge.training.models.safety import refuse_unsafe_files
 from forge.training.models.weights import ModelWeights, read_weights
 from forge.training.system.errors import DataError
 from forge.training.system.files import sha256_file

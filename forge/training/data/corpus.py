@@ -5,6 +5,7 @@ Documents stay whole: cutting or dividing them is the workload's business, when 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -17,7 +18,6 @@ from forge.training.config.workload import InstructionRule
 from forge.training.data.corpus_report import CorpusReport, Folder, MarkerCount, Output, print_report, reasons
 from forge.training.data.discovery import Skipped, discover, read_text
 from forge.training.data.duplicates import deduplicate
-from forge.training.data.split import hold_out
 from forge.training.system.errors import ConfigurationError, DataError, DiskError
 from forge.training.system.files import atomic_file, refuse_existing, sha256_file
 from forge.training.system.secrets import Secret, find_secrets
@@ -27,12 +27,14 @@ __all__ = [
     "CorpusReport",
     "build_corpus",
     "embedded_documents",
+    "hold_out",
     "print_report",
     "reasons",
     "render_document",
 ]
 
 MAX_FILE_BYTES = 4 << 20
+_SALT = b"forge held-out documents 1\0"
 DEFAULT_RULES = (InstructionRule(prefix="", text="Set out the ideas, facts and principles of the document `{path}`"),)
 
 _CONTROL_MARKER = re.compile(r"<\|[A-Za-z0-9_]{1,40}\|>")
@@ -251,3 +253,37 @@ def _by_folder(documents: list[_Document]) -> list[Folder]:
         folder, separator, _ = document.path.partition("/")
         sizes.setdefault(folder if separator else ".", []).append(len(document.text))
     return [Folder(name, len(rows), sum(rows)) for name, rows in sorted(sizes.items())]
+
+
+def hold_out(paths: Sequence[str], texts: Sequence[str], groups: Sequence[int], share: float) -> set[int]:
+    """Indices of the documents to hold out: about ``share`` of them, at least one, never all.
+
+    ``groups``: documents with equal numbers stay on one side. Depends on paths and contents only,
+    not on a random state: the same documents give the same split on every machine, and one more
+    document moves few others. Groups larger than what is wanted are trained on. Raises
+    :class:`DataError` where nothing can be held out.
+    """
+    if len(paths) < 2:
+        raise DataError(
+            f"{len(paths)} document{'s' * (len(paths) != 1)} cannot be split into training and validation",
+            remedy="add documents, or leave --split out",
+        )
+    members: dict[int, list[int]] = {}
+    for index, group in enumerate(groups):
+        members.setdefault(group, []).append(index)
+    if len(members) < 2:
+        raise DataError(
+            f"all {len(paths)} documents are near copies of one another, so none can be held out",
+            remedy="add other documents, or leave --split out",
+        )
+    wanted = min(max(1, round(share * len(paths))), len(paths) - 1)
+    held: set[int] = set()
+    for related in sorted(members.values(), key=lambda related: _split_key(paths[related[0]], texts[related[0]])):
+        if len(held) + len(related) <= wanted:
+            held.update(related)
+    smallest = min(members.values(), key=len)
+    return held or set(smallest)
+
+
+def _split_key(path: str, text: str) -> bytes:
+    return hashlib.sha256(_SALT + path.encode("utf-8") + b"\0" + text.encode("utf-8")).digest()

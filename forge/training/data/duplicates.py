@@ -101,12 +101,6 @@ def similar_pairs(texts: Sequence[str], others: Sequence[str], threshold: float)
     return sorted(pairs)
 
 
-def jaccard(one: str, other: str) -> float:
-    """Jaccard similarity of two texts' sets of 5-word shingles."""
-    (a, b), _ = _ranked_shingles([one, other])
-    return _similarity(a, b)
-
-
 def _digest(text: str) -> bytes:
     return hashlib.sha256(" ".join(text.split()).encode("utf-8")).digest()
 

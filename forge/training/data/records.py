@@ -18,7 +18,6 @@ from forge.training.system.errors import DataError
 MAX_LINE_BYTES = 64 << 20  # a novel has one; `dataset` writes at most 4 MiB of a file
 _NUM_ERRORS_SHOWN = 10
 _DOCUMENT_KEYS = frozenset({"instruction", "input", "output"})
-_MESSAGE_KEYS = frozenset({"role", "content"})
 _ROLES = ("system", "user", "assistant")
 
 
@@ -37,7 +36,6 @@ class Record:
     line: int
     messages: tuple[Message, ...]
     document: bool
-    num_unknown_keys: int = 0
 
 
 class _BadLine(Exception):
@@ -47,7 +45,7 @@ class _BadLine(Exception):
 def read_records(path: Path | str) -> list[Record]:
     """Read ``instruction``/``input``/``output`` or ``messages`` records, one JSON object a line.
 
-    A BOM at the start, CRLF and blank lines are accepted; keys that are not known are counted.
+    A BOM at the start, CRLF and blank lines are accepted; other keys are left unread.
     Raises :class:`DataError` naming the first ten bad lines and how many more there are.
     """
     path = Path(path)
@@ -134,8 +132,7 @@ def _record(number: int, raw: bytes) -> Record:
         mixed = sorted(_DOCUMENT_KEYS & value.keys())
         if mixed:
             raise _BadLine(f"both messages and {', '.join(mixed)}; use one form")
-        messages, num_unknown = _conversation(value["messages"])
-        return Record(number, messages, False, num_unknown + len(value) - 1)
+        return Record(number, _conversation(value["messages"]), False)
     missing = [key for key in ("instruction", "output") if key not in value]
     if missing:
         present = ", ".join(key if key.isprintable() else repr(key) for key in sorted(value)[:8]) or "nothing"
@@ -145,7 +142,7 @@ def _record(number: int, raw: bytes) -> Record:
     if extra.strip():
         question = f"{question}\n\n{extra}"
     messages = (Message("user", question), Message("assistant", answer))
-    return Record(number, messages, True, len(value.keys() - _DOCUMENT_KEYS))
+    return Record(number, messages, True)
 
 
 def _parse(raw: bytes) -> Any:
@@ -198,12 +195,10 @@ def _text(fields: dict[str, Any], key: str, *, may_be_empty: bool = False, where
     return value
 
 
-def _conversation(value: Any) -> tuple[tuple[Message, ...], int]:
-    """The messages, and how many of their keys are not known."""
+def _conversation(value: Any) -> tuple[Message, ...]:
     if not isinstance(value, list):
         raise _BadLine(f"messages is {_kind(value)}, not an array")
     messages: list[Message] = []
-    num_unknown = 0
     for index, turn in enumerate(value, start=1):
         where = f"message {index}: "
         if not isinstance(turn, dict):
@@ -216,12 +211,11 @@ def _conversation(value: Any) -> tuple[tuple[Message, ...], int]:
             raise _BadLine(f"{where}role is {role!r:.60}, not one of {', '.join(_ROLES)}")
         _refuse_disorder(where, [m.role for m in messages[-1:]], role)
         messages.append(Message(role, _text(turn, "content", where=where)))
-        num_unknown += len(turn.keys() - _MESSAGE_KEYS)
     if not messages:
         raise _BadLine("messages is empty")
     if messages[-1].role != "assistant":
         raise _BadLine("the last message is not the assistant's, so it has nothing to learn")
-    return tuple(messages), num_unknown
+    return tuple(messages)
 
 
 def _refuse_disorder(where: str, before: list[str], role: str) -> None:

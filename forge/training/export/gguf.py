@@ -20,7 +20,7 @@ from typing import Any, Literal
 from forge.training.adapter.lora import check_adapter, write_canonical_adapter
 from forge.training.config.quantizations import QUANTIZED, Quantization
 from forge.training.llamacpp.parent import Answer, run_child, time_limit_seconds
-from forge.training.models.safety import refuse_unsafe_files
+from forge.training.models.base import refuse_unsafe_files
 from forge.training.system.errors import CheckError, ConfigurationError, DataError
 from forge.training.system.files import disk_errors, refuse_existing, sha256_file
 

@@ -18,7 +18,6 @@ from typing import Any
 
 from forge.training.models.digests import refuse_strange_sizes
 from forge.training.models.qwen2 import Recipe, Shape, training_texts, write_configs, write_random, write_trained
-from forge.training.models.safety import refuse_unsafe_files
 from forge.training.models.tokenizers import CONTROL_TOKENS, rebuild_qwen2_tokenizer, save_tokenizer, train_tokenizer
 from forge.training.models.weights import read_weights
 from forge.training.system.errors import ConfigurationError, DataError, MachineError
@@ -65,6 +64,8 @@ QWEN2_7B = Shape(
 STANDINS = ("tiny", "small", "qwen2-7b")
 SUPPORTED = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM")
 _FORMAT = 2  # of the directory: configuration and tokenizer files
+_CODE_KEYS = ("auto_map", "_attn_implementation_internal")
+_CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json")
 _HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 
 
@@ -212,3 +213,32 @@ def check_base(directory: Path) -> Path:
         raise DataError(f"{directory} has no tokenizer.json", remedy="save the model with its fast tokenizer")
     read_json_object(directory / "tokenizer_config.json")
     return directory
+
+
+def refuse_unsafe_files(directory: Path) -> None:
+    """Raise :class:`DataError` for a model directory that asks for code of its own, or names files outside itself.
+
+    Keys are looked for at any depth: CVE-2026-5241 had them in a nested configuration.
+    """
+    for path in (directory / name for name in _CONFIGS):
+        if not path.is_file():
+            continue
+        for key, value in _entries(read_json_object(path)):
+            if key in _CODE_KEYS:
+                raise DataError(f"{path} asks for code of its own ({key})", remedy="Forge runs none")
+            if key.endswith("_file") and isinstance(value, str) and (Path(value).name != value or value == ".."):
+                raise DataError(
+                    f"{path}: {key} leaves the model's folder ({value:.200})",
+                    remedy="copy the file into the model's folder and name it there",
+                )
+
+
+def _entries(value: Any) -> Iterator[tuple[str, Any]]:
+    waiting = [value]
+    while waiting:
+        found = waiting.pop()
+        if isinstance(found, dict):
+            yield from found.items()
+            waiting += found.values()
+        elif isinstance(found, list):
+            waiting += found

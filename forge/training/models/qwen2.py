@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import math
 import shutil
+import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forge.training.models.text import docstrings, documentation
 from forge.training.models.tokenizers import DEFAULT_SYSTEM_PROMPT
 from forge.training.system.errors import DiskError
 from forge.training.system.files import write_json
@@ -17,6 +18,8 @@ from forge.training.system.files import write_json
 Say = Callable[[str], None]
 SHARD_BYTES = 4_000_000_000
 _NUM_LAST_STEPS = 10
+_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "__pycache__"}
+_SHORTEST = 80  # characters: a shorter docstring says no more than its name
 _REMEDY = "free space, or name another place for such files with FORGE_CACHE"
 
 
@@ -175,6 +178,39 @@ def training_texts() -> list[str]:
                 f"<|im_start|>assistant\n{text}<|im_end|>\n<|endoftext|>"
             )
     return texts
+
+
+def documentation() -> list[tuple[str, str]]:
+    """The language reference's topics, as (title, text), sorted by title."""
+    from pydoc_data.topics import topics
+
+    return [(f"the Python topic `{name}`", topics[name].strip()) for name in sorted(topics)]
+
+
+def docstrings() -> Iterator[tuple[str, str]]:
+    """The standard library's docstrings, as (qualified name, text), in the order of files and lines."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if _LEFT_OUT & set(relative.parts):
+            continue
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError, OSError):
+            continue
+        module = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
+        yield from _docstrings_of(tree, module)
+
+
+def _docstrings_of(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    if isinstance(node, documented):
+        text = ast.get_docstring(node)
+        if text and len(text) >= _SHORTEST:
+            yield f"`{name}`", text
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, documented):
+            yield from _docstrings_of(child, f"{name}.{child.name}")  # type: ignore[union-attr]
 
 
 def write_trained(

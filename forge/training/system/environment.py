@@ -99,6 +99,7 @@ def describe_gpu() -> dict[str, Any] | None:
         memory = _attempt(lambda: nvml.nvmlDeviceGetMemoryInfo(device))
         driver_cuda = _attempt(nvml.nvmlSystemGetCudaDriverVersion_v2)
         capability = _attempt(lambda: nvml.nvmlDeviceGetCudaComputeCapability(device))
+        reasons = _attempt(lambda: nvml.nvmlDeviceGetCurrentClocksEventReasons(device))
         sm, mem = nvml.NVML_CLOCK_SM, nvml.NVML_CLOCK_MEM
         return {
             "name": _attempt(lambda: nvml.nvmlDeviceGetName(device)),
@@ -111,35 +112,21 @@ def describe_gpu() -> dict[str, Any] | None:
             "max_memory_clock_mhz": _attempt(lambda: nvml.nvmlDeviceGetMaxClockInfo(device, mem)),
             "power_limit_watts": _attempt(lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(device) / 1000),
             "num_other_processes": _attempt(lambda: _num_other_processes(nvml, device)),
-            **_momentary(nvml, device),
+            "memory_used_bytes": int(memory.used) if memory else None,
+            "memory_free_bytes": int(memory.free) if memory else None,
+            "sm_clock_mhz": _attempt(lambda: nvml.nvmlDeviceGetClockInfo(device, sm)),
+            "memory_clock_mhz": _attempt(lambda: nvml.nvmlDeviceGetClockInfo(device, mem)),
+            "power_watts": _attempt(lambda: nvml.nvmlDeviceGetPowerUsage(device) / 1000),
+            "temperature_celsius": _attempt(lambda: nvml.nvmlDeviceGetTemperature(device, nvml.NVML_TEMPERATURE_GPU)),
+            "throttle_reasons": None
+            if reasons is None
+            else [text for bit, text in _THROTTLE_REASONS.items() if reasons & bit],
         }
 
 
 def has_cuda_gpu() -> bool:
     """Whether NVML shows a GPU that this process may use. Imports no torch."""
     return describe_gpu() is not None
-
-
-def gpu_snapshot() -> dict[str, Any] | None:
-    """What changes from phase to phase: used memory, clocks, temperature, power, throttling; ``None`` without a GPU."""
-    with _gpu() as (nvml, device):
-        return None if device is None else _momentary(nvml, device)
-
-
-def _momentary(nvml: Any, device: Any) -> dict[str, Any]:
-    memory = _attempt(lambda: nvml.nvmlDeviceGetMemoryInfo(device))
-    reasons = _attempt(lambda: nvml.nvmlDeviceGetCurrentClocksEventReasons(device))
-    return {
-        "memory_used_bytes": int(memory.used) if memory else None,
-        "memory_free_bytes": int(memory.free) if memory else None,
-        "sm_clock_mhz": _attempt(lambda: nvml.nvmlDeviceGetClockInfo(device, nvml.NVML_CLOCK_SM)),
-        "memory_clock_mhz": _attempt(lambda: nvml.nvmlDeviceGetClockInfo(device, nvml.NVML_CLOCK_MEM)),
-        "power_watts": _attempt(lambda: nvml.nvmlDeviceGetPowerUsage(device) / 1000),
-        "temperature_celsius": _attempt(lambda: nvml.nvmlDeviceGetTemperature(device, nvml.NVML_TEMPERATURE_GPU)),
-        "throttle_reasons": None
-        if reasons is None
-        else [text for bit, text in _THROTTLE_REASONS.items() if reasons & bit],
-    }
 
 
 @contextmanager

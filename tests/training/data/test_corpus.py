@@ -19,13 +19,12 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from forge.training.config.workload import InstructionRule
-from forge.training.data.corpus import build_corpus, print_report, render_document
-from forge.training.data.duplicates import jaccard
+from forge.training.data.corpus import build_corpus, hold_out, print_report, render_document
 from forge.training.data.records import read_records
-from forge.training.data.split import hold_out
 from forge.training.system.environment import ROOT
 from forge.training.system.errors import ConfigurationError, DataError, DiskError
 from forge.training.system.files import sha256_file
+from tests.support.similarity import jaccard
 
 TOKEN = "ghp_" + "Zq7Rw2Lk9Xv4Bn6Tm1Yc8Hd3Jf5Gs0PaUeIo"
 

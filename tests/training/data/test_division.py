@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forge.training.data.division import borders, divide
+from forge.training.data.examples import borders, divide
 
 
 def starts(text: str) -> np.ndarray:

@@ -10,18 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forge.training.data.duplicates import deduplicate, jaccard
-
-
-def shingles(text: str) -> set[tuple[str, ...]]:
-    words = text.lower().split()
-    width = min(5, len(words))
-    return {tuple(words[i : i + width]) for i in range(len(words) - width + 1)}
-
-
-def similarity(one: str, other: str) -> float:
-    a, b = shingles(one), shingles(other)
-    return len(a & b) / len(a | b)
+from forge.training.data.duplicates import deduplicate
+from tests.support.similarity import jaccard
 
 
 def names(texts: list[str]) -> list[str]:
@@ -53,12 +43,12 @@ def test_the_result_is_that_of_comparing_all_pairs(seed: int) -> None:
     found = deduplicate(names(texts), texts)
     assert sorted([*found.kept, *(int(d.path) for d in found.duplicates)]) == list(range(len(texts)))
     for duplicate in found.duplicates:
-        expected = similarity(texts[int(duplicate.path)], texts[int(duplicate.kept)])
+        expected = jaccard(texts[int(duplicate.path)], texts[int(duplicate.kept)])
         assert expected >= 0.8
         assert duplicate.similarity == pytest.approx(expected, abs=1e-4)
     joined = {i: {i} for i in found.kept}  # groups by comparing everything with everything
     for i, j in combinations(found.kept, 2):
-        near = similarity(texts[i], texts[j])
+        near = jaccard(texts[i], texts[j])
         assert near < 0.8
         if near >= 0.5 and joined[i] is not joined[j]:
             joined[i] |= joined[j]

@@ -50,12 +50,12 @@ def test_bom_crlf_blank_lines_and_a_missing_last_newline_are_no_errors(tmp_path:
     assert [r.line for r in records] == [1, 4, 5]
 
 
-def test_unknown_keys_are_tolerated_and_counted(tmp_path: Path) -> None:
+def test_unknown_keys_are_tolerated(tmp_path: Path) -> None:
     document = '{"instruction": "a", "output": "b", "id": 7, "tags": []}'
     conversation = (
         '{"messages": [{"role": "user", "content": "a", "name": "x"}, {"role": "assistant", "content": "b"}]}'
     )
-    assert [r.num_unknown_keys for r in read(tmp_path, f"{document}\n{conversation}\n{GOOD}")] == [2, 1, 0]
+    assert [r.messages[0].content for r in read(tmp_path, f"{document}\n{conversation}")] == ["a", "a"]
 
 
 BAD_LINES = {

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from forge.training.llamacpp.converter import recognise_pre_tokenizer
 from forge.training.llamacpp.install import llama_cpp_tree
-from forge.training.models.text import documentation
+from forge.training.models.qwen2 import documentation
 from forge.training.models.tokenizers import (
     CONTROL_TOKENS,
     DEFAULT_SYSTEM_PROMPT,
