@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 app = typer.Typer(
-    name="python -m forge.training",
+    name="forge",
     help="Documents in, a tested GGUF model out.",
     no_args_is_help=True,
     add_completion=False,
@@ -40,12 +41,15 @@ class OnOutOfMemory(StrEnum):
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a workload's key.")]
-PlanOption = Annotated[list[str] | None, typer.Option("--plan", metavar="KEY=VALUE", help="Override a plan's key.")]
-WorkloadArgument = Annotated[str, typer.Argument(metavar="WORKLOAD", help="A YAML file, or a name in workloads/.")]
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory written by `train`.")]
-Out = Annotated[Path | None, typer.Option("--out", "-o", help="Run directory; default runs/WORKLOAD-BACKEND.")]
-BackendOption = Annotated[BackendChoice, typer.Option("--backend", help="The training stack.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a config key.")]
+PlanOption = Annotated[list[str] | None, typer.Option("--plan", metavar="KEY=VALUE", help="Override a plan key.")]
+ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or a name in workloads/.")]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory written by `forge train`.")]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", "-o", help="Run directory; default runs/NAME-BACKEND."),
+]
+BackendOption = Annotated[BackendChoice, typer.Option("--backend", help="What trains.")]
 
 
 def logs() -> Console:
@@ -67,7 +71,10 @@ def dataset(
     root: Annotated[Path, typer.Argument(metavar="ROOT", help="The repository of documents.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The corpus, JSONL.")] = Path("corpus.jsonl"),
     split: Annotated[float, typer.Option("--split", min=0.0, max=0.9, help="Share held out, by document.")] = 0.0,
-    workload: Annotated[str | None, typer.Option("--workload", help="Take its data.instructions as rules.")] = None,
+    config: Annotated[
+        str | None,
+        typer.Option("--config", "--workload", metavar="CONFIG", help="Take its data.instructions as rules."),
+    ] = None,
     allow_secrets: Annotated[bool, typer.Option("--allow-secrets", help="Keep files with secrets in them.")] = False,
     force: Force = False,
     as_json: Json = False,
@@ -76,7 +83,7 @@ def dataset(
     from forge.training.config.workload import load_workload
     from forge.training.data.corpus import build_corpus, print_report
 
-    rules = load_workload(workload).data.instructions if workload else ()
+    rules = load_workload(config).data.instructions if config else ()
     more: dict[str, Any] = {"rules": rules} if rules else {}
     report = build_corpus(root, output, validation_share=split, allow_secrets=allow_secrets, force=force, **more)
     print_json(report) if as_json else print_report(report, results())
@@ -86,7 +93,7 @@ def dataset(
 def base(
     path: Annotated[str, typer.Argument(metavar="BASE", help="tiny, small, qwen2-7b, a directory or a hub name.")],
     revision: Annotated[str | None, typer.Option("--revision", help="A hub revision.")] = None,
-    offline: Annotated[bool | None, typer.Option("--offline/--online", help="Never / always ask the hub.")] = None,
+    offline: Annotated[bool | None, typer.Option("--offline/--online", help="Never or always ask the hub.")] = None,
 ) -> None:
     """Make or find a base model and print its directory."""
     from forge.training.models.base import resolve_base
@@ -98,7 +105,7 @@ def base(
 
 @app.command()
 def preview(
-    workload: WorkloadArgument,
+    workload: ConfigArgument,
     overrides: Set = None,
     num_examples: Annotated[int, typer.Option("--examples", min=0, help="Decoded examples to show.")] = 3,
     as_json: Json = False,
@@ -117,12 +124,12 @@ def preview(
 
 @app.command()
 def check(
-    workload: WorkloadArgument,
+    workload: ConfigArgument,
     backend: BackendOption = AUTO,
     overrides: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Say everything that can be known before hours are spent: ok, warning or error, and what to do."""
+    """Check everything that can be known before hours are spent: ok, warning or error, and what to do."""
     from dataclasses import asdict
 
     from forge.training.checks.check import check_workload, exit_code, print_findings
@@ -135,7 +142,7 @@ def check(
 
 @app.command()
 def context(
-    workload: WorkloadArgument,
+    workload: ConfigArgument,
     backend: BackendOption = AUTO,
     budget: Annotated[float | None, typer.Option("--budget", help="GiB; default: all of this GPU.")] = None,
     lengths: Annotated[
@@ -163,7 +170,7 @@ def context(
 
 @app.command()
 def train(
-    workload: WorkloadArgument,
+    workload: ConfigArgument,
     backend: BackendOption = AUTO,
     overrides: Set = None,
     plan: PlanOption = None,
@@ -202,7 +209,7 @@ def train(
 
 @app.command()
 def status(run: RunArgument, as_json: Json = False) -> None:
-    """Say where a run stands, and whether the process that worked on it is still there."""
+    """Show how far a run is, and whether its process is still alive."""
     from forge.training.train.display import describe_status_line
     from forge.training.train.status import describe_status
 
@@ -291,7 +298,7 @@ def chat(
 
 @app.command()
 def run(
-    workload: WorkloadArgument,
+    workload: ConfigArgument,
     backend: BackendOption = AUTO,
     overrides: Set = None,
     plan: PlanOption = None,
@@ -320,7 +327,7 @@ def run(
 
 @app.command()
 def schema() -> None:
-    """Print the workload's JSON schema, for editors."""
+    """Print the JSON schema of a config, for editors."""
     from forge.training.config.workload import Workload
 
     print_json(Workload.model_json_schema())
@@ -328,4 +335,4 @@ def schema() -> None:
 
 def main() -> NoReturn:
     """Run a command; turn every error into one message and its exit code."""
-    sys.exit(carry_out(app, sys.argv[1:]))
+    sys.exit(carry_out(partial(app, prog_name="forge"), sys.argv[1:]))

@@ -41,7 +41,7 @@ def run_pipeline(
     force: bool,
     console: Console,
 ) -> Outcome:
-    """Check, train, evaluate, export and ask every exported GGUF the workload's facts.
+    """Check, train, evaluate, export and ask every exported GGUF the config's facts.
 
     A step whose artefact is complete is not done again. Raises the step's error, and
     :class:`CheckError` if a fact that should be there after training is not.
@@ -101,7 +101,7 @@ def _refuse_other_work(workload: Workload, run_dir: Path) -> None:
     changed = changed_keys(before, now)
     if changed:
         raise ConfigurationError(
-            f"{run_dir} holds a run of other settings:\n" + "\n".join(changed),
+            f"{run_dir} holds a run of another config:\n" + "\n".join(changed),
             remedy="pass --force to start afresh, or --out for another directory",
         )
 

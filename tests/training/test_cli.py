@@ -10,8 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
-COMMANDS = ("dataset", "base", "preview", "check", "train", "evaluate", "export", "chat", "run", "schema", "status")
+from forge.training.cli import app
+
+COMMANDS = tuple(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 
 
 def forge(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -58,7 +61,7 @@ def test_every_command_explains_itself(command: str) -> None:
 
 BAD = [
     (("nonsense",), 2, "nonsense"),
-    (("train", "no-such-workload"), 2, "no workload"),
+    (("train", "no-such-config"), 2, "no-such-config"),
     (("train", "smok"), 2, "did you mean smoke"),
     (("train", "smoke", "--backend", "magic"), 2, "magic"),
     (("train", "smoke", "--set", "lora.rnk=3"), 2, "did you mean rank"),

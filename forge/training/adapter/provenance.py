@@ -69,7 +69,7 @@ def _require_trained_scale(
     try:
         lora = LoraSection.model_validate(run.workload.get("lora"))
     except ValidationError as error:
-        raise DataError(f"the run's workload is of another version: {str(error).splitlines()[0]}") from error
+        raise DataError(f"the run's config is of another version of Forge: {str(error).splitlines()[0]}") from error
     trained = AdapterConfig(
         peft_type="LORA",
         r=lora.rank,
@@ -84,7 +84,7 @@ def _require_trained_scale(
         name = differing[0]
         raise DataError(
             f"{adapter_dir / CONFIG} is not what the run trained with: {name} has {_described(found.get(name))}, "
-            f"the run's workload {_described(wanted.get(name))} ({len(differing)} of {len(wanted)} modules)",
+            f"the run's config {_described(wanted.get(name))} ({len(differing)} of {len(wanted)} modules)",
             remedy="put the run's own adapter_config.json back (lora_alpha, r, use_rslora, target_modules)",
         )
 

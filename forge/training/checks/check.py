@@ -1,4 +1,4 @@
-"""Everything that can be known about a workload before hours are spent, all at once."""
+"""Everything that can be known about a config before hours are spent, all at once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["Finding", "check_workload", "exit_code", "print_findings"]
 
 
 def check_workload(workload: Workload, backend: Backend, directory: Path | None = None) -> list[Finding]:
-    """Check a workload for a backend on this machine. Nothing is made, fetched or written.
+    """Check a config for a backend on this machine. Nothing is made, fetched or written.
 
     ``directory``: where the run will be, by default below the current one. torch is not imported.
     """

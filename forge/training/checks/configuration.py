@@ -43,11 +43,11 @@ def check_configuration(workload: Workload, backend: Backend) -> Iterator[Findin
             "TRL keeps a QLoRA adapter in bfloat16, whose gradients float16's scaler cannot handle",
             "use bfloat16 on Ampere or newer",
         )
-    if not (training.evaluate_every_steps or training.save_every_steps):
+    if not (training.evaluate_every_steps or training.save_every_steps or training.save_every_minutes):
         yield warning(
             "training",
-            "neither evaluate_every_steps nor save_every_steps is set: an interrupted run starts again",
-            "set training.save_every_steps for a run of hours",
+            "no save_every_steps, save_every_minutes or evaluate_every_steps: an interrupted run begins anew",
+            "set training.save_every_minutes for a run of hours",
         )
     for tracker in workload.report_to:
         names = _TRACKERS.get(tracker)

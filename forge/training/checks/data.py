@@ -26,8 +26,8 @@ def check_data(workload: Workload) -> Iterator[Finding]:
             "training.evaluate_every_steps is set and there is no validation set",
             remedy="give data.validation, or a data.validation_share with data.documents",
         )
-    lost = "" if workload.evaluation.facts else " and has no facts to ask: `evaluate` will refuse it"
-    yield warning("data", f"the workload holds nothing out{lost}", "give data.validation or data.validation_share")
+    lost = "" if workload.evaluation.facts else " and has no facts to ask: `forge evaluate` will refuse it"
+    yield warning("data", f"the config holds nothing out{lost}", "give data.validation or data.validation_share")
 
 
 def _check_documents(workload: Workload) -> Iterator[Finding]:
@@ -57,13 +57,13 @@ def _check_records(workload: Workload) -> Iterator[Finding]:
     if held_out is not None:
         yield ok("data", f"{len(held_out):,} records held out in {data.validation}")
         for line in describe_overlap(find_overlap(train, held_out)):
-            remedy = "their loss says nothing about new documents; `dataset ROOT --split 0.1` splits by document"
+            remedy = "their loss says nothing about new documents; `forge dataset ROOT --split 0.1` splits by document"
             yield warning("data", line, remedy)
     yield from _check_secrets(train, data.train)
 
 
 def _check_secrets(records: Sequence[Record], path: str) -> Iterator[Finding]:
-    """What `dataset` would have left out; a model can recite it. The detector is no part of the legacy stack."""
+    """What `forge dataset` would have left out; a model can recite it. The legacy environment has no detector."""
     from forge.training.system.secrets import find_secrets
 
     if find_spec("detect_secrets") is None:

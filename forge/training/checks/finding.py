@@ -54,7 +54,7 @@ def exit_code(findings: Sequence[Finding]) -> int:
 
 
 def print_findings(findings: Sequence[Finding], console: Console) -> None:
-    """Print one line a finding and what to do about it, then how many there are."""
+    """Print one line per finding and what to do about it, then how many there are."""
     from rich.text import Text
 
     styles = {"ok": "green", "warning": "yellow", "error": "bold red"}

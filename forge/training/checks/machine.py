@@ -1,4 +1,4 @@
-"""GPU, memory, disk and llama.cpp against what the workload needs."""
+"""GPU, memory, disk and llama.cpp against what the config needs."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def check_gpu(workload: Workload, backend: Backend, gpu: dict[str, Any] | None) 
         reasons += [f"optimizer.name={workload.optimizer.name}"] if "8bit" in workload.optimizer.name else []
         if reasons:
             raise MachineError(
-                f"{', '.join(reasons)} need{'s' * (len(reasons) == 1)} a CUDA GPU and this machine shows none",
-                remedy="train on a machine with a GPU; `smoke` and configs of its kind train on a CPU",
+                f"{', '.join(reasons)} need{'s' * (len(reasons) == 1)} a CUDA GPU and none is visible on this machine",
+                remedy="train on a machine with a GPU; `smoke` and similar configs train on a CPU",
             )
         yield ok("GPU", f"none: {backend} trains on the CPU")
         return
@@ -42,7 +42,7 @@ def check_gpu(workload: Workload, backend: Backend, gpu: dict[str, Any] | None) 
     if gpu["num_other_processes"]:
         yield warning(
             "GPU",
-            f"{gpu['num_other_processes']} other processes use it: less memory, and times that mean little",
+            f"{gpu['num_other_processes']} other processes use it: less memory is free and times are not reliable",
             "end them, or choose another GPU with CUDA_VISIBLE_DEVICES",
         )
     slowed = [reason for reason in gpu["throttle_reasons"] or () if reason in _ALARMING]
@@ -127,7 +127,7 @@ def check_memory(workload: Workload, base: ModelWeights, gpu: dict[str, Any] | N
     try:
         floor = memory_floor_bytes(workload, base.config)
     except KeyError as missing:
-        yield warning("memory", f"not known beforehand: the base's config.json does not say {missing}")
+        yield warning("memory", f"not known before the run: the base's config.json lacks {missing}")
         return
     if gpu is None:
         free, total, place = available_ram_bytes(), None, "memory"
@@ -193,8 +193,8 @@ def check_wsl(gpu: dict[str, Any] | None) -> Iterator[Finding]:
     if is_wsl() and gpu is not None:
         yield warning(
             "WSL2",
-            "Windows shares the GPU's memory, and spills it to the host in silence when it is full: steps then crawl",
-            "close what draws on the desktop; in the NVIDIA control panel set 'CUDA - Sysmem Fallback Policy' to"
+            "Windows shares the GPU's memory, and moves it to the host unannounced when it is full: steps become slow",
+            "close programs that use the GPU; in the NVIDIA control panel set 'CUDA - Sysmem Fallback Policy' to"
             " 'Prefer No Sysmem Fallback'",
         )
 

@@ -1,6 +1,6 @@
 """The longest document that a backend trains on in so much memory.
 
-    forge context WORKLOAD --backend unsloth [--budget 8] [--set ...] [--plan ...]
+    forge context CONFIG --backend unsloth [--budget 8] [--set ...] [--plan ...]
 
 One process that from before the model is loaded has a card of that many GiB, or the GPU as it is: the allocator is
 capped (`torch.cuda.set_per_process_memory_fraction`) at the budget less what CUDA itself took, and libraries that ask
@@ -228,7 +228,7 @@ def measure_context(
         import torch
 
         if not torch.cuda.is_available():
-            raise MachineError("context is measured on a CUDA GPU and this machine shows none")
+            raise MachineError("context is measured on a CUDA GPU and none is visible on this machine")
         base = base_directory(workload)
         module.prepare(plan)  # as a run does: before anything of CUDA begins
         with card_of(int(budget_gib * _GIB) if budget_gib is not None else None) as card:
@@ -271,7 +271,7 @@ def describe_context(found: dict[str, Any]) -> str:
 
 
 def _short_documents(folder: Path) -> Path:
-    """Enough for the first steps at any effective batch of a workload in use."""
+    """Enough for the first steps at any effective batch in use."""
     path = folder / "short.jsonl"
     rows = [{"instruction": f"Say {number}.", "input": "", "output": f"It is {number}."} for number in range(64)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The base model and its tokenizer, against each other, the workload and the export."""
+"""The base model and its tokenizer, against each other, the config and the export."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from forge.training.checks.finding import Finding, failure, ok, warning
 from forge.training.config.workload import Workload
-from forge.training.models.base import QWEN2_7B, SMALL, STANDINS, TINY, resolve_base
+from forge.training.models.base import QWEN2_7B, SMALL, STANDINS, TINY, require_gpu_to_make, resolve_base
 from forge.training.models.weights import ModelWeights, Shard, Tensor, read_weights
 from forge.training.system.errors import ConfigurationError, DataError, MachineError
 from forge.training.system.files import cache_dir
@@ -35,8 +35,7 @@ def find_base(workload: Workload, has_gpu: bool) -> tuple[ModelWeights | None, l
         made = sorted(cache_dir().glob(f"models/{path}-*/config.json"), key=os.path.getmtime)
         if made:
             return read_weights(made[-1].parent), [ok("model", f"the stand-in {path}")]
-        if path == "small" and not has_gpu:
-            raise MachineError("the base `small` is trained on a GPU and this machine shows none", remedy="use tiny")
+        require_gpu_to_make(path, lambda: has_gpu)
         return _planned_standin(path), [ok("model", f"the stand-in {path} will be made {_MAKING[path]}, once")]
     if Path(path).is_dir():
         base = read_weights(resolve_base(path))

@@ -1,4 +1,4 @@
-"""Settings as people give them: ``key=value`` overrides, and what is wrong with a setting in one line.
+"""``key=value`` overrides, and what is wrong with a setting in one line.
 
 Nothing here prints a credential back: a terminal's text ends up in logs.
 """
@@ -66,7 +66,7 @@ def unusable_text(content: Any, where: str = "") -> Iterator[str]:
 
 
 def validation_errors(model: type[BaseModel], invalid: ValidationError, prefix: str = "") -> list[str]:
-    """One line an error, with the nearest known key where one is misspelt."""
+    """One line per error, with the nearest known key where one is misspelt."""
     return [prefix + _readable(model, error) for error in invalid.errors(include_url=False, include_context=False)]
 
 

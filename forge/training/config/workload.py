@@ -1,6 +1,6 @@
-"""Workload: everything that defines the work, and never how a machine carries it out.
+"""The config that a user writes: everything that defines the work, never how a machine carries it out.
 
-A workload is a YAML file plus ``key=value`` overrides. All errors are reported at once, with
+A config is a YAML file plus ``key=value`` overrides. All errors are reported at once, with
 the nearest known key where one is misspelt. Two runs with equal :meth:`Workload.digest`, equal
 examples digests and equal base-weight digests do the same mathematics; file paths are left out
 of the digest because data and weights are identified by their content.
@@ -30,7 +30,7 @@ Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 def _refuse_impossible(path: str) -> str:
     if len(path.encode()) > 4000 or any(len(part.encode()) > 255 for part in Path(path).parts):
-        raise ValueError(f"no path is so long ({len(path):,} characters)")
+        raise ValueError(f"the path is too long ({len(path):,} characters)")
     return path
 
 
@@ -76,7 +76,7 @@ class DataSection(_Section):
     @model_validator(mode="after")
     def _one_source(self) -> DataSection:
         if (self.documents is None) == (self.train is None):
-            raise ValueError("give either data.documents or data.train, not both and not neither")
+            raise ValueError("give one of data.documents and data.train")
         return self
 
 
@@ -119,7 +119,7 @@ class TrainingSection(_Section):
     early_stopping_patience: Positive | None = None
     save_every_steps: Positive | None = None
     save_every_minutes: Annotated[float, Field(gt=0)] | None = 10.0  # a kill costs at most so much
-    spike_limit: Positive | None = None  # end the run at so many loss spikes in a row; None: only report them
+    spike_limit: Positive | None = None  # end the run at this many loss spikes in a row; None: only report them
 
     @model_validator(mode="after")
     def _is_a_run_of_this_world(self) -> TrainingSection:
@@ -150,9 +150,9 @@ class EvaluationSection(_Section):
 
 
 class GateSection(_Section):
-    """What the acceptance gate measures of this workload, fixed before the first measurement.
+    """What the acceptance gate measures of this config, fixed before the first measurement.
 
-    ``num_steps`` optimizer steps a run, of which the first ``num_warmup_steps`` are not timed.
+    ``num_steps`` optimizer steps per run, of which the first ``num_warmup_steps`` are not timed.
     """
 
     num_pairs: Annotated[int, Field(ge=2)] = 5
@@ -171,7 +171,7 @@ class ExportSection(_Section):
 
 
 class Workload(_Section):
-    """A whole workload; ``name`` is also the default run directory's name."""
+    """A whole config; ``name`` is also the default run directory's name."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
     description: str = ""
@@ -199,12 +199,12 @@ class Workload(_Section):
         return sha256_json(content)
 
     def to_yaml(self) -> str:
-        """The resolved workload, every field written out."""
+        """The resolved config, every field written out."""
         return dump_yaml(self.model_dump(mode="json"))
 
 
 def changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """A line ``key: old -> new`` for each key of two dumped workloads that differs."""
+    """A line ``key: old -> new`` for each key that differs in two dumped configs."""
     lines = []
     for name, value in now.items():
         old = before.get(name)
@@ -221,7 +221,7 @@ _WORDS = {"tiny", "small", "qwen2-7b", "embedded"}
 
 
 def load_workload(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Workload:
-    """Read a workload from a YAML file, or from ``workloads/`` by name, with ``key=value`` overrides.
+    """Read a config from a YAML file, or from ``workloads/`` by name, with ``key=value`` overrides.
 
     Relative paths in the file are relative to the file's folder, those in overrides to the
     current directory. Raises :class:`ConfigurationError` listing every error found.
@@ -253,7 +253,7 @@ def _refuse_unusable_text(path: Path, content: dict[str, Any]) -> None:
 def _invalid(path: Path, errors: list[str]) -> ConfigurationError:
     return ConfigurationError(
         f"{path}: {len(errors):,} error{'s' * (len(errors) > 1)}\n{listed(errors)}",
-        remedy="`python -m forge.training schema` prints every key with its type and default",
+        remedy="`forge schema` prints every key with its type and default",
     )
 
 
@@ -278,7 +278,7 @@ def _find(source: str | Path) -> Path:
         return WORKLOADS / f"{source}.yaml"
     near = difflib.get_close_matches(str(source)[:60], known, 1)
     raise ConfigurationError(
-        f"no workload {shown(repr(str(source)))}: neither a file nor one of {', '.join(known) or '(none)'}",
+        f"no config {shown(repr(str(source)))}: neither a file nor one of {', '.join(known) or '(none)'}",
         remedy=f"did you mean {near[0]}?" if near else "name a YAML file or one of those",
     )
 
@@ -294,11 +294,7 @@ def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
         try:
             candidate = (folder / Path(value).expanduser()).absolute()
             looks_local = value.startswith((".", "~")) or candidate.exists()
-        except (
-            OSError,
-            ValueError,
-            RuntimeError,
-        ):  # a name too long, or nobody's home
+        except (OSError, ValueError, RuntimeError):  # a name too long, or nobody's home
             continue
         if section == "data" or looks_local:  # anything else is a hub name
             part[key] = str(candidate)

@@ -3,7 +3,7 @@
 Plain scalars mean what YAML 1.2's core schema says: ``1e-4`` is a number (PyYAML follows 1.1, where it
 is text), ``no`` and ``on`` are text, ``1:30`` is no number of base 60 and a date is text. Refused:
 duplicate keys, keys that are not text, aliases (a few lines of them are gigabytes), tags such as
-``!!python/object``, deep nesting, and files too large to be one of ours.
+``!!python/object``, deep nesting, and files too large to be a config.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _refusal(problem: str, event: Any) -> yaml.constructor.ConstructorError:
     return yaml.constructor.ConstructorError(None, None, problem, event.start_mark)
 
 
-# https://yaml.org/spec/1.2.2/#1032-tag-resolution; a number of more than 40 digits is none of ours.
+# https://yaml.org/spec/1.2.2/#1032-tag-resolution; no config needs a number of more than 40 digits.
 _Loader.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -62,7 +62,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
         if not isinstance(key, str):
             raise yaml.constructor.ConstructorError(None, None, f"key {key!r:.60} is not text", key_node.start_mark)
         if key in result:
-            raise yaml.constructor.ConstructorError(None, None, f"key {key!r:.60} stands twice", key_node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"key {key!r:.60} appears twice", key_node.start_mark)
         result[key] = loader.construct_object(value_node, deep=True)
     return result
 
@@ -98,7 +98,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigurationError(f"cannot read {path}: {error.strerror}") from error
     if len(raw) > MAX_BYTES:
-        raise ConfigurationError(f"{path} is larger than {MAX_BYTES:,} bytes; a workload is a few kilobytes")
+        raise ConfigurationError(f"{path} is larger than {MAX_BYTES:,} bytes; a config is a few kilobytes")
     try:
         content = yaml.load(raw.decode("utf-8-sig"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:

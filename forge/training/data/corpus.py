@@ -1,6 +1,6 @@
-"""The whole genome of a repository as instruction/input/output JSONL, one record a document.
+"""A repository's documents as instruction/input/output JSONL, one record per document.
 
-Documents stay whole: cutting or dividing them is the workload's business, when examples are made.
+Documents stay whole: whether they are cut or divided is decided by the config, when examples are made.
 """
 
 from __future__ import annotations

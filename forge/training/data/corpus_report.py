@@ -117,7 +117,7 @@ def print_report(report: CorpusReport, console: Console) -> None:
     _print_lines(console, "chat markers", [f"{m.path}: {m.num_markers:,}" for m in report.control_markers])
     for output in report.outputs:
         console.print(Text(f"wrote {output.path}: {output.num_records:,} records, sha256 {output.sha256[:16]}"))
-    console.print(Text(f"next: python -m forge.training preview WORKLOAD {_settings(report.outputs)}"))
+    console.print(Text(f"next: forge preview CONFIG {_settings(report.outputs)}"))
 
 
 def _settings(outputs: list[Output]) -> str:

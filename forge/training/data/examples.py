@@ -46,7 +46,7 @@ class ExamplesReport:
 
 @dataclass(frozen=True)
 class Examples:
-    """``input_ids`` and ``labels``: one int32 array of shape (length,) an example."""
+    """``input_ids`` and ``labels``: one int32 array of shape (length,) per example."""
 
     input_ids: list[np.ndarray]
     labels: list[np.ndarray]
@@ -62,7 +62,7 @@ class Examples:
 def encode_records(
     records: Sequence[Record], encoder: Encoder, data: DataSection, source: Path | str = "the records"
 ) -> Examples:
-    """Encode records under a workload's data settings. ``source``: their file, for messages.
+    """Encode records under a config's data settings. ``source``: their file, for messages.
 
     Raises :class:`DataError` naming every record that cannot be encoded, or if nothing is left.
     """

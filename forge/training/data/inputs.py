@@ -1,4 +1,4 @@
-"""From a workload's data section to the two sets of examples a run trains and is judged on."""
+"""From a config's data section to the two sets of examples a run trains and is judged on."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class Preview:
     """Token counts are of the examples as they would be trained. Histogram bounds are in tokens."""
 
     workload: str
-    documents: list[str]  # what became of them where the workload names a folder
+    documents: list[str]  # what became of them where the config names a folder
     num_train_documents: int
     num_train_examples: int
     num_validation_examples: int
@@ -57,7 +57,7 @@ class Preview:
 
 
 def preview_workload(workload: Workload, base_dir: Path, *, num_examples: int = 3) -> Preview:
-    """Encode a workload's data without keeping it. Raises the errors that training would."""
+    """Encode a config's data without keeping it. Raises the errors that training would."""
     tokenizer = load_tokenizer(base_dir)
     encoder = Encoder(tokenizer)
     with tempfile.TemporaryDirectory() as scratch:
@@ -124,7 +124,7 @@ def print_preview(preview: Preview, console: Console) -> None:
     table.add_row("control tokens as text", f"{preview.num_with_control_tokens:,} documents")
     lines = ": " + ", ".join(preview.dropped[:10]) if preview.dropped else ""
     table.add_row("nothing to train", f"{len(preview.dropped):,} records{lines}")
-    table.add_row("held out and trained", "\n".join(preview.overlap) or "none")
+    table.add_row("both held out and trained", "\n".join(preview.overlap) or "none")
     console.print(table)
     most = max(count for _, count in preview.histogram)
     console.print("examples by length in tokens")

@@ -43,7 +43,7 @@ class _BadLine(Exception):
 
 
 def read_records(path: Path | str) -> list[Record]:
-    """Read ``instruction``/``input``/``output`` or ``messages`` records, one JSON object a line.
+    """Read ``instruction``/``input``/``output`` or ``messages`` records, one JSON object per line.
 
     A BOM at the start, CRLF and blank lines are accepted; other keys are left unread.
     Raises :class:`DataError` naming the first ten bad lines and how many more there are.
@@ -53,7 +53,7 @@ def read_records(path: Path | str) -> list[Record]:
     errors: list[str] = []
     try:
         if path.is_dir():
-            raise DataError(f"{path} is a directory", remedy="name a JSONL file; `dataset` makes one from a directory")
+            raise DataError(f"{path} is a directory", remedy="name a JSONL file; `forge dataset` makes one")
         if path.exists() and not path.is_file():
             raise DataError(f"{path} is not a regular file")
         with open(path, "rb") as stream:
@@ -68,13 +68,13 @@ def read_records(path: Path | str) -> list[Record]:
                 except _BadLine as bad:
                     errors.append(f"line {number}: {bad}")
     except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist", remedy="`dataset ROOT -o FILE` makes a corpus") from error
+        raise DataError(f"{path} does not exist", remedy="`forge dataset ROOT -o FILE` makes a corpus") from error
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
     if errors:
         raise bad_lines(path, errors)
     if not records:
-        raise DataError(f"{path} has no records", remedy="it must hold one JSON object a line")
+        raise DataError(f"{path} has no records", remedy="it must hold one JSON object per line")
     return records
 
 
@@ -169,7 +169,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise _BadLine(f"key {twice!r:.60} stands twice")
+        raise _BadLine(f"key {twice!r:.60} appears twice")
     return result
 
 

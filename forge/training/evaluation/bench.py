@@ -23,7 +23,7 @@ _LN2 = 0.6931471805599453
 
 @dataclass(frozen=True)
 class Bench:
-    """``examples`` is ``None`` where nothing was held out; then only the workload's facts are asked."""
+    """``examples`` is ``None`` where nothing was held out; then only the config's facts are asked."""
 
     workload: Workload
     tokenizer: Any
@@ -57,11 +57,11 @@ def prepare_bench(run: RunRecord, run_dir: Path, max_documents: int | None) -> B
         workload = Workload.model_validate(run.workload)
     except ValidationError as error:
         first = str(error).splitlines()[0]
-        raise DataError(f"{run_dir / 'run.json'}: its workload is of another version: {first}") from error
+        raise DataError(f"{run_dir / 'run.json'}: its config is of another version of Forge: {first}") from error
     expected = run.inputs.validation_examples_sha256
     if expected is None and not workload.evaluation.facts:
         raise DataError(
-            f"{run_dir} held nothing out and its workload asks for no facts: there is nothing to evaluate",
+            f"{run_dir} held nothing out and its config asks for no facts: there is nothing to evaluate",
             remedy="train with data.validation or data.validation_share, or give evaluation.facts",
         )
     tokenizer = load_tokenizer(run.base_path)

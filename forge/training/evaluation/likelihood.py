@@ -116,4 +116,4 @@ def _check_head(model: NeutralModel, input_ids: np.ndarray) -> None:
         batch = torch.from_numpy(ids.astype(np.int64))[None].to(model.device)
         theirs = model.causal(input_ids=batch, use_cache=False).logits[0].float()
     if torch.isfinite(theirs).all() and (ours - theirs).norm() > 0.02 * theirs.norm():
-        raise MachineError(f"{type(model.causal).__name__} computes its logits in a way that evaluate does not know")
+        raise MachineError(f"{type(model.causal).__name__} computes its logits in a way that evaluate does not support")

@@ -44,7 +44,7 @@ def refuse_unsloth() -> None:
     if "unsloth" in sys.modules:
         raise MachineError(
             "unsloth is imported in this process and has rewritten transformers",
-            remedy="evaluate in a fresh process: python -m forge.training evaluate RUN",
+            remedy="evaluate in a fresh process: forge evaluate RUN",
         )
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -61,7 +61,7 @@ def choose_placement(base: ModelWeights, longest: int, device: str | None = None
     if device not in (None, "cpu", "cuda"):
         raise ConfigurationError(f"unknown device {device!r}", remedy="use cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
-        raise MachineError("device cuda was asked for and this machine shows none", remedy="use --device cpu")
+        raise MachineError("device cuda was asked for and none is visible on this machine", remedy="use --device cpu")
     host_bytes = available_ram_bytes() or 1 << 62
     if device != "cpu" and torch.cuda.is_available():
         free_bytes = torch.cuda.mem_get_info()[0]
@@ -70,7 +70,7 @@ def choose_placement(base: ModelWeights, longest: int, device: str | None = None
             return Placement("cuda", "bfloat16", {"": 0})
         room_bytes = free_bytes - working_bytes
         if room_bytes > 0 and weights_bytes - room_bytes < host_bytes / _HOST_MARGIN:
-            note = f"{(weights_bytes - room_bytes) / 2**30:.1f} GiB of the weights wait in host memory: slower"
+            note = f"{(weights_bytes - room_bytes) / 2**30:.1f} GiB of the weights stay in host memory, which is slower"
             return Placement("cuda", "bfloat16", "auto", {0: room_bytes, "cpu": int(host_bytes / _HOST_MARGIN)}, note)
     if 4 * base.num_parameters * _HOST_MARGIN <= host_bytes:
         return Placement("cpu", "float32", None)

@@ -41,7 +41,7 @@ class SubjectResult(_Part):
 
 
 class Comparison(_Part):
-    """``subject`` minus ``reference`` in nats a token, paired over documents; below zero is better."""
+    """``subject`` minus ``reference`` in nats per token, paired over documents; below zero is better."""
 
     subject: str
     reference: str

@@ -104,7 +104,7 @@ def _training(run: RunRecord) -> str:
         ("steps", f"{run.num_steps:,} of {training.get('effective_batch')} examples, seed {run.seed}"),
         ("started", run.started_at),
         ("training time", _unit(run.timing.train_seconds, "s")),
-        ("tokens a second", _unit(run.timing.tokens_per_second, "")),
+        ("tokens per second", _unit(run.timing.tokens_per_second, "")),
         ("peak GPU memory", _peak_memory(run)),
         *_environment(run.environment),
     ]
@@ -113,7 +113,7 @@ def _training(run: RunRecord) -> str:
 
 def _results(run: RunRecord, evaluation: Evaluation | None) -> str:
     losses = [(name.replace("_", " "), f"{value:.4f}") for name, value in run.losses if isinstance(value, float)]
-    text = "## Results\n\nDuring training, nats a trained token:\n\n" + _table(("loss", "nats"), losses)
+    text = "## Results\n\nDuring training, nats per trained token:\n\n" + _table(("loss", "nats"), losses)
     if evaluation is None:
         return text
     rows = [
@@ -121,13 +121,13 @@ def _results(run: RunRecord, evaluation: Evaluation | None) -> str:
         for row in evaluation.subjects
     ]
     where = f"On {evaluation.num_documents:,} held-out documents ({evaluation.num_tokens:,} tokens), {evaluation.dtype}"
-    text += f"\n\n{where}, apart from the training program:\n\n"
-    text += _table(("model", "nats a token", "bits a byte", "ROUGE-1", "ROUGE-2", "ROUGE-L"), rows)
+    text += f"\n\n{where}, outside the training program:\n\n"
+    text += _table(("model", "nats per token", "bits per byte", "ROUGE-1", "ROUGE-2", "ROUGE-L"), rows)
     for pair in evaluation.comparisons:
         error = pair.standard_error_nats_per_token
         spread = "" if error is None else f" (standard error {error:.4f})"
         text += (
-            f"\n\n{pair.subject} minus {pair.reference}: {pair.difference_nats_per_token:+.4f} nats a token{spread}."
+            f"\n\n{pair.subject} minus {pair.reference}: {pair.difference_nats_per_token:+.4f} nats per token{spread}."
         )
     if evaluation.facts:
         facts = [(row.question, row.expected, row.subject, "yes" if row.found else "no") for row in evaluation.facts]
@@ -141,7 +141,7 @@ def _chain(run: RunRecord, export: ExportRecord) -> str:
         ("tokenizer", run.inputs.tokenizer_sha256),
         ("training corpus", run.inputs.corpus_sha256),
         ("training examples", run.inputs.train_examples_sha256),
-        ("workload", run.workload_sha256),
+        ("config", run.workload_sha256),
         ("adapter", export.adapter_sha256),
         ("merged weights", export.merged_sha256),
     ]

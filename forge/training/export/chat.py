@@ -10,7 +10,7 @@ from forge.training.llamacpp.parent import Child, Progress, time_limit_seconds
 from forge.training.system.errors import DataError
 
 CONTEXT_TOKENS = 2048
-_SECONDS_PER_TOKEN = 5.0  # a 7B model in 16 bits on two cores makes about one token a second
+_SECONDS_PER_TOKEN = 5.0  # a 7B model in 16 bits on two cores makes about one token per second
 
 
 def answer(

@@ -22,7 +22,7 @@ def check_quantizations(quantizations: Sequence[str]) -> None:
         message = f"unknown quantisation {unknown[0]!r}" if unknown else "no quantisation was asked for"
         raise ConfigurationError(message, remedy=f"choose from {', '.join(GGUF_TYPES)}")
     if len(set(quantizations)) != len(quantizations):
-        raise ConfigurationError(f"a quantisation stands twice: {', '.join(quantizations)}")
+        raise ConfigurationError(f"a quantisation appears twice: {', '.join(quantizations)}")
 
 
 def check_architecture(base: ModelWeights) -> None:
@@ -31,8 +31,8 @@ def check_architecture(base: ModelWeights) -> None:
     known = supported_architectures()
     if names[0] not in known:
         raise MachineError(
-            f"llama.cpp's converter does not know the architecture {names[0]} of {base.directory}",
-            remedy="train from a base of an architecture that llama.cpp knows, such as Qwen2ForCausalLM",
+            f"llama.cpp's converter does not support the architecture {names[0]} of {base.directory}",
+            remedy="train from a base of an architecture that llama.cpp supports, such as Qwen2ForCausalLM",
         )
 
 

@@ -228,7 +228,7 @@ def _write_texts(staging: Path, record: ExportRecord, run: RunRecord, run_dir: P
     jinja = read_chat_template(base.directory)
     default_system = chatml_default_system(jinja) if jinja else None
     if jinja is None:
-        record.notes.append("the tokenizer has no chat template: `chat` refuses these files")
+        record.notes.append("the tokenizer has no chat template: `forge chat` refuses these files")
     if default_system is None:
         record.notes.append("the chat template is not ChatML: the Modelfile leaves the template to the GGUF file's own")
     modelfile = write_modelfile(

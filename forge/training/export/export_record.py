@@ -73,5 +73,5 @@ def print_export(record: ExportRecord, console: Console) -> None:
     console.print(steps)
     for note in record.notes:
         console.print(f"note: {note}", markup=False)
-    example = f'python -m forge.training chat {record.out_dir}/{record.modelfile_uses} "..."'
+    example = f'forge chat {record.out_dir}/{record.modelfile_uses} "..."'
     console.print(f"next: {example}", markup=False)

@@ -162,7 +162,7 @@ def _check_model_fields(path: str, report: dict[str, Any], fields: dict[str, Any
         raise CheckError(f"{path} lacks {', '.join(missing)}", remedy="its tokenizer was not converted; convert again")
     num_tokens = fields["tokenizer.ggml.tokens"]
     if not isinstance(num_tokens, int):
-        raise CheckError(f"{path}: tokenizer.ggml.tokens is no list")
+        raise CheckError(f"{path}: tokenizer.ggml.tokens is not a list")
     for key in ("eos_token_id", "bos_token_id", "padding_token_id"):
         token_id = fields.get(f"tokenizer.ggml.{key}")
         if token_id is not None and not (isinstance(token_id, int) and 0 <= token_id < num_tokens):
@@ -184,7 +184,7 @@ def _load(path: str, adapter: str | None) -> None:
     context_parameters.n_ctx = context_parameters.n_batch = context_parameters.n_ubatch = 256
     context = llama_cpp.llama_init_from_model(model, context_parameters)
     if not context:
-        raise CheckError(f"llama.cpp makes no context for {path}: {reason()}")
+        raise CheckError(f"llama.cpp cannot create a context for {path}: {reason()}")
     if adapter is not None:
         loaded = llama_cpp.llama_adapter_lora_init(model, os.fsencode(adapter))
         if not loaded:  # llama-cpp-python tests `is None`, which a NULL pointer is not, and crashes later

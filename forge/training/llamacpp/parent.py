@@ -1,6 +1,6 @@
 """A child process that may crash, hang or eat memory without taking the parent along.
 
-The parent sends one JSON request a line on the child's stdin; the child
+The parent sends one JSON request per line on the child's stdin; the child
 (:mod:`forge.training.llamacpp.child`) answers with JSON lines on a pipe of its own, so that what
 libraries print cannot be mistaken for an answer. stdout and stderr go to a log, whose tail is
 part of the error when something goes wrong.
@@ -108,7 +108,7 @@ class Child:
         """Have the child carry out a task. ``doing`` completes the sentence "cannot ...".
 
         Raises the :class:`ForgeError` that the child raised, and :class:`CheckError` with the end
-        of the log after a crash, a hang or an answer that is not one.
+        of the log after a crash, a hang or an invalid answer.
         """
         started = time.monotonic()
         assert self._process.stdin is not None
@@ -145,7 +145,7 @@ class Child:
                     raise self._failure(doing, _cause_of_death(self._process.wait()))
                 self._unread += chunk
                 if len(self._unread) > _MAX_ANSWER_BYTES:
-                    raise self._failure(doing, "the child process floods its parent")
+                    raise self._failure(doing, f"the child process sent more than {_MAX_ANSWER_BYTES >> 20} MiB")
         line, _, self._unread = self._unread.partition(b"\n")
         try:
             message = json.loads(line)

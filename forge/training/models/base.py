@@ -1,6 +1,6 @@
 """A base model's directory: made on the spot under a short name, a local one checked, or one of the hub.
 
-A stand-in is made once a machine and kept under ``cache_dir()/models``, its name ending in the
+A stand-in is made once per machine and kept under ``cache_dir()/models``, its name ending in the
 digest of how it was made: another recipe, or a Python with other documentation, is another base.
 """
 
@@ -76,7 +76,7 @@ def resolve_base(
 
     ``offline``: never ask the hub; by default what ``HF_HUB_OFFLINE`` says. Raises
     :class:`ConfigurationError`, :class:`DataError` for an unusable model and :class:`MachineError`
-    where a GPU or the hub is needed and not there.
+    where a GPU or the hub is needed and not available.
     """
     say = progress or (lambda _: None)
     if path in STANDINS:
@@ -101,14 +101,19 @@ def _standin(name: str, say: Say) -> Path:
     directory = cache_dir() / "models" / f"{name}-{sha256_json([_FORMAT, recipes[name]])[:12]}"
     if directory.is_dir():
         return directory
-    if name == "small" and not _has_cuda():
-        raise MachineError("the base `small` is trained on a GPU and this machine shows none", remedy="use tiny")
+    require_gpu_to_make(name, _has_cuda)
     with _one_maker(directory):
         if not directory.is_dir():
             say(f"making the base `{name}`: once on this machine")
             with staged_directory(directory) as staging:
                 makers[name](staging, say)
     return directory
+
+
+def require_gpu_to_make(name: str, has_gpu: Callable[[], bool]) -> None:
+    """Raise :class:`MachineError` for a stand-in that is trained on a GPU where there is none."""
+    if name == "small" and not has_gpu():
+        raise MachineError("the base `small` is trained on a GPU and none is visible here", remedy="use tiny")
 
 
 @contextmanager
@@ -174,14 +179,16 @@ def _fetched(name: str, offline: bool | None, revision: str | None) -> Path:
 
     local_only = os.environ.get("HF_HUB_OFFLINE") == "1" if offline is None else offline
     try:
-        found = snapshot_download(name, revision=revision, allow_patterns=list(_HUB_FILES), local_files_only=local_only)
+        directory = snapshot_download(
+            name, revision=revision, allow_patterns=list(_HUB_FILES), local_files_only=local_only
+        )
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         how = "offline, and it is not in the local cache" if local_only else str(error).partition("\n")[0]
         raise MachineError(
-            f"the model {name} cannot be had from the hub: {how}",
+            f"the model {name} is not available from the hub: {how}",
             remedy="name a local directory with --set model.path=..., or a stand-in such as tiny",
         ) from error
-    return Path(found)
+    return Path(directory)
 
 
 def check_base(directory: Path) -> Path:

@@ -31,7 +31,7 @@ def model_shape(directory: Path | str) -> dict[str, Any]:
 
 
 def refuse_strange_sizes(path: Path, config: dict[str, Any]) -> None:
-    """Raise :class:`DataError` where a ``config.json`` lacks a size, or one is no whole number above zero."""
+    """Raise :class:`DataError` where a ``config.json`` lacks a size, or one is not a whole number above zero."""
     for key in _SIZES:
         size = config.get(key)
         needed = key in _NEEDED_SIZES
@@ -43,7 +43,7 @@ def refuse_strange_sizes(path: Path, config: dict[str, Any]) -> None:
                 remedy="copy the model's files again from where it came from",
             )
     if config["hidden_size"] % config["num_attention_heads"] and not config.get("head_dim"):
-        raise DataError(f"{path}: hidden_size is no multiple of num_attention_heads")
+        raise DataError(f"{path}: hidden_size is not a multiple of num_attention_heads")
 
 
 def base_sha256(directory: Path | str) -> str:

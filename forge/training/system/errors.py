@@ -1,4 +1,4 @@
-"""Errors meant for the user, one class an exit code.
+"""Errors meant for the user, one class per exit code.
 
 A message says what is wrong and where; ``remedy`` says what to do. The command line prints
 both and nothing else; anything that is not a :class:`ForgeError` is a bug and exits with 1.
@@ -34,7 +34,7 @@ class ForgeError(Exception):
 
 
 class ConfigurationError(ForgeError):
-    """A workload, an option or an argument is wrong."""
+    """A config, an option or an argument is wrong."""
 
     exit_code = 2
 

@@ -94,7 +94,7 @@ def read_json_object(path: Path, *, finite: bool = False) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")
 
 
 @contextmanager

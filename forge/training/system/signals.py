@@ -86,7 +86,7 @@ class StopRequest:
         return Interrupted(
             f"stopped by {signal.Signals(number).name}{message}",
             signal_number=number,
-            remedy="the same command goes on from there",
+            remedy="the same command resumes from there",
         )
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

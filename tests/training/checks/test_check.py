@@ -182,7 +182,13 @@ def test_evaluation_without_held_out_records_is_an_error(base: Path, tmp_path: P
     )
     assert "no validation set" in said(findings, "error")
     findings = check_workload(workload(tmp_path, base, data=none_held_out), "trl", tmp_path)
-    assert "`evaluate` will refuse it" in said(findings, "warning")
+    assert "forge evaluate" in said(findings, "warning")
+
+
+def test_a_run_that_is_never_saved_is_a_warning(base: Path, tmp_path: Path) -> None:
+    never = workload(tmp_path, base, training={"save_every_minutes": None})
+    assert "save_every_minutes" in said(check_workload(never, "trl", tmp_path), "warning")
+    assert "save_every_minutes" not in said(check_workload(workload(tmp_path, base), "trl", tmp_path), "warning")
 
 
 def test_documents_are_counted_and_a_missing_folder_is_an_error(base: Path, tmp_path: Path) -> None:

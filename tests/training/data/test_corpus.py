@@ -378,4 +378,4 @@ def test_the_printed_report_names_everything_and_cannot_command_the_terminal(tmp
     assert "b\\x1b[31m.md: empty" in said
     assert "3: 1 binary, 1 empty, 1 exact duplicate" in said
     assert "1 to train, 1 held out" in said
-    assert "preview WORKLOAD --set 'data.train=" in said
+    assert "forge preview CONFIG --set 'data.train=" in said

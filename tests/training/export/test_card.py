@@ -109,7 +109,10 @@ def test_the_modelfile_serves_the_smallest_file_with_the_workloads_settings() ->
             "| 12.5 s |",
             "3.00 GiB",
         ),
-        *("merged minus base: -2.1250 nats a token (standard error 0.5000)", "| How many ships? | 48 | merged | yes |"),
+        *(
+            "merged minus base: -2.1250 nats per token (standard error 0.5000)",
+            "| How many ships? | 48 | merged | yes |",
+        ),
         *("ollama create lighthouse", "12; validation: 3 held-out examples", "rank 4, alpha 8", "c" * 64, "e" * 64),
     ],
 )
