@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,9 +11,7 @@ from harness.measurement.runner import TIME_LIMIT_SECONDS
 from harness.pytest_plugin import announcer, gate_deadline, gate_documents, gate_only
 from harness.recorder import record_facts, record_metric
 from harness.session import MODEL, Session
-from harness.verdict import Verdict
-
-Hold = Callable[..., None]
+from harness.verdict import Hold, Verdict
 
 
 @pytest.fixture(scope="session")

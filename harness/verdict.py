@@ -6,7 +6,7 @@ numbers do not decide. INCOMPLETE: it was not measured, or not in full.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -16,6 +16,7 @@ from harness.measurement.results import Outcome
 from harness.measurement.results import Role as Role
 
 Status = Literal["PASS", "FAIL", "INCONCLUSIVE", "INCOMPLETE"]
+Hold = Callable[..., None]  # the fixture `hold` of conftest.py: records a verdict, then asserts it
 STATUSES: tuple[Status, ...] = ("PASS", "INCOMPLETE", "INCONCLUSIVE", "FAIL")  # from best to worst
 
 # Exit codes of an accident that says nothing about what is judged: arguments, environment (a GPU in use), disk, a lock,

@@ -21,7 +21,7 @@ LAYERS = {
         *("checks", "pipeline", "cli", "__main__"),
     ],
     "harness": [
-        *("stats", "recorder", "compare", "measurement", "verdict", "session"),
+        *("stats", "recorder", "compare", "measurement", "documents", "trained_base", "verdict", "session"),
         "perf parity export reliability",
         *("report", "pytest_plugin", "conftest"),
     ],

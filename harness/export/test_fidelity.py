@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from harness.conftest import Hold
 from harness.export.claims import KINDS
 from harness.export.exports import Exports
 from harness.recorder import CLOCK, record_facts, record_metric
+from harness.verdict import Hold
 
 pytestmark = [
     *(pytest.mark.gpu, pytest.mark.timeout(0)),  # the first test waits for the run

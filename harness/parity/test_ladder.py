@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from harness.conftest import Hold
 from harness.parity.rungs import architecture_verdict, verdict
 from harness.parity.session import Ladder
 from harness.parity.suite import ARCHITECTURES, WORKLOAD
 from harness.recorder import CLOCK
+from harness.verdict import Hold
 
 pytestmark = [
     pytest.mark.gpu,

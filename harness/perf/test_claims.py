@@ -6,11 +6,11 @@ from typing import cast
 
 import pytest
 
-from harness.conftest import Hold
 from harness.measurement.metrics import Metric
 from harness.perf.claims import CLAIMS, Claim
 from harness.perf.suite import METRICS, TRIALS, PerfSuite, describe_runs
 from harness.recorder import CLOCK
+from harness.verdict import Hold
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(0)]  # the first test waits for the measuring
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from forge.training.backends import Backend
-from harness.conftest import Hold
 from harness.recorder import CLOCK
 from harness.reliability.claims import verdict
 from harness.reliability.suite import BACKENDS
 from harness.session import Session
+from harness.verdict import Hold
 
 pytestmark = [
     *(pytest.mark.gpu, pytest.mark.timeout(0), pytest.mark.parametrize("backend", BACKENDS)),

@@ -14,12 +14,12 @@ import pytest
 
 from forge.training.system.environment import ROOT
 from forge.training.system.errors import CheckError, DiskError, ForgeError, LockedError, MachineError
-from harness.conftest import Hold
 from harness.export import test_fidelity as gate
 from harness.export.claims import CLAIMS, KINDS
 from harness.export.exports import Exports
 from harness.export.suite import PROBES, judged_run
 from harness.recorder import CLOCK
+from harness.verdict import Hold
 from tests.harness.export.conftest import SPEC, make_session
 
 

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 
 from forge.training.system.errors import DiskError, ForgeError, GpuMemoryError, LockedError, MachineError
-from harness.conftest import Hold
 from harness.measurement.results import Store
 from harness.recorder import CLOCK
 from harness.reliability.claims import CLAIMS, STOP_LIMIT_SECONDS, verdict
 from harness.reliability.probes.survival import Runs
 from harness.reliability.test_survival import hold_claim
 from harness.session import Session
+from harness.verdict import Hold
 from tests.support.run_command import ROOT
 from tests.support.tiny_training import arguments, write_inputs
 
