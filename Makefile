@@ -71,7 +71,7 @@ gpu-env: ## .venv-gpu: the fast stack, for a machine with an NVIDIA GPU and a ne
 	$(need_python_gpu)
 	@$(PYTHON_GPU) scripts/set_up.py .venv-gpu requirements-gpu.txt --minimum 3.12 --llama-cpp --project
 
-legacy-env: ## .venv-legacy: the stack being replaced, for the same machine
+legacy-env: ## .venv-legacy: the pinned legacy pipeline, for the same machine
 	$(need_python_gpu)
 	@$(PYTHON_GPU) scripts/set_up.py .venv-legacy requirements-legacy.txt --minimum 3.12 --project
 

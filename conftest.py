@@ -42,7 +42,7 @@ settings.load_profile("forge")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """The gate's options; ARCHITECTURE.md, "The gate"."""
+    """The gate's options; docs/gate.md."""
     group = parser.getgroup("gate", "the acceptance gate (-m gpu)")
     group.addoption("--gate-train", metavar="FILE", help="documents to train on: the JSONL that `forge dataset` wrote")
     group.addoption("--gate-store", metavar="DIR", default="runs/gate/store", help="results; the next session resumes")

@@ -75,7 +75,7 @@ def gate_documents(config: pytest.Config) -> Path:
     """``--gate-train``, absolute. Raises ``pytest.UsageError`` (exit 4) without that option."""
     train: str | None = config.getoption("--gate-train")
     if not train:
-        raise pytest.UsageError("the gate trains on real documents: --gate-train FILE (README.md, section 'The gate')")
+        raise pytest.UsageError("the gate trains on real documents: --gate-train FILE (docs/gate.md)")
     return Path(train).absolute()
 
 

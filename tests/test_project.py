@@ -63,7 +63,7 @@ def test_pins_are_above_the_security_floors_whose_reason_stands_beside_them(name
         if package not in pins:
             continue
         identifier = why.partition(":")[0]
-        if (name, package) == ("requirements-legacy.txt", "transformers"):  # the owner's, and said at the top
+        if (name, package) == ("requirements-legacy.txt", "transformers"):  # its own pin, and said at the top
             assert identifier in text.partition("\n\n")[0]
             continue
         assert numbers(pins[package]) >= numbers(floor)
@@ -86,11 +86,11 @@ def test_cpu_and_gpu_train_with_the_same_stack() -> None:
     assert [cpu[name] for name in stack] == [gpu[name] for name in stack]
 
 
-def test_the_legacy_arm_has_its_owners_pins() -> None:
+def test_the_legacy_arm_has_the_pins_of_the_legacy_pipeline() -> None:
     legacy = gpu_bundle.read_pins(ROOT / "requirements-legacy.txt")
-    owner = {"trl": "0.26.2", "transformers": "4.57.3", "peft": "0.18.0"}
-    owner |= {"accelerate": "1.12.0", "datasets": "4.4.2", "bitsandbytes": "0.49.0"}
-    assert {name: legacy[name] for name in owner} == owner
+    pins = {"trl": "0.26.2", "transformers": "4.57.3", "peft": "0.18.0"}
+    pins |= {"accelerate": "1.12.0", "datasets": "4.4.2", "bitsandbytes": "0.49.0"}
+    assert {name: legacy[name] for name in pins} == pins
 
 
 def test_pins_that_resolve_otherwise_are_listed_one_by_one() -> None:

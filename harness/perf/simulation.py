@@ -1,6 +1,6 @@
 """How often the gate is wrong: the interval and the verdicts on pairs whose truth is known.
 
-``python -m harness.perf.simulation`` prints the figures of ARCHITECTURE.md as Markdown (minutes, one
+``python -m harness.perf.simulation`` prints the figures of docs/gate.md as Markdown (minutes, one
 core, seeded). It calls the functions that judge real runs, once for every simulated trial.
 """
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 
 class ForgeError(Exception):
-    """Base class. ``exit_code`` is documented in README.md, section "Exit codes"."""
+    """Base class. ``exit_code`` is documented in docs/exit-codes.md."""
 
     exit_code = 1
 

@@ -317,7 +317,7 @@ def test_every_shipped_workload_loads(path: Path) -> None:
         assert load_workload(path).name == path.stem
 
 
-def test_legacy_256_has_its_owners_settings() -> None:
+def test_legacy_256_has_the_settings_of_the_legacy_pipeline() -> None:
     workload = load_workload("legacy_256")
     assert (workload.lora.rank, workload.lora.alpha, workload.lora.dropout) == (16, 32, 0.1)
     assert workload.lora.targets == ("q_proj", "v_proj", "up_proj", "down_proj")
