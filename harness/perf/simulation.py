@@ -177,7 +177,7 @@ def report(trials: int) -> Iterable[str]:
     """The tables, one after the other, all figures in percent."""
     worst = 100 * math.sqrt(0.25 / trials)
     small = 100 * math.sqrt(0.025 * 0.975 / trials)
-    yield f"{trials} simulated trials a figure, in percent; standard error {small:.2f} at 2.5%, {worst:.2f} at 50%.\n"
+    yield f"{trials} simulated trials per figure, in percent; standard error {small:.2f} at 2.5%, {worst:.2f} at 50%.\n"
     sizes = [f"n={n}" for n in SIZES]
 
     rng = np.random.default_rng([SEED, 1])
@@ -253,7 +253,7 @@ def report(trials: int) -> Iterable[str]:
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(prog="python -m harness.perf.simulation", description=__doc__)
-    parser.add_argument("--trials", type=int, default=20_000, help="simulated trials a figure")
+    parser.add_argument("--trials", type=int, default=20_000, help="simulated trials per figure")
     for part in report(parser.parse_args().trials):
         print(part, flush=True)
 

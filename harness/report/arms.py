@@ -50,7 +50,7 @@ def arms_by_workload(evidence: Evidence) -> dict[str, list[ArmRuns]]:
     arms: dict[str, list[ArmRuns]] = {}
     for arm in _arms(evidence, "metric"):
         arms.setdefault(arm.workload, []).append(arm)
-    return {workload: sorted(found, key=_order) for workload, found in arms.items()}
+    return {workload: sorted(of_workload, key=_order) for workload, of_workload in arms.items()}
 
 
 def ablation(evidence: Evidence) -> list[ArmRuns]:

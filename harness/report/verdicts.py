@@ -154,7 +154,7 @@ def overall(judged: dict[str, list[Judged]], *, is_partial: bool = False) -> Sta
 
 def headline(judged: dict[str, list[Judged]]) -> str:
     """``5 of 6 claims passed, 1 FAIL. Accuracy: 6 of 8 passed, 2 INCOMPLETE.``"""
-    return " ".join(_counted(kind, [verdict.status for verdict, _ in found]) for kind, found in judged.items())
+    return " ".join(_counted(kind, [verdict.status for verdict, _ in verdicts]) for kind, verdicts in judged.items())
 
 
 def _counted(kind: str, statuses: list[Status]) -> str:
@@ -172,7 +172,7 @@ def label(verdict: Verdict) -> str:
 
 
 def verdict_table(kind: str, judged: Iterable[Judged], caption: str, what: str) -> Table:
-    """One row per verdict: what must hold, whether it does, and what was found."""
+    """One row per verdict: what must hold, whether it does, and why."""
     rows = tuple(
         Row(
             (label(verdict), verdict.statement or NONE),

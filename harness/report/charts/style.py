@@ -1,7 +1,7 @@
 """What the charts share: how each backend looks, names beside points, legends, axis titles.
 
 Colour is never the only sign: a mark is labelled, or has a shape or a line style of its own. Looks are dealt out to
-the list of backends in order, the baseline first: a backend more takes the next one.
+the list of backends in order: a new backend takes the next one.
 """
 
 from __future__ import annotations

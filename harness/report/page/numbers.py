@@ -13,7 +13,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Spread:
-    """The median of one value a run, with the extremes."""
+    """The median of one value per run, with the extremes."""
 
     middle: float
     low: float
@@ -48,11 +48,11 @@ def number(value: float | None, significant: int = 3) -> str:
     return NONE if value is None else digits(value, significant)
 
 
-def with_range(found: Spread | None, significant: int = 3, scale: float = 1.0) -> str:
+def with_range(values: Spread | None, significant: int = 3, scale: float = 1.0) -> str:
     """``9.49 (9.41 to 9.60)``; the range only where runs differ in the digits shown."""
-    if found is None:
+    if values is None:
         return NONE
-    middle, low, high = (digits(value / scale, significant) for value in (found.middle, found.low, found.high))
+    middle, low, high = (digits(value / scale, significant) for value in (values.middle, values.low, values.high))
     return middle if low == high else f"{middle} {tied(f'({low} to {high})')}"
 
 

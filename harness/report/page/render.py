@@ -16,7 +16,7 @@ from harness.report.page.content import Chart, Report, Table, printable
 
 SIGNS = {"PASS": "✓", "FAIL": "✗", "INCONCLUSIVE": "?", "INCOMPLETE": "…"}
 MEANINGS = {
-    "PASS": "Every claim of the acceptance table holds.",
+    "PASS": "Every claim holds.",
     "FAIL": "At least one claim does not hold.",
     "INCONCLUSIVE": "Not a pass: at least one interval does not decide.",
     "INCOMPLETE": "Not a pass: not everything was measured.",
@@ -67,25 +67,24 @@ def escape_markdown(value: Any) -> Markup:
 
 def runs_by_key(run_ids: Iterable[str]) -> list[tuple[str, list[str]]]:
     """Run ids as (key, counts): ``abc-0001, abc-0003`` becomes ``abc: 0001 0003``."""
-    found: dict[str, list[str]] = {}
+    by_key: dict[str, list[str]] = {}
     for run_id in run_ids:
         key, _, number = run_id.rpartition("-")
-        found.setdefault(key, []).append(number)
-    return list(found.items())
+        by_key.setdefault(key, []).append(number)
+    return list(by_key.items())
 
 
 def blocks(parts: Iterable[Chart | Table]) -> list[tuple[str, list[Chart | Table]]]:
     """What stands side by side: ``charts``, a ``pair`` of a chart and its table, or a ``table`` alone."""
-    found: list[tuple[str, list[Chart | Table]]] = []
+    made: list[tuple[str, list[Chart | Table]]] = []
     for part in parts:
-        last = found[-1] if found else ("", [])
-        if isinstance(part, Chart):
-            if last[0] == "charts":
-                last[1].append(part)
-            else:
-                found.append(("charts", [part]))
-        elif part.is_beside and last[0] == "charts" and len(last[1]) == 1:
-            found[-1] = ("pair", [*last[1], part])
+        kind, before = made[-1] if made else ("", [])
+        if isinstance(part, Chart) and kind == "charts":
+            before.append(part)
+        elif isinstance(part, Chart):
+            made.append(("charts", [part]))
+        elif part.is_beside and kind == "charts" and len(before) == 1:
+            made[-1] = ("pair", [*before, part])
         else:
-            found.append(("table", [part]))
-    return found
+            made.append(("table", [part]))
+    return made

@@ -48,7 +48,7 @@ def _facts(evidence: Evidence, runs: list[Run]) -> Iterable[Row]:
     facts: dict[str, Any] = {
         "GPU": gpu.get("name") or next((name for run in runs if (name := _gpu(run).get("name"))), None),
         "GPU memory": gib(gpu["memory_total_bytes"]) if gpu.get("memory_total_bytes") else None,
-        "Driver, CUDA it brings": _joined(gpu.get("driver"), gpu.get("driver_cuda")),
+        "Driver, CUDA of the driver": _joined(gpu.get("driver"), gpu.get("driver_cuda")),
         "Compute capability": gpu.get("compute_capability"),
         "Highest clocks, MHz (SM, memory)": _joined(gpu.get("max_sm_clock_mhz"), gpu.get("max_memory_clock_mhz")),
         "Power limit, W": gpu.get("power_limit_watts"),

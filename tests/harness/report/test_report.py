@@ -176,7 +176,7 @@ def test_what_was_not_run_is_said(tmp_path: Path) -> None:
     gate = small_gate(tmp_path)
     gate.run(ARMS["genome_full", "trl"], "genome_full", status="out_of_memory")
     gate.entry("not_run/x", "not_run", what="the small base", reason="no time was left")
-    for number in range(3):  # one a metric
+    for number in range(3):  # one per metric
         gate.entry(f"not_run/{number}", "not_run", what="unsloth on legacy_256", reason="no time was left")
     _, markdown = report_of(gate)
     gaps = markdown.split("## What was not run")[1].split("## All runs")[0]
