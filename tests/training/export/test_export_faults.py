@@ -29,9 +29,9 @@ from forge.training.export.export import export_run
 from forge.training.export.gguf import quantize, verify_gguf
 from forge.training.llamacpp import install as llama_cpp
 from forge.training.system.command import _Stdout, carry_out
-from forge.training.system.errors import CheckError, DiskError, ForgeError, LockedError, MachineError
-from forge.training.system.files import clear_leftovers, staged_directory
+from forge.training.system.errors import CheckError, DiskError, ForgeError, MachineError
 from tests.support import stub_llama_cpp as stub
+from tests.support.processes import children_of, wait_for_end
 from tests.support.tiny_model import gguf_file, merged_dir, scratch, shared_adapter, shared_base
 from tests.support.tiny_run import write_run
 
@@ -65,18 +65,6 @@ def quick(names: Iterable[str], *chosen: str) -> list[Any]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def children_of(pid: int) -> list[int]:
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rsplit(")", 1)[1].split()
-        except OSError:
-            continue
-        if int(fields[1]) == pid and fields[0] != "Z":
-            found.append(int(stat.parent.name))
-    return found
 
 
 TOOLS: dict[str, tuple[str, type[ForgeError], str]] = {
@@ -341,61 +329,6 @@ def test_an_export_stopped_by_a_signal_keeps_the_old_one_and_leaves_no_process(
     assert not list(run_dir.glob(".export.*"))
     assert sorted(os.listdir(run_dir)) == [".lock", "adapter", "export", "merged", "run.json"]
     verify_gguf(run_dir / "export" / "lighthouse.q8_0.gguf")
-
-
-def wait_for_end(pids: list[int]) -> None:
-    deadline = time.monotonic() + 10
-    while any(Path(f"/proc/{pid}").exists() and pid in alive(pids) for pid in pids):
-        assert time.monotonic() < deadline, "a child outlives the export"
-        time.sleep(0.02)
-
-
-def alive(pids: list[int]) -> list[int]:
-    found = []
-    for pid in pids:
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-        except OSError:
-            continue
-        if state != "Z":
-            found.append(pid)
-    return found
-
-
-def test_what_another_process_is_writing_is_no_leftover(tmp_path: Path) -> None:
-    """Two runs exported to one place at the same time."""
-    target = tmp_path / "model"
-    with staged_directory(target) as staging:
-        (staging / "file").write_text("half")
-        with pytest.raises(LockedError, match="another process is writing"):
-            clear_leftovers(target)
-        clear_leftovers(tmp_path / "mod")  # a name that this one begins with
-        (staging / "file").write_text("whole")
-    assert contents(tmp_path) == {"model/file": b"whole"}
-
-
-def test_what_was_being_replaced_gets_its_name_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A signal, or an error, between the two renames."""
-    target = tmp_path / "model"
-    with staged_directory(target) as staging:
-        (staging / "file").write_text("old")
-    real = os.replace
-
-    def stop_at_the_second(source: Any, destination: Any) -> None:
-        if Path(source).suffix == ".part":
-            raise KeyboardInterrupt
-        real(source, destination)
-
-    monkeypatch.setattr(os, "replace", stop_at_the_second)
-    with pytest.raises(KeyboardInterrupt), staged_directory(target, force=True) as staging:
-        (staging / "file").write_text("new")
-    assert contents(tmp_path) == {"model/file": b"old"}
-    monkeypatch.undo()
-    old = tmp_path / ".model.abcdefgh.old"  # as a kill between the two leaves it
-    old.mkdir()
-    target.rename(old / "model")
-    clear_leftovers(target)
-    assert contents(tmp_path) == {"model/file": b"old"}
 
 
 # The command

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import signal
 import struct
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,10 +16,7 @@ import pytest
 from forge.training.adapter.merge import merge_adapter
 from forge.training.export.chat import answer, converse
 from forge.training.export.gguf import convert_lora_to_gguf, convert_to_gguf, quantize, verify_gguf
-from forge.training.llamacpp.converter import recognise_pre_tokenizer
-from forge.training.llamacpp.install import llama_cpp_status, llama_cpp_tree, supported_architectures
-from forge.training.llamacpp.parent import Child, run_child
-from forge.training.system.errors import CheckError, ConfigurationError, DataError, DiskError, MachineError
+from forge.training.system.errors import CheckError, ConfigurationError, DataError, DiskError
 from tests.support.tiny_model import (
     SENTENCES,
     gguf_file,
@@ -360,83 +352,3 @@ def test_models_that_the_converter_would_spoil_are_refused(tmp_path: Path) -> No
     with pytest.raises(DataError, match="holds no"):
         convert_to_gguf(model, tmp_path / "x.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-SPECIFICATIONS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "other digits": (lambda s: s["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex="x"), "pre-tokenizer"),
-    "spaces prefixed": (
-        lambda s: s["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True),
-        "pre-tokenizer",
-    ),
-    "none": (lambda s: s.update(pre_tokenizer=None), "pre-tokenizer"),
-    "merges ignored": (lambda s: s["model"].update(ignore_merges=True), "pre-tokenizer"),
-    "lower case": (lambda s: s.update(normalizer={"type": "Lowercase"}), "normalizer"),
-    "empty vocabulary": (lambda s: s["model"].update(vocab={}), "256 byte symbols"),
-    "byte fallback": (lambda s: s["model"].update(byte_fallback=True), "byte-level BPE"),
-    "unigram": (lambda s: s["model"].update(type="Unigram"), "byte-level BPE"),
-}
-
-
-@pytest.mark.parametrize("name", SPECIFICATIONS)
-def test_only_pre_tokenizers_that_llama_cpp_implements_are_recognised(name: str) -> None:
-    specification = json.loads((shared_base() / "tokenizer.json").read_text())
-    assert recognise_pre_tokenizer(specification) == "qwen2"
-    change, complaint = SPECIFICATIONS[name]
-    change(specification)
-    with pytest.raises(CheckError, match=complaint):
-        recognise_pre_tokenizer(specification)
-
-
-def test_a_child_that_hangs_is_ended() -> None:
-    with Child() as child, pytest.raises(CheckError, match="no answer within"):
-        child.ask("status", {}, doing="wait", limit_seconds=0.01)
-    assert child._process.returncode == -signal.SIGKILL
-
-
-def test_a_child_that_needs_too_much_memory_is_ended() -> None:
-    with pytest.raises((CheckError, MachineError), match=r"cannot load|cannot be loaded|[Mm]emory|status failed"):
-        run_child("status", {}, doing="load llama.cpp", limit_seconds=60, memory_limit_bytes=64 << 20)
-
-
-def test_no_child_outlives_a_killed_parent() -> None:
-    """While it works: an idle one ends anyhow, with its input."""
-    code = (
-        "import sys\n"
-        "from forge.training.llamacpp.parent import Child\n"
-        "arguments = dict(model_dir=sys.argv[1], target=sys.argv[1] + '/never', outtype='f16', model_name='x')\n"
-        "with Child() as child:\n"
-        "    child.ask('status', {}, doing='start', limit_seconds=60)\n"
-        "    print(child._process.pid, flush=True)\n"
-        "    child.ask('convert', arguments, doing='work', limit_seconds=60)\n"
-    )
-    parent = subprocess.Popen([sys.executable, "-c", code, str(merged_dir())], stdout=subprocess.PIPE, text=True)
-    assert parent.stdout is not None
-    child_pid = int(parent.stdout.readline())
-    time.sleep(0.3)  # it has begun to import torch, which takes seconds
-    parent.kill()
-    parent.wait()
-    parent.stdout.close()
-    deadline = time.monotonic() + 1
-    while is_running(child_pid):
-        assert time.monotonic() < deadline, "the child lives on"
-        time.sleep(0.02)
-
-
-def is_running(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except OSError:
-        return False
-    return state != "Z"
-
-
-def test_llama_cpp_is_found_and_its_absence_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    status = llama_cpp_status()
-    assert (status.problem, status.version) == (None, "0.3.36")
-    assert "Qwen2ForCausalLM" in supported_architectures()
-    tree = llama_cpp_tree()
-    monkeypatch.setenv("FORGE_LLAMA_CPP", str(tmp_path))
-    assert "is not at" in str(llama_cpp_status().problem)
-    shutil.copyfile(tree / "convert_hf_to_gguf.py", tmp_path / "convert_hf_to_gguf.py")
-    assert "incomplete" in str(llama_cpp_status().problem)
-    os.environ.pop("FORGE_LLAMA_CPP", None)
