@@ -182,14 +182,8 @@ class Entry:
     def verdict(self) -> Verdict | None:
         """The verdict that this entry states; None where it states none. Raises :class:`DataError`."""
         content = self.info.get("verdict")
-        if not content:
-            return None
-        if isinstance(content, dict):  # parity's verdicts have their number beside the figures, architectures no name
-            content = {"name": self.info.get("metric"), **content}
-            if "number" in content:
-                content["figures"] = {**_object(content.get("figures")), "rung": content.pop("number")}
         try:
-            return Verdict.model_validate(content)
+            return Verdict.model_validate(content) if content else None
         except ValidationError as invalid:
             problem = f"entry {self.name}: not a verdict: {_first(invalid, 'extra_info.verdict')}"
             raise DataError(problem, remedy=REMEDY) from invalid

@@ -1,6 +1,6 @@
-"""Synthetic verdicts for the synthetic gate: parity, export and reliability, through the real classes and judges.
+"""Synthetic verdicts for the synthetic gate: every one that parity, export and reliability leave, once, and a PASS.
 
-The numbers are plausible and none was measured. Each of a whole gate's is there once, and a PASS.
+The figures are plausible and none was measured; those of an export come from the real judges.
 """
 
 from __future__ import annotations

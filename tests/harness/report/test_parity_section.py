@@ -1,4 +1,4 @@
-"""The report's rooms beside speed: the parity ladder with its curves and differences, and the export as one chain."""
+"""The report beside speed: the parity ladder with its curves and differences, and the export as one chain."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def gate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str,
     for number in (4, 5, 6):
         rung = judged(ladder, number)
         entries.append(entry("parity", f"rung {number}", verdict=rung.to_dict(), run_ids=rung.run_ids, **arms))
-    found = divergence_answer(4e-7, 1e-8)
-    found["pairs"] = [{**pair, "same_top_share": 0.987} for pair in found["pairs"]]
-    found["pairs"][0]["mean_kl_nats"] = 1.0
-    found["chain"][1]["change_nats_per_token"] = -0.5
-    found["held_out"]["num_tokens"] = 1234
-    found["four_bit"] = {"nats_per_token": 3.5, "shift_nats_per_token": 0.0125, "standard_error_nats_per_token": 0.001}
+    answer = divergence_answer(4e-7, 1e-8)
+    answer["pairs"] = [{**pair, "same_top_share": 0.987} for pair in answer["pairs"]]
+    answer["pairs"][0]["mean_kl_nats"] = 1.0
+    answer["chain"][1]["change_nats_per_token"] = -0.5
+    answer["held_out"]["num_tokens"] = 1234
+    answer["four_bit"] = {"nats_per_token": 3.5, "shift_nats_per_token": 0.0125, "standard_error_nats_per_token": 0.001}
     for name in ("merged_against_adapter", *(f"divergence_{kind}" for kind in KINDS), "chain"):
-        entries.append(entry("export", name, verdict=verdict_on(found, name).to_dict()))
+        entries.append(entry("export", name, verdict=verdict_on(answer, name).to_dict()))
     steps = [{"name": "merge", "seconds": 36.2, "num_bytes": 15 << 30, "peak_rss_bytes": 9 << 30}]
     entries.append(entry("export", "export_seconds", steps=steps))
     return where, entries
@@ -66,7 +66,7 @@ def section(markdown: str, title: str) -> str:
     return markdown.split(f"## {title}")[1].split("\n## ")[0]
 
 
-def test_the_ladder_has_a_verdict_a_rung_with_what_was_found_and_its_runs(gate: Any) -> None:
+def test_the_ladder_has_a_verdict_per_rung_with_its_reason_and_its_runs(gate: Any) -> None:
     ladder = section(report_of(gate)[1], "Accuracy: the parity ladder")
     for number, name in ((2, "first step"), (4, "noise"), (5, "trajectory"), (6, "outcome")):
         row = next(line for line in ladder.splitlines() if f"rung {number}, {name}" in line)
