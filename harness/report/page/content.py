@@ -66,7 +66,7 @@ class Section:
 
     name: str
     title: str
-    paragraphs: tuple[str, ...] = ()
+    intro: str = ""
     parts: tuple[Chart | Table, ...] = ()
     notes: tuple[str, ...] = ()
     sections: tuple[Section, ...] = ()

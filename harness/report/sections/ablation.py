@@ -50,9 +50,9 @@ def build(arms: Sequence[ArmRuns]) -> Section:
     return Section(
         "ablation",
         "Where the gain comes from",
-        paragraphs=(
+        intro=(
             "An ablation: each line makes one change to the line before it. One run per line, the same work in each. "
-            "It shows causes; it is not a claim.",
+            "It shows causes; it is not a claim."
         ),
         parts=tuple(parts),
     )
@@ -84,9 +84,9 @@ def build_matmul_peak(evidence: Evidence) -> Section:
     return Section(
         "matmul-peak",
         "Use of the GPU's arithmetic",
-        paragraphs=(
+        intro=(
             "Model FLOPs: those that the model's forward and backward pass need, without recomputation. The peak is "
-            "not a data sheet's: it is that of large bfloat16 matrix products, measured on this GPU in the same gate.",
+            "not a data sheet's: it is that of large bfloat16 matrix products, measured on this GPU in the same gate."
         ),
         parts=tuple(parts),
     )

@@ -73,12 +73,12 @@ def build(evidence: Evidence) -> Section:
     return Section(
         "context",
         "Context against memory",
-        paragraphs=(
+        intro=(
             "How much GPU memory a training step on one document needs, by the document's tokens. The longest that "
             "fits is predicted from two measured lengths, and confirmed by one step just below and one just above. A "
             "budget stands for a card of that size, before the model is loaded: the allocator is capped (less what "
             "the CUDA context takes), and libraries that ask for the size of the memory get that size. In the chart a "
-            "broken line is a budget, a ring the longest step that fits, a dot a peak in the largest budget.",
+            "broken line is a budget, a ring the longest step that fits, a dot a peak in the largest budget."
         ),
         parts=(*charts, longest, lengths) if measured else (),
     )

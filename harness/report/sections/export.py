@@ -26,9 +26,9 @@ def build(evidence: Evidence, judged: list[Judged]) -> Section:
     return Section(
         "export",
         "Export: from the adapter to the files",
-        paragraphs=(
+        intro=(
             "On held-out text, with a model trained in this gate. Divergences are those of each file's predictions in "
-            "llama.cpp from the merged weights' in float32.",
+            "llama.cpp from the merged weights' in float32."
         ),
         parts=tuple(parts),
     )

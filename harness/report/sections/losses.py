@@ -26,10 +26,10 @@ def build(arms: dict[str, list[ArmRuns]]) -> Section:
     return Section(
         "losses",
         "Loss",
-        paragraphs=(
+        intro=(
             "One run per arm, the same documents in the same order: the lines should lie on each other. Dropout draws "
             "other masks in each backend, so the curves agree but for noise. Whether a difference matters is judged "
-            "by the parity claims, not by eye.",
+            "by the parity claims, not by eye."
         ),
         parts=tuple(parts),
     )

@@ -74,10 +74,10 @@ def build_appendix(evidence: Evidence) -> Section:
     return Section(
         "runs",
         "All runs",
-        paragraphs=(
+        intro=(
             "Every process that the store holds, whether or not a number above comes from it. Runs of equal key are "
             "repetitions of one measurement: the same code, workload, plan, packages and GPU. A run's record is "
-            "runs/RUN.json in the store, a probe's answer probes/PROBE.json.",
+            "runs/RUN.json in the store, a probe's answer probes/PROBE.json."
         ),
         parts=tuple(part for part in parts if part.rows),
     )

@@ -33,9 +33,9 @@ def build(judged: list[Judged]) -> Section:
     return Section(
         "parity",
         "Accuracy: the parity ladder",
-        paragraphs=(
+        intro=(
             "Does the candidate train as well as the baseline? Six rungs, from the numbers that go in to held-out "
-            "documents; each stands on those below it. A backend's speed counts only where all of them pass.",
+            "documents; each stands on those below it. A backend's speed counts only where all of them pass."
         ),
         parts=tuple(parts),
     )

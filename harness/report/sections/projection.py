@@ -32,11 +32,11 @@ def build(arms: dict[str, list[ArmRuns]]) -> Section:
     return Section(
         "projection",
         "The whole training run, projected",
-        paragraphs=(
+        intro=(
             "Not measured: projected. Each run's measured steps are fitted by seconds = a × documents + b × tokens + "
             "c × sum of squared document lengths (no coefficient negative). The fit is evaluated for the whole corpus "
             "and multiplied by the workload's epochs, so that long documents weigh as much as they cost. Loading, "
-            "validation, saving and export are not included. It holds for the measured GPU only.",
+            "validation, saving and export are not included. It holds for the measured GPU only."
         ),
         parts=tuple(parts),
     )

@@ -19,10 +19,10 @@ def build(arms: dict[str, list[ArmRuns]], evidence: Evidence) -> Section:
     return Section(
         "training",
         "Training time and memory",
-        paragraphs=(
+        intro=(
             f"The same examples in the same optimizer steps with each backend. An arm is a backend in a layout; "
             f"{BASELINE.name} in its own layout is the baseline. Every run is a process of its own. A layout changes "
-            "speed and memory, never the mathematics of a step.",
+            "speed and memory, never the mathematics of a step."
         ),
         sections=tuple(_workload(workload, of_workload, evidence) for workload, of_workload in arms.items()),
         notes=(
@@ -39,19 +39,19 @@ def build(arms: dict[str, list[ArmRuns]], evidence: Evidence) -> Section:
 
 def _workload(workload: str, arms: Sequence[ArmRuns], evidence: Evidence) -> Section:
     run = next((arm.example for arm in arms if arm.example), None)
-    words = []
+    intro = ""
     if run and run.record:
-        words = [
+        intro = (
             f"{run.record.workload.get('description') or workload} Measured: steps {run.num_warmup_steps + 1} to "
             f"{len(run.steps)}, {run.documents:,} documents, {run.tokens:,} tokens."
-        ]
+        )
     baseline = baseline_of(arms)
     pairs = tuple(_pairs_beside(workload, evidence))
     columns = ("Pair", "Seconds", "Speedup", "Of its memory")
     return Section(
         f"training-{workload}",
         workload,
-        paragraphs=tuple(words),
+        intro=intro,
         parts=(
             bars(f"time-{workload}", f"{workload}: training time, seconds", [_time_bar(arm) for arm in arms]),
             bars(f"peak-{workload}", f"{workload}: peak GPU memory", [_peak_bar(arm) for arm in arms], _floor(arms)),
@@ -163,7 +163,7 @@ def build_trade_off(arms: dict[str, list[ArmRuns]]) -> Section:
     return Section(
         "pareto",
         "Speed against memory",
-        paragraphs=("Up and to the left is better. The broken line joins the arms that no other arm beats in both.",),
+        intro="Up and to the left is better. The broken line joins the arms that no other arm beats in both.",
         parts=tuple(parts),
     )
 
@@ -203,11 +203,11 @@ def build_phases(arms: dict[str, list[ArmRuns]]) -> Section:
     return Section(
         "phases",
         "Memory by phase",
-        paragraphs=(
+        intro=(
             "Peaks up to the end of each phase, counted from the start of the process. The weight floor is "
             "computed, not measured: the linear layers in the workload's quantisation, embeddings and head in 16 "
             "bits, the adapter, its gradients and optimizer state. No plan trains with less (loading alone needs "
-            "less: gradients and optimizer state come later). The rest is activations, logits and buffers.",
+            "less: gradients and optimizer state come later). The rest is activations, logits and buffers."
         ),
         parts=tuple(parts),
     )
