@@ -99,8 +99,8 @@ def base(
     from forge.training.models.base import resolve_base
 
     console = logs()
-    found = resolve_base(path, offline=offline, revision=revision, progress=lambda line: console.print(line))
-    sys.stdout.write(f"{found}\n")
+    directory = resolve_base(path, offline=offline, revision=revision, progress=lambda line: console.print(line))
+    sys.stdout.write(f"{directory}\n")
 
 
 @app.command()
@@ -156,7 +156,7 @@ def context(
     """Measure the longest document that this GPU, or a smaller one, trains on."""
     from forge.training.checks.max_context import describe_context, measure_context
 
-    found = measure_context(
+    answer = measure_context(
         workload,
         overrides or [],
         choose_backend(backend.value),
@@ -165,7 +165,7 @@ def context(
         lengths=lengths.split(","),
         seconds=seconds,
     )
-    print_json(found) if as_json else results().print(describe_context(found), markup=False)
+    print_json(answer) if as_json else results().print(describe_context(answer), markup=False)
 
 
 @app.command()
@@ -213,8 +213,8 @@ def status(run: RunArgument, as_json: Json = False) -> None:
     from forge.training.train.display import describe_status_line
     from forge.training.train.status import describe_status
 
-    found = describe_status(run)
-    print_json(found) if as_json else results().print(describe_status_line(found), markup=False)
+    state = describe_status(run)
+    print_json(state) if as_json else results().print(describe_status_line(state), markup=False)
 
 
 @app.command()

@@ -118,13 +118,13 @@ def _ask_all(workload: Workload, run_dir: Path) -> list[dict[str, Any]]:
         if model.stem.endswith("-lora"):
             continue
         for fact in workload.evaluation.facts:
-            said = answer(
+            text = answer(
                 model,
                 fact.question,
                 system=workload.data.system_prompt,
                 max_tokens=workload.evaluation.max_new_tokens,
             )
-            rows.append({"model": model.name, "question": fact.question, "answer": said, "found": fact.answer in said})
+            rows.append({"model": model.name, "question": fact.question, "answer": text, "found": fact.answer in text})
     return rows
 
 

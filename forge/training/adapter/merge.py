@@ -131,7 +131,7 @@ def usable_merge(
     """The record of a merge made before if it is of this base and this adapter, and unchanged since; else ``None``.
 
     Unchanged: every weight by its digest, and every file beside them is the base's. Raises :class:`DataError`
-    for a record that is none.
+    for an invalid record.
     """
     if not (directory / RECORD).is_file():
         return None

@@ -1,4 +1,4 @@
-"""Where between a length that fits and one that does not the longest lies: arithmetic, and what takes steps for it."""
+"""Finds the longest document that fits, by bracketing between a length that fits and one that does not."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def measure(stepper: Stepper, lengths: list[int], seconds: float) -> tuple[list[
     for length in lengths:
         if len(measured) >= 2 and measured[-1][2] * (length / measured[-1][0]) ** 2 > seconds:
             break
-        got = stepper.step(length)
-        if got is None:
+        peak = stepper.step(length)
+        if peak is None:
             return measured, length
-        measured.append((length, *got))
+        measured.append((length, *peak))
     return measured, None
 
 

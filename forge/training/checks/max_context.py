@@ -69,7 +69,7 @@ class Card:
         self.cap_bytes = self.budget_bytes - overhead
         torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, self.cap_bytes) / self.total_bytes))
 
-    def told(self, device: Any = None) -> tuple[int, int]:
+    def free_and_total(self, device: Any = None) -> tuple[int, int]:
         """Free and total bytes, as `torch.cuda.mem_get_info` says them."""
         import torch
 
@@ -84,7 +84,7 @@ def card_of(budget_bytes: int | None) -> Iterator[Card]:
 
     real = torch.cuda.mem_get_info, torch.cuda.get_per_process_memory_fraction
     card = Card(budget_bytes)
-    torch.cuda.mem_get_info = card.told
+    torch.cuda.mem_get_info = card.free_and_total
     torch.cuda.get_per_process_memory_fraction = lambda device=None: 1.0  # of what mem_get_info says there is
     try:
         yield card
@@ -166,7 +166,7 @@ def longest_within(prober: Prober, card: Card, lengths: list[int], seconds: floa
     started = time.perf_counter()
     card.limit()
     embedding = prober.model.get_input_embeddings().weight
-    found: dict[str, Any] = {
+    answer: dict[str, Any] = {
         "loaded_bytes": torch.cuda.memory_allocated(),
         "is_embedding_on_host": embedding.device.type == "cpu",
     }
@@ -176,18 +176,18 @@ def longest_within(prober: Prober, card: Card, lengths: list[int], seconds: floa
     points = [point for point in measured if point[1] <= card.cap_bytes]
     if len(points) < len(measured):
         fails = measured[len(points)][0]
-    found |= {"cap_bytes": card.cap_bytes, "points": [list(point) for point in points], "tries": []}
-    found |= {"tokens_fits": points[-1][0] if points else None, "tokens_fails": fails}
+    answer |= {"cap_bytes": card.cap_bytes, "points": [list(point) for point in points], "tries": []}
+    answer |= {"tokens_fits": points[-1][0] if points else None, "tokens_fails": fails}
     if not points:
-        return found | {"why": f"not even {lengths[0]} tokens fit"}
+        return answer | {"why": f"not even {lengths[0]} tokens fit"}
     predicted = predict(points, card.cap_bytes) if len(points) > 1 else points[0][0]
-    found["predicted_tokens"] = int(predicted)
+    answer["predicted_tokens"] = int(predicted)
     if not card.is_real:
-        return found | {"why": f"not confirmed: this GPU has {card.total_bytes / _GIB:.1f} GiB in all"}
+        return answer | {"why": f"not confirmed: this GPU has {card.total_bytes / _GIB:.1f} GiB in all"}
     longest, _, longest_seconds = points[-1]
     left = seconds - (time.perf_counter() - started)
-    bracket(prober, predicted, left, found, pace=(longest, longest_seconds))
-    return found
+    bracket(prober, predicted, left, answer, pace=(longest, longest_seconds))
+    return answer
 
 
 def _rising(lengths: Sequence[str | int]) -> list[int]:
@@ -240,12 +240,12 @@ def measure_context(
             inputs = prepare_inputs(workload, base, folder / "run")
             vocabulary = int(read_json_object(base / "config.json")["vocab_size"])
             job = TrainingJob(workload, plan, backend, base, folder / "run", inputs.train, None)
-            found: dict[str, Any] = {}
+            answer: dict[str, Any] = {}
 
             class Probe(TrainerCallback):  # type: ignore[misc]
                 def on_step_end(self, *_: Any, model: Any, **__: Any) -> None:
                     prober = Prober(trainer, model, vocabulary * 9 // 10)  # below the specials
-                    found.update(longest_within(prober, card, tokens, seconds))
+                    answer.update(longest_within(prober, card, tokens, seconds))
                     raise _Done
 
             try:
@@ -256,18 +256,18 @@ def measure_context(
             except RuntimeError as error:
                 if memory_that_ran_out(error) != "GPU":
                     raise
-                found = {"cap_bytes": card.cap_bytes, "points": [], "tries": []}
-                found["why"] = "the weights and a first step of short documents do not fit"
-    return {"backend": backend, "plan": plan.model_dump(), "budget_gib": card.budget_bytes / _GIB, **found}
+                answer = {"cap_bytes": card.cap_bytes, "points": [], "tries": []}
+                answer["why"] = "the weights and a first step of short documents do not fit"
+    return {"backend": backend, "plan": plan.model_dump(), "budget_gib": card.budget_bytes / _GIB, **answer}
 
 
-def describe_context(found: dict[str, Any]) -> str:
-    """One line about what :func:`measure_context` found."""
-    card = f"{found['backend']} on {found['budget_gib']:.1f} GiB"
-    if not found.get("tokens_fits"):
-        return f"{card}: {found.get('why', 'nothing was measured')}"
-    least = f"; {found['tokens_fails']:,} do not" if found.get("tokens_fails") else f"; {found.get('why', '')}"
-    return f"{card}: documents of {found['tokens_fits']:,} tokens fit{least}"
+def describe_context(answer: dict[str, Any]) -> str:
+    """What :func:`measure_context` measured, in one line."""
+    card = f"{answer['backend']} on {answer['budget_gib']:.1f} GiB"
+    if not answer.get("tokens_fits"):
+        return f"{card}: {answer.get('why', 'nothing was measured')}"
+    least = f"; {answer['tokens_fails']:,} do not" if answer.get("tokens_fails") else f"; {answer.get('why', '')}"
+    return f"{card}: documents of {answer['tokens_fits']:,} tokens fit{least}"
 
 
 def _short_documents(folder: Path) -> Path:

@@ -44,7 +44,7 @@ def evaluate_run(
     """Measure ``subjects`` on a completed run's held-out documents and write ``run_dir/evaluation.json``.
 
     ``device``: cpu or cuda, by default CUDA where there is a GPU. ``merged_dir``: the merged model;
-    by default ``run_dir/merged``, or merged for the occasion. Raises :class:`ConfigurationError`,
+    by default ``run_dir/merged``, or a merge made now and removed afterwards. Raises :class:`ConfigurationError`,
     :class:`DataError` (run, base, tokenizer, adapter or examples are not what the record says; a loss is
     not finite), :class:`MachineError`, :class:`GpuMemoryError`, :class:`DiskError`, :class:`LockedError`.
     """
@@ -127,7 +127,7 @@ class _Models:
 
     @contextmanager
     def _merged_model(self) -> Iterator[Path]:
-        """The directory of the merged model; where there is none of this base and adapter, one for the occasion."""
+        """The merged model's directory; without one of this base and adapter, a merge that is removed afterwards."""
         from forge.training.adapter.merge import merge_adapter, usable_merge
 
         directory, adapter_dir = self.given_merged_dir or self.run_dir / "merged", self.run_dir / "adapter"

@@ -39,7 +39,7 @@ def check_architecture(base: ModelWeights) -> None:
 def check_row_sizes(base: ModelWeights, quantizations: Sequence[str]) -> None:
     """Raise :class:`ConfigurationError` where rows do not divide into a type's blocks.
 
-    llama.cpp would then store those tensors in larger types, in silence, under the asked name.
+    llama.cpp would then store those tensors in larger types, without an error and under the same name.
     """
     for quantization in quantizations:
         block = GGUF_TYPES[quantization].block

@@ -14,8 +14,7 @@ from typing import Any
 from forge.training.adapter.merge import usable_merge
 from forge.training.adapter.provenance import read_own_base, require_own_adapter
 from forge.training.config.quantizations import QUANTIZED
-from forge.training.export import disk_space as space
-from forge.training.export import gguf
+from forge.training.export import disk_space, gguf
 from forge.training.export.card import read_evaluation, write_card
 from forge.training.export.chat_template import chatml_default_system, read_chat_template
 from forge.training.export.export_record import ExportRecord, Step, print_export
@@ -60,12 +59,12 @@ def export_run(
     run = completed_record(run_dir)
     target = (out_dir or run_dir / "export").absolute()
     refuse_existing(target, force)
-    space.check_quantizations(quantizations)
+    disk_space.check_quantizations(quantizations)
     base = read_own_base(run)
-    space.check_architecture(base)
+    disk_space.check_architecture(base)
     require_llama_cpp()
     if not allow_fallback:
-        space.check_row_sizes(base, quantizations)
+        disk_space.check_row_sizes(base, quantizations)
     with locked(run_dir):
         run = completed_record(run_dir)  # nobody can be training into it any more
         adapter_bytes = require_own_adapter(run, run_dir, base)
@@ -189,8 +188,8 @@ class _Export:
 
     def _require_space(self, path: Path, quantization: str) -> None:
         """Asked again before every file: others write to the disk too."""
-        num_bytes = space.with_margin(space.file_bytes(self.base, quantization))
-        space.require_space(path.parent, num_bytes, f"the {quantization} file")
+        num_bytes = disk_space.with_margin(disk_space.file_bytes(self.base, quantization))
+        disk_space.require_space(path.parent, num_bytes, f"the {quantization} file")
 
     def _file_name(self, quantization: str) -> str:
         return f"{self.name}.{quantization}.gguf"
@@ -212,15 +211,15 @@ def _require_space(
     existing = next(folder for folder in target.parents if folder.is_dir())
     apart = keeps_merged and writes_merged and existing.stat().st_dev != run_dir.stat().st_dev
     if apart:
-        space.require_space(run_dir, space.with_margin(base.num_bytes), "the merged model")
-    needed = space.peak_disk_bytes(
+        disk_space.require_space(run_dir, disk_space.with_margin(base.num_bytes), "the merged model")
+    needed = disk_space.peak_disk_bytes(
         base,
         quantizations,
         adapter_bytes=adapter_bytes,
         writes_merged=writes_merged and not apart,
         keeps_merged=keeps_merged,
     )
-    space.require_space(target.parent, needed, "the export")
+    disk_space.require_space(target.parent, needed, "the export")
     return needed
 
 

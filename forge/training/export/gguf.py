@@ -197,20 +197,20 @@ class _Digest(Thread):
 
     def __init__(self, path: Path) -> None:
         super().__init__(daemon=True)  # an interrupted export ends at once, not after 15 GB
-        self._path, self._found = path, ""
+        self._path, self._sha256 = path, ""
         self.start()
 
     def run(self) -> None:
         """Called by the thread."""
         with suppress(OSError):
-            self._found = sha256_file(self._path)
+            self._sha256 = sha256_file(self._path)
 
     def result(self) -> str:
         """The digest. Raises :class:`DataError` if the file could not be read to its end."""
         self.join()
-        if not self._found:
+        if not self._sha256:
             raise DataError(f"cannot read {self._path} to its end")
-        return self._found
+        return self._sha256
 
 
 def memory_limit_bytes(num_bytes: int) -> int:

@@ -27,7 +27,7 @@ def open_model(path: str, lora: str | None, context_tokens: int) -> dict[str, An
         raise CheckError(f"llama.cpp refuses {path}: {reason()}") from error
     if lora is not None and not _model._lora_adapter:  # NULL, which llama-cpp-python takes for success
         raise CheckError(f"llama.cpp refuses the adapter {lora} for {path}: {reason()}")
-    if "tokenizer.chat_template" not in _model.metadata:  # llama-cpp-python would use Llama 2's in silence
+    if "tokenizer.chat_template" not in _model.metadata:  # llama-cpp-python would silently use Llama 2's
         raise CheckError(f"{path} has no chat template", remedy="export it from a tokenizer that has one")
     return {"name": _model.metadata.get("general.name", "")}
 

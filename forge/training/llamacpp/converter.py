@@ -68,11 +68,11 @@ def recognise_pre_tokenizer(specification: dict[str, Any]) -> str:
     normalizer = specification.get("normalizer")
     if normalizer not in _HARMLESS_NORMALIZERS:
         raise CheckError(f"llama.cpp does not implement the normalizer {json.dumps(normalizer)[:100]}")
-    found = _without_offsets(specification.get("pre_tokenizer"))
+    pre_tokenizer = _without_offsets(specification.get("pre_tokenizer"))
     for name, known, ignore_merges in _KNOWN_PRE_TOKENIZERS:
-        if found == known and bool(model.get("ignore_merges")) == ignore_merges:
+        if pre_tokenizer == known and bool(model.get("ignore_merges")) == ignore_merges:
             return name
-    raise CheckError(f"llama.cpp does not implement the pre-tokenizer {json.dumps(found)[:200]}")
+    raise CheckError(f"llama.cpp does not implement the pre-tokenizer {json.dumps(pre_tokenizer)[:200]}")
 
 
 def _without_offsets(value: Any) -> Any:

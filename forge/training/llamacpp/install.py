@@ -50,12 +50,12 @@ def llama_cpp_tree() -> Path:
 def require_llama_cpp() -> None:
     """Raise :class:`MachineError` if the converter or the quantiser is missing, without loading either."""
     llama_cpp_tree()
-    found = package_version("llama_cpp_python") if find_spec("llama_cpp") is not None else None
-    if found is None:
+    installed = package_version("llama_cpp_python") if find_spec("llama_cpp") is not None else None
+    if installed is None:
         raise MachineError("llama-cpp-python is missing: it quantises and verifies", remedy="run `make setup`")
-    if found != VERSION:
+    if installed != VERSION:
         raise MachineError(
-            f"llama-cpp-python is {found}; the converter belongs to {VERSION}", remedy="run `make setup`"
+            f"llama-cpp-python is {installed}; the converter belongs to {VERSION}", remedy="run `make setup`"
         )
 
 

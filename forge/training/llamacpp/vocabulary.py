@@ -68,6 +68,6 @@ def render(conversations: list[list[dict[str, str]]]) -> dict[str, Any]:
     formatter = Jinja2ChatFormatter(
         template=template, eos_token=piece(_model.token_eos()), bos_token=piece(_model.token_bos())
     )
-    found = [formatter(messages=messages) for messages in conversations]  # type: ignore[arg-type]
-    ids = [_model.tokenize(one.prompt.encode(), add_bos=not one.added_special, special=True) for one in found]
-    return {"texts": [one.prompt for one in found], "ids": ids}
+    rendered = [formatter(messages=messages) for messages in conversations]  # type: ignore[arg-type]
+    ids = [_model.tokenize(text.prompt.encode(), add_bos=not text.added_special, special=True) for text in rendered]
+    return {"texts": [text.prompt for text in rendered], "ids": ids}

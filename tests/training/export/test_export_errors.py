@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from forge.training.adapter.merge import merge_adapter, usable_merge
-from forge.training.export import disk_space as space
+from forge.training.export import disk_space
 from forge.training.export.export import export_run
 from forge.training.models.weights import read_weights
 from forge.training.system.errors import CheckError, ConfigurationError, DataError, DiskError, LockedError, MachineError
@@ -112,7 +112,9 @@ def test_disk_need_counts_what_lies_there_at_the_same_time() -> None:
 
     def need(*quantizations: str, merged: bool = True, kept: bool = False) -> float:
         fixed = 64 << 20
-        total = space.peak_disk_bytes(base, quantizations, adapter_bytes=0, writes_merged=merged, keeps_merged=kept)
+        total = disk_space.peak_disk_bytes(
+            base, quantizations, adapter_bytes=0, writes_merged=merged, keeps_merged=kept
+        )
         return (total - fixed) / (1.02 * sixteen_bit)
 
     assert need("f16") == pytest.approx(2, rel=0.01)  # merged and f16
@@ -123,12 +125,12 @@ def test_disk_need_counts_what_lies_there_at_the_same_time() -> None:
 
 def test_rows_that_do_not_divide_are_refused_unless_larger_types_are_accepted(run_dir: Path) -> None:
     base = read_weights(shared_base())
-    space.check_row_sizes(base, ["q8_0", "q4_k_m"])
+    disk_space.check_row_sizes(base, ["q8_0", "q4_k_m"])
     narrow = base.tensors["model.norm.weight"].__class__("model.x.weight", "BF16", (8, 896), 0, 0)
     base.tensors["model.x.weight"] = narrow
-    space.check_row_sizes(base, ["q8_0", "f16"])
+    disk_space.check_row_sizes(base, ["q8_0", "f16"])
     with pytest.raises(ConfigurationError, match=r"model\.x\.weight with 896"):
-        space.check_row_sizes(base, ["q4_k_m"])
+        disk_space.check_row_sizes(base, ["q4_k_m"])
 
 
 def test_two_exports_of_one_run_at_a_time_are_refused(run_dir: Path) -> None:
