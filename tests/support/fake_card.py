@@ -64,9 +64,9 @@ def listen() -> None:
 
     build = trl.build
 
-    def built(job: Any) -> Any:
+    def built(job: Any, observer: Any) -> Any:
         told.extend([*torch.cuda.mem_get_info(), torch.cuda.get_per_process_memory_fraction()])
-        return build(job)
+        return build(job, observer)
 
     trl.build = built
 

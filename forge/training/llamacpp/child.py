@@ -26,27 +26,27 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # The only functions that can be asked for, below forge.training: what they import may crash, hang or exit.
 # One with a parameter ``progress`` is given a function that sends text to the parent.
 TASKS = {
-    "status": "llamacpp.native:status",
-    "verify": "llamacpp.native:verify",
-    "quantize": "llamacpp.native:quantize",
-    "convert": "llamacpp.converter:convert",
-    "convert_lora": "llamacpp.converter:convert_lora",
-    "check_adapter": "adapter.lora:describe_adapter",
-    "merge": "adapter.merge:merge_adapter",
-    "open_chat": "llamacpp.chat:open_model",
-    "reply": "llamacpp.chat:reply",
-    "open_logits": "llamacpp.logits:open_model",
-    "write_logits": "llamacpp.logits:write_logits",
-    "continue_greedily": "llamacpp.logits:continue_greedily",
-    "open_vocabulary": "llamacpp.vocabulary:open_vocabulary",
-    "tokenize": "llamacpp.vocabulary:tokenize",
-    "render": "llamacpp.vocabulary:render",
+    "status": "forge.training.llamacpp.native:status",
+    "verify": "forge.training.llamacpp.native:verify",
+    "quantize": "forge.training.llamacpp.native:quantize",
+    "convert": "forge.training.llamacpp.converter:convert",
+    "convert_lora": "forge.training.llamacpp.converter:convert_lora",
+    "check_adapter": "forge.training.adapter.lora:describe_adapter",
+    "merge": "forge.training.adapter.merge:merge_adapter",
+    "open_chat": "forge.training.llamacpp.chat:open_model",
+    "reply": "forge.training.llamacpp.chat:reply",
+    "open_logits": "forge.training.llamacpp.logits:open_model",
+    "write_logits": "forge.training.llamacpp.logits:write_logits",
+    "continue_greedily": "forge.training.llamacpp.logits:continue_greedily",
+    "open_vocabulary": "forge.training.llamacpp.vocabulary:open_vocabulary",
+    "tokenize": "forge.training.llamacpp.vocabulary:tokenize",
+    "render": "forge.training.llamacpp.vocabulary:render",
 }
 
 
 def _carry_out(task: str, arguments: dict[str, Any], progress: Callable[[str], None]) -> dict[str, Any]:
     module, _, name = TASKS[task].partition(":")
-    function = getattr(importlib.import_module(f"forge.training.{module}"), name)
+    function = getattr(importlib.import_module(module), name)
     if "progress" in inspect.signature(function).parameters:
         arguments = {**arguments, "progress": progress}
     answer = function(**arguments)
