@@ -255,13 +255,6 @@ def test_a_gate_that_would_record_nothing_does_not_start(
     assert message in done.stdout
 
 
-def test_a_gate_without_a_gpu_is_red_and_says_why(tmp_path: Path) -> None:
-    project = make_project(tmp_path, ONE.replace("@recorded", "@pytest.mark.gpu\n@recorded"))
-    done = run_pytest(project, "-m", "gpu", CUDA_VISIBLE_DEVICES="-1")
-    assert done.returncode == 4, done.stdout
-    assert "pytest -m gpu needs a CUDA GPU and this machine shows none" in done.stdout
-
-
 def test_an_installed_xdist_is_switched_off(tmp_path: Path) -> None:
     project = make_project(tmp_path, ONE)
     (project / "has_dist.py").write_text(DIST, encoding="utf-8")

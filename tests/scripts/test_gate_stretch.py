@@ -20,6 +20,8 @@ sys.path.insert(0, str(ROOT / "scripts" / "lab"))
 
 import keep_gate
 
+from tests.support import fake_interpreter
+
 
 def write_store(folder: Path, **files: str) -> Path:
     """A store by its files: ``runs_a="1"`` is ``runs/a.json``."""
@@ -86,19 +88,13 @@ def test_what_is_no_stretch_is_refused(tmp_path: Path, content: bytes) -> None:
 
 
 class Machine:
-    """A machine with stand-in arms (tests/support/fake_interpreter.py) that keeps nothing but what is in ``out``."""
+    """A machine with stand-in arms that keeps nothing but what is in ``out``."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.num_stretches = folder, 0
         self.train = folder / "train.jsonl"
         self.train.write_text('{"instruction": "Say it.", "input": "", "output": "It."}\n')
-        arm = folder / "bin" / "arm"
-        arm.parent.mkdir()
-        arm.write_text(
-            f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} {ROOT}/tests/support/fake_interpreter.py "$@"\n'
-        )
-        arm.chmod(0o755)
-        self.arms = {"FORGE_LEGACY_PYTHON": str(arm), "FORGE_GPU_PYTHON": str(arm)}
+        self.arms = fake_interpreter.install(folder)
 
     def stretch(self, *options: str, **variables: str) -> subprocess.Popen[bytes]:
         """Begin one on a bare machine; its output is in ``out``, a folder of its own."""

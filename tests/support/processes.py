@@ -29,7 +29,7 @@ def wait_for_end(pids: list[int], *, seconds: float = 10.0) -> None:
         time.sleep(0.02)
 
 
-def gone(pid: int) -> bool:
+def is_gone(pid: int) -> bool:
     """Whether a process ends within ten seconds."""
     deadline = time.monotonic() + 10
     while is_running(pid) and time.monotonic() < deadline:

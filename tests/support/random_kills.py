@@ -30,7 +30,7 @@ from forge.training.system.files import sha256_file, write_json
 from forge.training.train.checkpoint import SEAL
 from harness.measurement.key import code_sha256, resume_sha256
 from tests.support.run_command import ROOT
-from tests.support.tiny_training import arguments, write_inputs
+from tests.support.tiny_run import arguments, write_inputs
 
 NUM_STEPS = 60
 _WHOLE = {"evaluate": "evaluation.json", "export": "export/SHA256SUMS"}  # there as soon as it is done, and whole

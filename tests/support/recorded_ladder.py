@@ -1,7 +1,7 @@
 """A parity ladder on recorded trajectories and invented evaluations: its rungs 4 to 6 without any training.
 
 ``parity_trajectories.json`` has real runs of 100 steps (trl, the tiny base in bfloat16, effective batch 8, dropout 0):
-nine layouts of a sound run, and runs with the faults of planted_training.py. The file says how it was made.
+nine layouts of a sound run, and runs with the faults of tests/support/faults.py. The file says how it was made.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from harness.parity.claims import verdict_on
 from harness.parity.session import Ladder
 from harness.parity.trajectory.recorded import Recorded
 from harness.session import Session
-from tests.support.fake_training import make_record
+from tests.support.records import make_record
 
 RECORDED = ROOT / "tests" / "data" / "parity_trajectories.json"
 LAYOUTS: Sequence[tuple[str, ...]] = (

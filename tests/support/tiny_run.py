@@ -1,4 +1,4 @@
-"""A run directory as `train` leaves it, around the tiny model and adapter, without training anything."""
+"""A run's directory: made up around the tiny adapter without training, or really trained for 24 steps."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from forge.training.config.workload import Workload
-from forge.training.data.inputs import Inputs
 from forge.training.system.files import sha256_file
-from forge.training.train.record import Losses, MemoryPhase, RunRecord, Timing, Trainable
+from forge.training.train.record import RunRecord
+from tests.support.records import make_record
+from tests.support.tiny_model import write_base
+
+NUM_STEPS = 24
+SAVE_EVERY, EVALUATE_EVERY = 5, 8
 
 
 def write_run(run_dir: Path, base_dir: Path, **workload: Any) -> RunRecord:
@@ -17,47 +21,79 @@ def write_run(run_dir: Path, base_dir: Path, **workload: Any) -> RunRecord:
     from forge.training.models.digests import base_sha256, tokenizer_sha256
 
     adapter = json.loads((run_dir / "adapter" / "adapter_config.json").read_text())
+    lora = {"rank": "r", "alpha": "lora_alpha", "targets": "target_modules", "use_rslora": "use_rslora"}
     parsed = Workload.model_validate(
         {
             "name": "lighthouse",
             "data": {"documents": "embedded", "system_prompt": 'You keep a "lighthouse".'},
-            "lora": {
-                "rank": adapter["r"],
-                "alpha": adapter["lora_alpha"],
-                "targets": adapter["target_modules"],
-                "use_rslora": adapter["use_rslora"],
-            },
+            "lora": {ours: adapter[theirs] for ours, theirs in lora.items()},
             "export": {"parameters": {"temperature": 0.2, "num_ctx": 512}},
         }
         | workload
     )
-    record = RunRecord(
-        status="completed",
-        backend="trl",
+    digests = {"base_sha256": base_sha256(base_dir), "tokenizer_sha256": tokenizer_sha256(base_dir)}
+    digests |= {"corpus_sha256": "c" * 64, "train_examples_sha256": "e" * 64}
+    record = make_record(
         workload=parsed.model_dump(mode="json"),
         workload_sha256=parsed.digest(),
-        plan={},
-        seed=42,
         base_path=str(base_dir),
-        started_at="2026-11-23T12:00:00+00:00",
-        num_steps=7,
-        num_planned_steps=7,
-        inputs=Inputs(
-            base_sha256=base_sha256(base_dir),
-            tokenizer_sha256=tokenizer_sha256(base_dir),
-            corpus_sha256="c" * 64,
-            train_examples_sha256="e" * 64,
-            num_train_examples=12,
-            num_validation_examples=3,
-            num_train_tokens=3456,
-            num_trained_tokens=1234,
-        ),
-        trainable=Trainable(num_parameters=30_000, names_sha256="f" * 64, dtype="float32"),
-        timing=Timing(train_seconds=12.5, tokens_per_second=987.0),
-        losses=Losses(first_train_loss=4.5, last_train_loss=1.25, best_validation_loss=1.5),
-        memory=[MemoryPhase(phase="train", peak_allocated_bytes=3 << 30, peak_reserved_bytes=4 << 30)],
+        inputs={**digests, "num_validation_examples": 3},
+        timing={"train_seconds": 12.5, "tokens_per_second": 987.0},
         environment={"packages": {"torch": "2.13.0", "secret-tool": "1"}, "cwd": str(run_dir.absolute())},
+        memory=[{"phase": "train", "peak_allocated_bytes": 3 << 30, "peak_reserved_bytes": 4 << 30}],
         adapter_sha256=sha256_file(run_dir / "adapter" / "adapter_model.safetensors"),
     )
     record.write(run_dir)
     return record
+
+
+def write_inputs(folder: Path) -> None:
+    """What :func:`arguments` trains on: a tiny base, 20 documents, and 4 held out."""
+    write_base(folder / "base", tied=False, hidden_size=64, intermediate_size=128, num_steps=0)
+    rows = [
+        {"instruction": f"Recite `{i}.md`", "input": "", "output": f"# {i}\n" + "It counts ships. " * (1 + i % 7)}
+        for i in range(24)
+    ]
+    for name, part in (("train", rows[:20]), ("validation", rows[20:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in part), encoding="utf-8")
+
+
+def arguments(folder: Path, out: Path, *more: str) -> list[str]:
+    """The command line that trains on them into ``out``; dropout is on, so the random state matters."""
+    settings = {
+        "model.path": folder / "base",
+        "data.train": folder / "train.jsonl",
+        "data.validation": folder / "validation.jsonl",
+        "data.max_length": 128,
+        "lora.rank": 4,
+        "lora.dropout": 0.1,
+        "training.max_steps": NUM_STEPS,
+        "training.evaluate_every_steps": EVALUATE_EVERY,
+        "training.save_every_steps": SAVE_EVERY,
+        "report_to": "[]",
+    }
+    given = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    return ["train", "smoke", "--backend", "trl", *given, "-o", str(out), *more]
+
+
+def lines(run_dir: Path) -> list[dict[str, Any]]:
+    """The step log, of whole lines: a kill cuts the last one short."""
+    texts = (run_dir / "steps.jsonl").read_text().splitlines(keepends=True)
+    return [json.loads(text) for text in texts if text.endswith("\n")]
+
+
+def adapter(run_dir: Path) -> bytes:
+    """The finished adapter's weights."""
+    return (run_dir / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def record(run_dir: Path) -> dict[str, Any]:
+    """``run.json``."""
+    content: dict[str, Any] = json.loads((run_dir / "run.json").read_text())
+    return content
+
+
+def status(run_dir: Path) -> dict[str, Any]:
+    """``status.json``."""
+    content: dict[str, Any] = json.loads((run_dir / "status.json").read_text())
+    return content

@@ -16,7 +16,7 @@ import pytest
 from forge.training.system.environment import describe_environment
 from forge.training.system.files import cache_dir
 from tests.support import run_command as command
-from tests.support.tiny_training import arguments, status, write_inputs
+from tests.support.tiny_run import arguments, status, write_inputs
 
 NO_CONNECTION = "tests.support.no_network:end_at_a_connection"
 SECRET = "Zq7Rw2Lk9Xv4Bn6Tm1Yc8Hd3Jf5Gs0PaUe"

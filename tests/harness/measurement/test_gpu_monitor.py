@@ -12,7 +12,7 @@ from forge.training.system.errors import MachineError
 from harness.measurement.gpu_monitor import GpuMonitor, machine_id, wait_until_free
 from harness.measurement.results import Outcome, Store
 from harness.measurement.runner import run_once
-from tests.support.fake_training import SPEC, fake
+from tests.support.fake_runs import SPEC, fake
 
 
 @pytest.fixture

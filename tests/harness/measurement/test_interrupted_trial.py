@@ -21,7 +21,9 @@ from harness.measurement.trial import (
     read_trial,
     run_trial,
 )
-from tests.support.fake_trial import A, Arms, B, ids, measure_trial
+from tests.support.fake_runs import OTHER as B
+from tests.support.fake_runs import SPEC as A
+from tests.support.fake_runs import Arms, ids, measure_trial
 
 
 @pytest.fixture
@@ -72,7 +74,7 @@ import functools, sys
 from harness.measurement.results import Store
 from harness.measurement.trial import run_trial
 from harness.measurement.runner import run_once
-from tests.support.fake_training import OTHER, SPEC, fake
+from tests.support.fake_runs import OTHER, SPEC, fake
 store, num_pairs, slow = Store(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 def command(spec, run_dir):  # the run after so many of them takes longer than anybody waits
     return fake(sleep=60 if len(store.run_ids()) == slow else 0.05)(spec, run_dir)
@@ -196,7 +198,7 @@ def test_code_that_changes_between_two_pairs_is_noticed(store: Store, monkeypatc
     run = Arms()
 
     def run_and_edit(spec: RunSpec, **more: Any) -> Outcome:
-        if run.num_runs == 2:
+        if len(run.order) == 2:
             monkeypatch.setattr(key, "code_sha256", lambda: "0" * 64)
         return run(spec, **more)
 

@@ -13,7 +13,7 @@ from forge.training.system.errors import DataError
 from harness.measurement import environment as arms
 from harness.measurement import key
 from harness.measurement.results import RunSpec
-from tests.support.fake_training import OTHER, SPEC
+from tests.support.fake_runs import OTHER, SPEC
 
 TRAINING = ROOT / "forge" / "training"
 

@@ -12,7 +12,8 @@ from forge.training.system.environment import ROOT
 from forge.training.system.errors import CheckError
 from harness.measurement.metrics import WorkMismatch, check_same_work, measure, model_flops
 from harness.measurement.results import Monitor
-from tests.support.fake_training import OTHER, make_outcome, make_record, make_steps
+from tests.support.fake_runs import OTHER, make_outcome
+from tests.support.records import make_record, make_steps
 
 
 def test_the_same_work_passes_however_it_is_laid_out() -> None:

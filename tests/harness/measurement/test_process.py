@@ -10,7 +10,7 @@ from pathlib import Path
 
 from forge.training.system.environment import ROOT
 from harness.measurement.process import run_process
-from tests.support.processes import gone
+from tests.support.processes import is_gone
 
 
 def test_a_process_dies_with_the_one_that_started_it(tmp_path: Path) -> None:
@@ -28,7 +28,7 @@ run_process([sys.executable, "-c", {code!r}], environment=os.environ, directory=
         time.sleep(0.02)
     process.kill()
     process.wait()
-    assert gone(int(note.read_text()))
+    assert is_gone(int(note.read_text()))
 
 
 def test_the_end_of_what_a_process_says_is_kept(tmp_path: Path) -> None:

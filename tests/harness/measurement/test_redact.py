@@ -9,7 +9,7 @@ import pytest
 
 from forge.training.system.environment import ROOT
 from harness.measurement.redact import log_tail, portable, without_paths
-from tests.support.fake_training import make_record
+from tests.support.records import make_record
 
 
 @pytest.mark.parametrize(

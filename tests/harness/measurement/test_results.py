@@ -10,7 +10,7 @@ import pytest
 from forge.training.system.errors import DataError, DiskError, LockedError
 from harness.measurement.results import Outcome, Store
 from harness.measurement.runner import run_once
-from tests.support.fake_training import OTHER, SPEC, fake
+from tests.support.fake_runs import OTHER, SPEC, fake
 
 
 @pytest.fixture

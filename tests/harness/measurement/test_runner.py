@@ -19,8 +19,8 @@ from forge.training.system.errors import MachineError
 from harness.measurement import key
 from harness.measurement.results import Outcome, RunSpec, Store
 from harness.measurement.runner import run_once
-from tests.support.fake_training import SPEC, fake
-from tests.support.processes import gone
+from tests.support.fake_runs import SPEC, fake
+from tests.support.processes import is_gone
 from tests.support.tiny_model import write_base
 
 
@@ -196,7 +196,7 @@ time.sleep(600)
     outcome = run(store, python(code), time_limit_seconds=1.5)
     assert (outcome.status, outcome.message) == ("timeout", "stopped after 1.5 seconds")
     assert time.monotonic() - started < 20
-    assert all(gone(int(pid)) for pid in note.read_text().split())
+    assert all(is_gone(int(pid)) for pid in note.read_text().split())
 
 
 def test_a_child_that_ignores_sigterm_is_killed(store: Store) -> None:
@@ -215,7 +215,7 @@ open({str(note)!r}, "w").write(str(child.pid))
     started = time.monotonic()
     run(store, python(code))
     assert time.monotonic() - started < 20
-    assert gone(int(note.read_text()))
+    assert is_gone(int(note.read_text()))
 
 
 def test_megabytes_of_binary_noise_without_a_line_end_do_not_grow_memory(store: Store) -> None:
@@ -249,7 +249,7 @@ run_once(spec, store=Store({str(store.directory)!r}), command=lambda spec, run_d
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     assert process.wait(20) != 0
-    assert gone(int(note.read_text()))
+    assert is_gone(int(note.read_text()))
     assert store.run_ids() == []
 
 

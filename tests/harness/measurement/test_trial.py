@@ -17,8 +17,9 @@ from harness.measurement.trial import (
     run_single,
     run_trial,
 )
-from tests.support.fake_training import make_outcome
-from tests.support.fake_trial import A, Arms, B, gpu, ids, measure_trial
+from tests.support.fake_runs import OTHER as B
+from tests.support.fake_runs import SPEC as A
+from tests.support.fake_runs import Arms, gpu, ids, make_outcome, measure_trial
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from forge.training.system.environment import ROOT
 from harness.measurement.environment import train_command
 from harness.measurement.key import identify
 from harness.measurement.results import RunSpec, Store
@@ -16,7 +15,7 @@ from harness.measurement.runner import run_once
 from harness.parity.outcome.evaluated import read_evaluation
 from harness.parity.session import Ladder
 from harness.session import Session
-from tests.support.fake_training import fake
+from tests.support.fake_runs import fake
 
 SPEC = RunSpec(backend="trl", workload="smoke", evaluate=True)
 WRITES = "open(f'{RUN}/evaluation.json', 'w').write('{\"documents\": [], \"base_path\": \"/home/x/base\"}')"
@@ -82,7 +81,7 @@ def planted(fault: str) -> Any:
 
     def command(spec: RunSpec, run_dir: Path) -> list[str]:
         python, _, *rest = train_command(spec, run_dir)
-        return [python, str(ROOT / "tests" / "support" / "planted_training.py"), fault, *rest]
+        return [python, "-m", "tests.support.faults", fault, *rest]
 
     return command
 
@@ -106,7 +105,7 @@ def test_real_runs_are_evaluated_and_keep_their_adapter_in_float32_where_asked(t
     dtypes = []
     for float32 in (False, True):
         spec = ladder.spec("trl", 7, plan=("micro_batch=4",), float32_adapter=float32)
-        faulty = run_once(spec, store=store, command=planted("bfloat16-adapter"))
+        faulty = run_once(spec, store=store, command=planted("bfloat16_adapter"))
         assert faulty.record is not None, faulty.message
         dtypes.append(faulty.record["trainable"]["dtype"])
     assert dtypes == ["bfloat16", "float32"]

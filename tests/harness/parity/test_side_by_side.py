@@ -15,7 +15,7 @@ from harness.measurement.runner import run_once
 from harness.parity.session import Ladder
 from harness.parity.side_by_side import Job, run_side_by_side
 from harness.session import Session
-from tests.support.fake_training import fake
+from tests.support.fake_runs import fake
 
 
 class Watched:

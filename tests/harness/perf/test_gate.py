@@ -18,6 +18,7 @@ from harness.perf.claims import CLAIMS
 from harness.perf.remaining import num_sessions, remaining
 from harness.perf.suite import ABLATION, ITEM_OF_ARM, LEGACY, ORDER, SINGLES, TRIALS, PerfSuite
 from harness.session import Session
+from tests.support import fake_interpreter
 from tests.support.tiny_gate import make_project, run_pytest
 
 ABLATION_RUN = ROOT / "tests" / "data" / "ablation_run.json"  # of an H200; the arm before the last
@@ -33,15 +34,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def gate(
     where: Path, documents: Path, *more: str, gpu: bool = True, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    interpreter = where / "python"
-    if not interpreter.exists():
-        where.mkdir(parents=True, exist_ok=True)
-        interpreter.write_text(
-            f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} {ROOT}/tests/support/fake_interpreter.py "$@"\n'
-        )
-        interpreter.chmod(0o755)
-    arms = {"FORGE_LEGACY_PYTHON": str(interpreter), "FORGE_GPU_PYTHON": str(interpreter)}
-    arms |= {"ARM_USED": str(where / "used"), **variables}
+    arms = {**fake_interpreter.install(documents.parent), **variables}
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "harness/perf", "-q", "--no-header"]
     command += ["-p", "no:cacheprovider", *(("-p", "tests.support.fake_gpu") if gpu else ())]
     command += ["--gate-train", str(documents), "--gate-store", str(where / "store")]
@@ -59,12 +52,13 @@ def verdicts(where: Path) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_a_gate_whose_claims_hold_is_green_and_its_report_says_so(tmp_path: Path, documents: Path) -> None:
-    done = gate(tmp_path, documents)
+    used = {"ARM_USED": str(tmp_path / "used")}
+    done = gate(tmp_path, documents, **used)
     assert done.returncode == 0, done.stdout[-3000:]
     assert set(verdicts(tmp_path).values()) == {"PASS"}
     assert len(verdicts(tmp_path)) == len(CLAIMS)
     runs = len(list((tmp_path / "store" / "runs").glob("*.json")))
-    again = gate(tmp_path, documents)
+    again = gate(tmp_path, documents, **used)
     assert again.returncode == 0
     assert len(list((tmp_path / "store" / "runs").glob("*.json"))) == runs, "something was measured twice"
     command = [sys.executable, "-m", "harness.report", str(tmp_path / "results" / "benchmark.json")]
@@ -74,6 +68,7 @@ def test_a_gate_whose_claims_hold_is_green_and_its_report_says_so(tmp_path: Path
 
 
 CLAIMED = ("--gate-only", "genome_full,legacy_256,control_aa", "-k", "test_claims")
+WHOLE_DOCUMENTS = ("--gate-only", "genome_full", "-k", "test_claims and whole_documents")
 
 
 def test_a_planted_speed_of_one_point_nine_is_caught(tmp_path: Path, documents: Path) -> None:
@@ -87,9 +82,14 @@ def test_a_planted_speed_of_one_point_nine_is_caught(tmp_path: Path, documents: 
 
 @pytest.mark.slow
 def test_a_planted_tenth_more_memory_is_caught(tmp_path: Path, documents: Path) -> None:
-    most, only = int(0.19 * (70 << 30)), ("--gate-only", "genome_full", "-k", "test_claims and whole_documents")
-    assert gate(tmp_path / "a", documents, *only, ARM_BYTES=json.dumps({"unsloth": most})).returncode == 0
-    done = gate(tmp_path / "b", documents, *only, ARM_BYTES=json.dumps({"unsloth": int(most * 1.1)}))
+    most = int(0.19 * (70 << 30))
+
+    def with_bytes(where: Path, num_bytes: int) -> subprocess.CompletedProcess[str]:
+        taken = {"ARM_BYTES": json.dumps({"unsloth": num_bytes}), "ARM_USED": str(where.with_suffix(".used"))}
+        return gate(where, documents, *WHOLE_DOCUMENTS, **taken)
+
+    assert with_bytes(tmp_path / "a", most).returncode == 0
+    done = with_bytes(tmp_path / "b", int(most * 1.1))
     assert done.returncode == 1
     assert verdicts(tmp_path / "b")["genome_full_peak_allocated"] == "FAIL"
     assert verdicts(tmp_path / "b")["genome_full_speed"] == "PASS"
@@ -105,9 +105,9 @@ def test_arms_that_do_other_work_are_refused_with_both_values(tmp_path: Path, do
 
 
 def test_a_candidate_out_of_memory_fails_and_a_baseline_gains_it_nothing(tmp_path: Path, documents: Path) -> None:
-    assert gate(tmp_path / "a", documents, *CLAIMED, ARM_OUT_OF_MEMORY="unsloth").returncode == 1
+    assert gate(tmp_path / "a", documents, *WHOLE_DOCUMENTS, ARM_OUT_OF_MEMORY="unsloth").returncode == 1
     assert verdicts(tmp_path / "a")["genome_full_speed"] == "FAIL"
-    assert gate(tmp_path / "b", documents, *CLAIMED, ARM_OUT_OF_MEMORY="legacy").returncode == 1
+    assert gate(tmp_path / "b", documents, *WHOLE_DOCUMENTS, ARM_OUT_OF_MEMORY="legacy").returncode == 1
     assert verdicts(tmp_path / "b")["genome_full_speed"] == "INCONCLUSIVE"
 
 
@@ -123,7 +123,7 @@ def test_a_context_that_cannot_be_measured_leaves_the_others(tmp_path: Path, doc
 
 
 def test_a_session_without_time_is_incomplete_and_red(tmp_path: Path, documents: Path) -> None:
-    done = gate(tmp_path, documents, "--gate-seconds", "0.001")
+    done = gate(tmp_path, documents, "--gate-seconds", "0.001", "-k", "test_claims or arithmetic")
     assert done.returncode == 1
     assert set(verdicts(tmp_path).values()) <= {"INCOMPLETE"}
     assert "INCOMPLETE" in done.stdout
@@ -191,7 +191,7 @@ def test_a_session_tells_what_the_store_has_of_what_it_leaves_out(tmp_path: Path
 
 
 def test_without_a_gpu_the_gate_exits_with_4_and_says_so(tmp_path: Path, documents: Path) -> None:
-    done = gate(tmp_path, documents, gpu=False)
+    done = gate(tmp_path, documents, gpu=False, CUDA_VISIBLE_DEVICES="-1")
     assert done.returncode == 4
     assert "needs a CUDA GPU" in done.stdout + done.stderr
 

@@ -23,7 +23,7 @@ from harness.reliability.test_survival import hold_claim
 from harness.session import Session
 from harness.verdict import Hold
 from tests.support.run_command import ROOT
-from tests.support.tiny_training import arguments, write_inputs
+from tests.support.tiny_run import arguments, write_inputs
 
 SAME = {"identical": True, "largest": 0.0, "relative": 0.0, "largest_loss": 0.0, "first_different_step": None}
 DIFFERENT = {"identical": False, "largest": 1e-3, "relative": 1e-4, "largest_loss": 1e-4, "first_different_step": 11}

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from forge.training.checks.bracket import GRAIN, MOST_TRIES, bracket, measure, predict
-from forge.training.system.environment import ROOT
+from tests.support import run_command
+from tests.support.run_command import Ended
 from tests.support.tiny_model import shared_base
 
 
@@ -165,13 +166,24 @@ def test_where_the_predicted_step_would_take_too_long_the_longest_that_may_is_tr
     assert result["why"].startswith("stopped: a step of 393,984 tokens may take 867 s and 240 s were left")
 
 
-def on_a_card(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tests.support.fake_card", str(shared_base(dtype="float32")), *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+OnACard = Callable[..., Ended]
+
+
+@pytest.fixture
+def on_a_card(tmp_path: Path) -> OnACard:
+    """Run the real trainer on a made-up GPU of these arguments of fake_card."""
+
+    def run(*arguments: str) -> Ended:
+        base = str(shared_base(dtype="float32"))
+        return run_command.run([base, *arguments], tmp_path / "log", module="tests.support.fake_card")
+
+    return run
 
 
 @pytest.mark.parametrize(("budget", "fits", "fails"), [("5", 256, 320), ("6", 320, 384), ("8", 512, 576)])
-def test_the_real_trainer_is_bracketed_on_a_card_of_that_size(budget: str, fits: int, fails: int) -> None:
+def test_the_real_trainer_is_bracketed_on_a_card_of_that_size(
+    on_a_card: OnACard, budget: str, fits: int, fails: int
+) -> None:
     done = on_a_card(budget)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
@@ -193,7 +205,7 @@ def test_the_real_trainer_is_bracketed_on_a_card_of_that_size(budget: str, fits:
     assert found["cap_at_the_end"] == 100 * gib, "the cap outlasts the probe"
 
 
-def test_a_card_that_does_not_hold_the_weights_is_an_answer() -> None:
+def test_a_card_that_does_not_hold_the_weights_is_an_answer(on_a_card: OnACard) -> None:
     done = on_a_card("2.6")
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
@@ -202,7 +214,9 @@ def test_a_card_that_does_not_hold_the_weights_is_an_answer() -> None:
 
 
 @pytest.mark.slow
-def test_a_budget_beyond_the_gpu_is_measured_and_not_confirmed_and_without_one_it_is_the_gpus_own() -> None:
+def test_a_budget_beyond_the_gpu_is_measured_and_not_confirmed_and_without_one_it_is_the_gpus_own(
+    on_a_card: OnACard,
+) -> None:
     beyond, own = (on_a_card(budget) for budget in ("120", "all"))
     assert (beyond.returncode, own.returncode) == (0, 0), beyond.stderr[-2000:] + own.stderr[-2000:]
     found = json.loads(beyond.stdout.splitlines()[-1])
@@ -215,7 +229,7 @@ def test_a_budget_beyond_the_gpu_is_measured_and_not_confirmed_and_without_one_i
     assert found["tokens_fits"] <= 9_984 < found["tokens_fails"]
 
 
-def test_a_model_that_is_given_fewer_tokens_is_no_measurement() -> None:
+def test_a_model_that_is_given_fewer_tokens_is_no_measurement(on_a_card: OnACard) -> None:
     done = on_a_card("8", "100")
     assert done.returncode == 1
     assert "of 128 tokens the model was given 100" in done.stderr

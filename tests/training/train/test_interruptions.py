@@ -5,7 +5,6 @@ Each case trains to the same bits as a run that nothing happened to.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -19,22 +18,14 @@ import pytest
 from forge.training.train.checkpoint import SEAL, problem
 from tests.support import run_command as command
 from tests.support.run_command import ROOT, Ended
-from tests.support.tiny_training import NUM_STEPS, SAVE_EVERY, adapter, arguments, lines, record, status, write_inputs
+from tests.support.tiny_run import NUM_STEPS, SAVE_EVERY, adapter, arguments, lines, record, status
 
-FAULTS = "tests.support.run_faults"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("interruptions")
-    write_inputs(folder)
-    return folder
+FAULTS = "tests.support.faults"
 
 
-@pytest.fixture(scope="module")
-def reference(folder: Path) -> bytes:
-    done = command.run(arguments(folder, folder / "reference"), folder / "logs" / "reference")
-    assert done.returncode == 0, done.stderr
+@pytest.fixture
+def whole(folder: Path, reference: dict[str, Any]) -> bytes:
+    """The adapter of a run that nothing happened to."""
     return adapter(folder / "reference")
 
 
@@ -44,16 +35,16 @@ def run(folder: Path, out: str, *more: str, fault: str | None = None, **environm
     return command.run(arguments(folder, folder / out, *more), log, fault=planted, environment=environment)
 
 
-def goes_on(folder: Path, out: str, reference: bytes, *more: str) -> Ended:
+def resumes(folder: Path, out: str, whole: bytes, *more: str) -> Ended:
     """The same command again ends with the reference's bits and with figures that count every step once."""
     done = run(folder, out, *more)
     assert done.returncode == 0, done.stderr
-    assert adapter(folder / out) == reference
+    assert adapter(folder / out) == whole
     steps = [line["step"] for line in lines(folder / out) if "loss" in line]
     assert steps == list(range(1, NUM_STEPS + 1))
-    whole, resumed = record(folder / "reference"), record(folder / out)
-    assert resumed["losses"] == whole["losses"]
-    assert resumed["batch_digests"] == whole["batch_digests"]
+    uninterrupted, resumed = record(folder / "reference"), record(folder / out)
+    assert resumed["losses"] == uninterrupted["losses"]
+    assert resumed["batch_digests"] == uninterrupted["batch_digests"]
     assert status(folder / out)["state"] == "completed"
     assert not list((folder / out).glob(".*.part"))
     assert not list((folder / out).glob(".*.old"))
@@ -65,42 +56,42 @@ def goes_on(folder: Path, out: str, reference: bytes, *more: str) -> Ended:
 
 
 def test_a_kill_inside_the_optimizers_file_costs_the_steps_since_the_last_checkpoint(
-    folder: Path, reference: bytes
+    folder: Path, whole: bytes
 ) -> None:
     assert run(folder, "half", fault="kill_in_optimizer_file").returncode == -signal.SIGKILL
     half = folder / "half" / "checkpoints" / "checkpoint-10"
     assert (half / "optimizer.pt").is_file()
     assert not (half / SEAL).exists()
-    done = goes_on(folder, "half", reference)
+    done = resumes(folder, "half", whole)
     assert "checkpoint-10 is not used: it was never sealed" in done.stderr
     assert "checkpoint-5" in done.stderr
 
 
-def test_an_adapter_in_bfloat16_goes_on_in_bfloat16(folder: Path) -> None:
+def test_an_adapter_in_bfloat16_resumes_in_bfloat16(folder: Path) -> None:
     """PEFT loads it as float32; seen on a GPU, with TRL and a 4-bit base."""
-    assert run(folder, "bfloat16", fault="adapter_in_bfloat16").returncode == 0
+    assert run(folder, "bfloat16", fault="bfloat16_adapter").returncode == 0
     whole = adapter(folder / "bfloat16")
     assert b"BF16" in whole[:1000]
-    killed = run(folder, "bfloat16-killed", fault="adapter_in_bfloat16_and_killed")
+    killed = run(folder, "bfloat16-killed", fault="bfloat16_adapter_and_killed")
     assert killed.returncode == -signal.SIGKILL
-    done = run(folder, "bfloat16-killed", fault="adapter_in_bfloat16")
+    done = run(folder, "bfloat16-killed", fault="bfloat16_adapter")
     assert done.returncode == 0, done.stderr
     assert record(folder / "bfloat16-killed")["resumes"][-1]["step"] == SAVE_EVERY
     assert adapter(folder / "bfloat16-killed") == whole
 
 
-def test_what_only_a_resume_executes_is_in_no_fresh_runs_key(folder: Path, reference: bytes) -> None:
+def test_what_only_a_resume_executes_is_in_no_fresh_runs_key(folder: Path, whole: bytes) -> None:
     """So a gate's measurements, fresh runs all, need not be made again where it is corrected."""
     done = run(folder, "fresh", fault="no_code_for_a_resume")
     assert done.returncode == 0, done.stderr
-    assert adapter(folder / "fresh") == reference
+    assert adapter(folder / "fresh") == whole
     assert run(folder, "resumed", fault="kill_in_optimizer_file").returncode == -signal.SIGKILL
     assert "only a resumed run calls this" in run(folder, "resumed", fault="no_code_for_a_resume").stderr
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
-def test_a_kill_at_any_write_leaves_a_run_that_goes_on_to_the_same_bits(folder: Path) -> None:
+def test_a_kill_at_any_write_leaves_a_run_that_resumes_to_the_same_bits(folder: Path) -> None:
     """Crash points: two saves, an evaluation and the end, killed just before a change of a file.
 
     Every fifth change; with ``CRASH_POINTS=all`` in the environment (as in ``make soak``) every one.
@@ -118,7 +109,7 @@ def test_a_kill_at_any_write_leaves_a_run_that_goes_on_to_the_same_bits(folder: 
         run_dir = folder / out
         sealed = [path for path in (run_dir / "checkpoints").glob("checkpoint-*") if (path / SEAL).is_file()]
         assert all(problem(path) is None for path in sealed), point
-        steps = [line["step"] for line in lines_that_are_whole(run_dir) if "loss" in line]
+        steps = [line["step"] for line in lines(run_dir) if "loss" in line]
         if steps and steps[-1] > SAVE_EVERY and record(run_dir)["status"] != "completed":
             assert sealed, f"no checkpoint is left at point {point}, step {steps[-1]}"
         if point % (8 * stride) == 1:
@@ -126,16 +117,6 @@ def test_a_kill_at_any_write_leaves_a_run_that_goes_on_to_the_same_bits(folder: 
             assert done.returncode == 0, done.stderr
             assert adapter(run_dir) == adapter(folder / "counted"), point
             assert record(run_dir)["losses"] == record(folder / "counted")["losses"], point
-
-
-def lines_that_are_whole(run_dir: Path) -> list[dict[str, Any]]:
-    found = []
-    for text in (run_dir / "steps.jsonl").read_text().splitlines():
-        try:
-            found.append(json.loads(text))
-        except ValueError:
-            break
-    return found
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -149,7 +130,7 @@ MOMENTS = ("tokenisation", "load", "rehearsal", "step", "evaluation", "save", "s
     "moment", [pytest.param(m, marks=() if m in ("load", "evaluation") else pytest.mark.slow) for m in MOMENTS]
 )
 def test_a_stop_at_any_moment_ends_with_its_code_and_loses_nothing(
-    folder: Path, reference: bytes, moment: str, number: int
+    folder: Path, whole: bytes, moment: str, number: int
 ) -> None:
     out = f"stopped-{moment}-{number}"
     done = run(folder, out, fault="ask_to_stop", STOP_MOMENT=moment, STOP_SIGNAL=str(int(number)))
@@ -166,23 +147,23 @@ def test_a_stop_at_any_moment_ends_with_its_code_and_loses_nothing(
         refused = command.run(["export", str(folder / out)], folder / "logs" / "export")
         assert refused.returncode == 3
         assert "interrupted" in refused.stderr
-    goes_on(folder, out, reference)
+    resumes(folder, out, whole)
 
 
-def test_twice_means_now_and_without_damage(folder: Path, reference: bytes) -> None:
+def test_twice_means_now_and_without_damage(folder: Path, whole: bytes) -> None:
     environment = {"STOP_MOMENT": "save", "STOP_SIGNAL": str(int(signal.SIGTERM)), "STOP_TIMES": "2"}
     done = run(folder, "twice", fault="ask_to_stop", **environment)
     assert done.returncode == 143
     assert not list((folder / "twice" / "checkpoints").glob(f"*/{SEAL}"))  # it did not wait for the save
-    goes_on(folder, "twice", reference)
+    resumes(folder, "twice", whole)
 
 
-def test_a_run_saves_by_time_too(folder: Path, reference: bytes) -> None:
+def test_a_run_saves_by_time_too(folder: Path, whole: bytes) -> None:
     often = ("--set", "training.save_every_steps=null", "--set", "training.save_every_minutes=1e-9")
     done = run(folder, "by-time", *often, fault="kill_in_optimizer_file")
     assert done.returncode == -signal.SIGKILL
     assert (folder / "by-time" / "checkpoints" / "checkpoint-9" / SEAL).is_file()
-    goes_on(folder, "by-time", reference, *often)
+    resumes(folder, "by-time", whole, *often)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -198,7 +179,7 @@ def test_a_run_saves_by_time_too(folder: Path, reference: bytes) -> None:
     ],
 )
 def test_a_number_that_is_none_ends_the_run_before_it_reaches_the_weights(
-    folder: Path, reference: bytes, fault: str, says: str
+    folder: Path, whole: bytes, fault: str, says: str
 ) -> None:
     done = run(folder, fault, fault=fault)
     assert done.returncode == 7, done.stderr
@@ -208,7 +189,7 @@ def test_a_number_that_is_none_ends_the_run_before_it_reaches_the_weights(
     logged = [line["loss"] for line in lines(folder / fault) if "loss" in line]
     assert len(logged) == 9
     assert 0.0 not in logged
-    goes_on(folder, fault, reference)  # what it kept is sound
+    resumes(folder, fault, whole)  # what it kept is sound
 
 
 @pytest.mark.slow
@@ -238,14 +219,14 @@ def planted_everywhere(folder: Path, fault: str) -> dict[str, str]:
     """An environment in which every ``train`` command has the fault, those that processes become included."""
     site = folder / f"site-{fault}"
     site.mkdir(exist_ok=True)
-    code = f"    from tests.support import run_faults\n    run_faults.{fault}()\n"
+    code = f"    from tests.support import faults\n    faults.{fault}()\n"
     (site / "sitecustomize.py").write_text(f"import sys\nif 'train' in sys.orig_argv:\n{code}")
     return {"PYTHONPATH": os.pathsep.join([str(site), str(ROOT)])}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first_step", [0, 7])
-def test_out_of_memory_goes_on_with_smaller_micro_batches(folder: Path, first_step: int) -> None:
+def test_out_of_memory_resumes_with_smaller_micro_batches(folder: Path, first_step: int) -> None:
     """The mathematics stay: 1 x 4 gives what 4 x 1 gives, within rounding."""
     same = ("--set", "lora.dropout=0", "--plan", "rehearsal=false")
     assert run(folder, f"roomy-{first_step}", *same).returncode == 0
@@ -264,7 +245,7 @@ def test_out_of_memory_goes_on_with_smaller_micro_batches(folder: Path, first_st
     assert tight["losses"]["last_train_loss"] == pytest.approx(roomy["losses"]["last_train_loss"], rel=1e-3)
 
 
-def test_out_of_memory_without_a_smaller_micro_batch_ends_with_remedies(folder: Path, reference: bytes) -> None:
+def test_out_of_memory_without_a_smaller_micro_batch_ends_with_remedies(folder: Path, whole: bytes) -> None:
     done = run(folder, "full-gpu", "--plan", "micro_batch=1", fault="out_of_memory", ROWS="0", FROM_STEP="7")
     assert done.returncode == 5
     assert "in order of cost: --plan gradient_checkpointing=full" in done.stderr
@@ -274,7 +255,7 @@ def test_out_of_memory_without_a_smaller_micro_batch_ends_with_remedies(folder: 
     assert "--plan micro_batch=1 (the same mathematics)" in stopped.stderr
 
 
-def test_a_full_disk_during_a_save_leaves_the_checkpoint_before(folder: Path, reference: bytes) -> None:
+def test_a_full_disk_during_a_save_leaves_the_checkpoint_before(folder: Path, whole: bytes) -> None:
     done = run(folder, "full-disk", fault="file_size_limit")
     assert done.returncode == 6, done.stderr
     assert "checkpoint-10" in done.stderr
@@ -282,7 +263,7 @@ def test_a_full_disk_during_a_save_leaves_the_checkpoint_before(folder: Path, re
     there = folder / "full-disk" / "checkpoints"
     assert [path.name for path in there.iterdir()] == ["checkpoint-5"]
     assert status(folder / "full-disk")["exit_code"] == 6
-    goes_on(folder, "full-disk", reference)
+    resumes(folder, "full-disk", whole)
 
 
 def test_a_run_that_cannot_fit_on_the_disk_does_not_begin(folder: Path) -> None:

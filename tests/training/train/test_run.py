@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,15 +11,8 @@ from typing import Any
 import pytest
 
 from tests.support import run_command as command
-from tests.support.run_command import ROOT, Ended, Running
-from tests.support.tiny_training import NUM_STEPS, adapter, arguments, lines, record, status, write_inputs
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("train")
-    write_inputs(folder)
-    return folder
+from tests.support.run_command import Ended, Running
+from tests.support.tiny_run import NUM_STEPS, adapter, arguments, lines, record, status
 
 
 def start(folder: Path, out: str, *more: str) -> Running:
@@ -31,17 +21,6 @@ def start(folder: Path, out: str, *more: str) -> Running:
 
 def run(folder: Path, out: str, *more: str) -> Ended:
     return start(folder, out, *more).wait()
-
-
-@pytest.fixture(scope="module")
-def reference(folder: Path) -> dict[str, Any]:
-    """Through the command line as a user types it, in an interpreter of its own."""
-    typed = [sys.executable, "-m", "forge.training", *arguments(folder, folder / "reference", "--json")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(typed, capture_output=True, text=True, env=environment, timeout=180, check=False)
-    assert done.returncode == 0, done.stderr
-    content: dict[str, Any] = json.loads(done.stdout)
-    return content
 
 
 def test_a_run_leaves_a_record_an_adapter_and_a_line_a_step(folder: Path, reference: dict[str, Any]) -> None:
