@@ -200,3 +200,20 @@ def test_a_trial_that_was_measured_further_since_bears_out_the_verdict_on_its_fi
     status, missed = status_and_missing(entries)
     assert status == "INCOMPLETE"
     assert missed["claim: genome full speed"] == earlier["reason"] == "2 of 5 pairs measured"
+
+
+def test_what_was_measured_of_killed_and_stopped_runs_stands_there_with_its_probe() -> None:
+    _, page, markdown = whole()
+    section = markdown.split("## Reliability")[1].split("\n## ")[0].replace("\\", "")
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    for cells in (
+        "| killed, resumed from step 10: relative difference from a whole run | 0, the same bits "
+        "| two whole runs: 0, the same bits |",
+        "| seconds from SIGTERM to the end | 5.2 | at most 30 |",
+        "| micro-batch that it continued with | 2 | within 8 GiB |",
+        "pre_optimizer_step, optimizer_step, step_end, log, evaluate, save | 8 |",
+    ):
+        line = next((row for row in rows if cells in row.replace("\u00a0", " ")), None)
+        assert line is not None, cells
+        assert "(#run-survival-" in line
+    assert 'id="run-survival-unsloth-' in page
