@@ -17,6 +17,7 @@ from harness.measurement.probe import run_probe
 from harness.measurement.results import Outcome, RunSpec, Store
 from harness.measurement.runner import TIME_LIMIT_SECONDS, run_once
 from harness.measurement.trial import Run, Trial, read_trial, run_single, run_trial
+from harness.verdict import Claim, Verdict, status_of_error
 
 MODEL = "qwen2-7b"  # random weights in that shape, where no base is given
 
@@ -138,3 +139,15 @@ class Session:
         if isinstance(answer, ForgeError):
             raise answer
         return answer
+
+    def verdict(self, claim: Claim, ask: Callable[[], Any]) -> Verdict:
+        """The verdict on what ``ask`` answers; where it answers ``None`` or raises :class:`ForgeError`, on that."""
+        try:
+            answer = ask()
+        except ForgeError as error:
+            status, reason = status_of_error(error), str(error)
+        else:
+            if answer is not None:
+                return claim.verdict(answer)
+            status, reason = "INCOMPLETE", self.why_missing()
+        return Verdict(name=claim.name, statement=claim.statement, status=status, reason=reason)

@@ -6,7 +6,8 @@ numbers do not decide. INCOMPLETE: it was not measured, or not in full.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -17,6 +18,7 @@ from harness.measurement.results import Role as Role
 
 Status = Literal["PASS", "FAIL", "INCONCLUSIVE", "INCOMPLETE"]
 Hold = Callable[..., None]  # the fixture `hold` of conftest.py: records a verdict, then asserts it
+Judged = tuple[Status, str, dict[str, Any]]  # what a judge makes of an answer: status, reason, figures for the report
 STATUSES: tuple[Status, ...] = ("PASS", "INCOMPLETE", "INCONCLUSIVE", "FAIL")  # from best to worst
 
 # Exit codes of an accident that says nothing about what is judged: arguments, environment (a GPU in use), disk, a lock,
@@ -45,6 +47,25 @@ class Verdict(BaseModel):
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe, for an entry's ``verdict``."""
         return self.model_dump(mode="json")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim about what one probe answers. ``probe``: which one, as the suite calls it.
+
+    ``judge`` is given the answer and the ``bars`` by name.
+    """
+
+    name: str
+    statement: str
+    probe: str
+    judge: Callable[..., Judged]
+    bars: Mapping[str, float] = field(default_factory=dict)
+
+    def verdict(self, answer: Any) -> Verdict:
+        """The verdict on what the probe answers."""
+        status, reason, figures = self.judge(answer, **self.bars)
+        return Verdict(name=self.name, statement=self.statement, status=status, reason=reason, figures=figures)
 
 
 def worst(statuses: Sequence[Status]) -> Status:

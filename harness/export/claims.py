@@ -1,55 +1,35 @@
-"""What an export must keep: each claim with its statement, the probe that is asked, its bars and its judge."""
+"""What an export must keep: each claim with its statement, the probe that is asked, its judge and its bars."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
+from forge.training.config.quantizations import GGUF_TYPES
 from harness.export import contents, predictions
-from harness.export.answers import Judged
 from harness.stats import CONFIDENCE, LOSS_MARGIN_NATS
-from harness.verdict import Verdict
+from harness.verdict import Claim
 
 # Mean KL(merged weights in float32 || file) in nats per predicted token, on held-out text of a trained base.
 # For scale: 8B models have 2.4e-4 at q8_0 and 0.03 at q4_k_m (llama.cpp's tables), the tiny base 2e-4 and 0.015.
 # f16 is llama.cpp's rounding of activations, not the file: 1.5e-7 on the tiny base, where an f32 file has 7e-12.
 # It grows with depth and width, so that on a large model the bar may say more of llama.cpp than of the export.
 KL_BARS = {"f16": 1e-6, "q8_0": 1e-3, "q4_k_m": 0.05}
-KINDS = tuple(KL_BARS)  # the GGUF types that this suite makes, in this order; greedy text and tokens are the first's
+KINDS = tuple(sorted(KL_BARS, key=list(GGUF_TYPES).index))  # what is made; greedy text and tokens are the first's
 
-
-@dataclass(frozen=True)
-class Claim:
-    """One thing that an export must keep. ``judge`` is given the answer of ``probe`` and the ``bars`` by name."""
-
-    name: str
-    statement: str
-    probe: str
-    judge: Callable[..., Judged]
-    bars: Mapping[str, float] = field(default_factory=dict)
-
-    def verdict(self, answer: Any) -> Verdict:
-        """The verdict on what the probe answers, which is as answers.py describes it."""
-        status, reason, figures = self.judge(answer, **self.bars)
-        return Verdict(name=self.name, statement=self.statement, status=status, reason=reason, figures=figures)
-
-
-CLAIMS: tuple[Claim, ...] = (
+CLAIMS = (
     Claim(
-        name="merge",
-        statement="Merged weights are base + scale B A, rounded once; every other tensor is the same bytes.",
-        probe="merge",
-        judge=contents.judge_merge,
-        bars={"scale_tolerance": 1e-3, "most_rounding": 1.0},  # a merge by 1% too much is ten times that tolerance
+        "merge",
+        "Merged weights are base + scale B A, rounded once; every other tensor is the same bytes.",
+        "merge",
+        contents.judge_merge,
+        {"scale_tolerance": 1e-3, "most_rounding": 1.0},  # a merge by 1% too much is ten times that tolerance
     ),
     Claim(
-        name="merged_against_adapter",
-        statement="The merged weights predict what the adapter on the original 16-bit base predicts.",
-        probe="divergence",
-        judge=predictions.judge_merged_against_adapter,
-        bars={
+        "merged_against_adapter",
+        "The merged weights predict what the adapter on the original 16-bit base predicts.",
+        "divergence",
+        predictions.judge_merged_against_adapter,
+        {
             # Merging rounds every changed weight to 16 bits: it may lose no more than the finest quantisation does.
             "mean_kl_nats": KL_BARS["q8_0"],
             "loss_margin_nats": LOSS_MARGIN_NATS,
@@ -59,68 +39,60 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     *(
         Claim(
-            name=f"divergence_{kind}",
-            statement=f"The {kind} file predicts what the merged weights predict: mean KL below {bar:g} nats.",
-            probe="divergence",
-            judge=partial(predictions.judge_file, kind=kind),
-            bars={"mean_kl_nats": bar, "confidence": CONFIDENCE},
+            f"divergence_{kind}",
+            f"The {kind} file predicts what the merged weights predict: mean KL below {KL_BARS[kind]:g} nats.",
+            "divergence",
+            partial(predictions.judge_file, kind=kind),
+            {"mean_kl_nats": KL_BARS[kind], "confidence": CONFIDENCE},
         )
-        for kind, bar in KL_BARS.items()
+        for kind in KINDS
     ),
     Claim(
-        name="chain",
-        statement="From base to the smallest file the held-out loss is known, and the adapter improved it.",
-        probe="divergence",
-        judge=predictions.judge_chain,
-        bars={"confidence": CONFIDENCE},
+        "chain",
+        "From base to the smallest file the held-out loss is known, and the adapter improved it.",
+        "divergence",
+        predictions.judge_chain,
+        {"confidence": CONFIDENCE},
     ),
     Claim(
-        name="greedy",
-        statement="Greedy answers of the f16 file are those of the merged weights, token by token.",
-        probe="divergence",
-        judge=predictions.judge_greedy,
+        "greedy",
+        "Greedy answers of the f16 file are those of the merged weights, token by token.",
+        "divergence",
+        predictions.judge_greedy,
     ),
     Claim(
-        name="lora_route",
-        statement="Base and LoRA as GGUF files of their own predict what the merged model predicts.",
-        probe="divergence",
-        judge=predictions.judge_lora_route,
-        bars={
-            "to_adapter_kl_nats": KL_BARS["f16"],  # the same numbers in float32, but for llama.cpp's float16 products
-            "to_merged_kl_nats": KL_BARS["q8_0"],
-            "confidence": CONFIDENCE,
-        },
+        "lora_route",
+        "Base and LoRA as GGUF files of their own predict what the merged model predicts.",
+        "divergence",
+        predictions.judge_lora_route,
+        # To the adapter: the same numbers in float32, but for llama.cpp's float16 products.
+        {"to_adapter_kl_nats": KL_BARS["f16"], "to_merged_kl_nats": KL_BARS["q8_0"], "confidence": CONFIDENCE},
     ),
     Claim(
-        name="tokens",
-        statement="llama.cpp reads text as the tokenizer does, composed text (NFC) provided.",
-        probe="tokens",
-        judge=contents.judge_tokens,
-        bars={"least_strings": 200},
+        "tokens",
+        "llama.cpp reads text as the tokenizer does, composed text (NFC) provided.",
+        "tokens",
+        contents.judge_tokens,
+        {"least_strings": 200},
     ),
     Claim(
-        name="template",
-        statement="The chat template in the file gives the tokenizer's text and ids.",
-        probe="tokens",
-        judge=contents.judge_template,
+        "template",
+        "The chat template in the file gives the tokenizer's text and ids.",
+        "tokens",
+        contents.judge_template,
+    ),
+    Claim("specials", "BOS, EOS and padding are the tokenizer's.", "tokens", contents.judge_specials),
+    Claim(
+        "modelfile",
+        "The Modelfile is valid and its template renders the tokenizer's text.",
+        "tokens",
+        contents.judge_modelfile,
     ),
     Claim(
-        name="specials",
-        statement="BOS, EOS and padding are the tokenizer's.",
-        probe="tokens",
-        judge=contents.judge_specials,
-    ),
-    Claim(
-        name="modelfile",
-        statement="The Modelfile is valid and its template renders the tokenizer's text.",
-        probe="tokens",
-        judge=contents.judge_modelfile,
-    ),
-    Claim(
-        name="provenance",
-        statement="Each artefact, from corpus to GGUF, is by its SHA-256 what the records say.",
-        probe="provenance",
-        judge=contents.judge_provenance,
+        "provenance",
+        "Each artefact, from corpus to GGUF, is by its SHA-256 what the records say.",
+        "provenance",
+        contents.judge_provenance,
     ),
 )
 

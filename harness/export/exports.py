@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from forge.training.system.errors import DataError, ForgeError
 from forge.training.system.files import read_json_object, sha256_json, write_json
 from forge.training.train.record import completed_record
 from harness.export import suite
-from harness.export.answers import TimingAnswer
 from harness.export.claims import KINDS, claim_of
 from harness.measurement.environment import EVALUATOR, environment, interpreter, train_command
 from harness.measurement.gpu_monitor import machine_id, wait_until_free
@@ -29,7 +29,7 @@ from harness.measurement.process import run_process
 from harness.measurement.redact import log_tail
 from harness.measurement.results import RunSpec
 from harness.session import Session
-from harness.verdict import Verdict, status_of_error
+from harness.verdict import Verdict
 
 
 @dataclass
@@ -50,32 +50,23 @@ class Exports:
     def verdict(self, name: str) -> Verdict:
         """The verdict on a claim of :data:`harness.export.claims.CLAIMS`."""
         claim = claim_of(name)
-        try:
-            answer = self.answer(claim.probe)
-        except ForgeError as error:
-            status, reason = status_of_error(error), f"the probe `{claim.probe}`: {error}"
-        else:
-            if answer is not None:
-                return claim.verdict(answer)
-            status, reason = "INCOMPLETE", self.session.why_missing()
-        return Verdict(name=name, statement=claim.statement, status=status, reason=reason)
+        return self.session.verdict(claim, lambda: self.answer(claim.probe))
 
     def answer(self, probe: str) -> dict[str, Any] | None:
         """What a probe answers about the run, as answers.py describes it; ``None``: not measured.
 
         Raises :class:`ForgeError`, the same each time, where the probe or a step before it failed.
         """
-        stored = self._stored_answers()
-        if stored is not None:
+        if stored := self._stored_answers():
             return stored[probe]
         run_dir = self.exported(self.spec)
         if run_dir is None or (probe == "provenance" and not self._evaluated(run_dir)):
             return None
         record = completed_record(run_dir)
         key, adapter = self._key(self.spec), str(record.adapter_sha256)
-        path = self._probes / f"exported-{key[:12]}-{adapter[:12]}.json"
         note = {"schema_version": 1, "key": key, "machine": machine_id(), "adapter_sha256": adapter}
         note["name"] = record.workload["name"]
+        path = self.session.store.probe_path(f"exported-{key[:12]}-{adapter[:12]}")
         if not path.is_file():
             write_json(path, note)
         return self._ask(self.session, probe, note)
@@ -105,7 +96,7 @@ class Exports:
         Training is not repeatable to the bit, so a run made again is another one to every probe.
         """
         reads = Session(self.session.store, self.session.train, measures=False)
-        for path in sorted(self._probes.glob(f"exported-{self._key(self.spec)[:12]}-*.json")):
+        for path in self.session.store.probe_paths(f"exported-{self._key(self.spec)[:12]}-*"):
             note = read_json_object(path)
             answers = {probe: self._ask(reads, probe, note) for probe in suite.PROBES}
             complete = {probe: answer for probe, answer in answers.items() if answer is not None}
@@ -113,24 +104,21 @@ class Exports:
                 return complete
         return None
 
-    @property
-    def _probes(self) -> Path:
-        return self.session.store.directory / "probes"
-
-    def timing(self) -> TimingAnswer | None:
+    def timing(self) -> dict[str, Any] | None:
         """The large run's export, timed step by step; ``None``: not measured.
 
-        Its files are deleted: at 7B they take 30 GB.
+        ``steps`` and ``needed_disk_bytes`` are those of export.json; ``files`` and ``fallbacks`` are by type: bytes,
+        and the tensors that are of another type. The files are deleted: at 7B they take 30 GB.
         """
         assert self.large is not None
         key = self._key(self.large)
-        path = self._probes / f"export-{key[:12]}.json"
+        path = self.session.store.probe_path(f"export-{key[:12]}")
         if not path.is_file():
             run_dir = self.exported(self.large)
             if run_dir is None:
                 return None
             record = read_json_object(run_dir / "export" / "export.json")
-            answer: TimingAnswer = {
+            answer = {
                 "schema_version": 1,
                 "key": key,
                 "machine": machine_id(),
@@ -143,11 +131,7 @@ class Exports:
             }
             write_json(path, answer)
             shutil.rmtree(run_dir)
-        stored: Any = read_json_object(path)
-        timing: TimingAnswer = stored
-        return timing
-
-    # ----------------------------------------------------------------------------------------------------------------
+        return read_json_object(path)
 
     def exported(self, spec: RunSpec) -> Path | None:
         """The directory of a run, trained and exported, the merged weights kept where it is judged.
@@ -155,45 +139,42 @@ class Exports:
         ``None``: not made. Raises :class:`ForgeError`, the same each time, where a step failed.
         """
         run_dir = self._run_dir(spec)
-        is_timed = spec is self.large
-        name, seconds = ("export at 7B", suite.EXPORT_AT_7B) if is_timed else ("export", suite.EXPORT)
-        options = () if is_timed else ("--lora", "--keep-merged")
-        train = train_command(spec, run_dir)
-        if not _is_completed(run_dir) and not self._make("train", suite.TRAIN, spec.backend, train, run_dir):
+        step, options = ("export at 7B", ()) if spec is self.large else ("export", ("--lora", "--keep-merged"))
+        is_trained = False
+        with suppress(DataError):
+            is_trained = completed_record(run_dir) is not None
+        if not is_trained and not self._make("train", train_command(spec, run_dir), run_dir, spec.backend):
             return None
-        export = [*_forge("export", run_dir), "--quant", ",".join(KINDS), *options]
-        is_made = (run_dir / "export" / "export.json").is_file()
-        return run_dir if is_made or self._make(name, seconds, EVALUATOR, export, run_dir) else None
+        export = _forge("export", run_dir, "--quant", ",".join(KINDS), *options)
+        is_exported = (run_dir / "export" / "export.json").is_file()
+        return run_dir if is_exported or self._make(step, export, run_dir) else None
 
     def _evaluated(self, run_dir: Path) -> bool:
         nf4 = load_workload(self.spec.workload, self.spec.overrides).model.quantization == "nf4"
-        subjects = f"base,adapter,{'adapter-nf4,' if nf4 else ''}merged"
-        command = [*_forge("evaluate", run_dir), "--subjects", subjects]
-        is_made = (run_dir / "evaluation.json").is_file()
-        return is_made or self._make("evaluate", suite.EVALUATE, EVALUATOR, command, run_dir)
+        evaluate = _forge("evaluate", run_dir, "--subjects", f"base,adapter,{'adapter-nf4,' if nf4 else ''}merged")
+        return (run_dir / "evaluation.json").is_file() or self._make("evaluate", evaluate, run_dir)
 
-    def _run_dir(self, spec: RunSpec) -> Path:
-        return self.session.store.directory.absolute().parent / "export" / f"{spec.workload}-{self._key(spec)[:12]}"
-
-    def _make(self, step: str, seconds: suite.Seconds, backend: Backend, command: list[str], run_dir: Path) -> bool:
+    def _make(self, step: str, command: list[str], run_dir: Path, backend: Backend = EVALUATOR) -> bool:
         """Carry out one command; ``False``: it might not end in time. Raises :class:`ForgeError` where it fails."""
         if run_dir in self._failed:
             raise self._failed[run_dir]
+        limit, expected = suite.STEPS[step]
         until = self.session.until
-        if until is not None and time.monotonic() + seconds.expected > until:
+        if until is not None and time.monotonic() + expected > until:
             return False
         self.session.announce(f"export fidelity: {step}")
         with self.session.store.lock():
             wait_until_free(describe_gpu)
-            ended = run_process(
-                command, environment=environment(backend), directory=ROOT, time_limit_seconds=seconds.limit
-            )
+            ended = run_process(command, environment=environment(backend), directory=ROOT, time_limit_seconds=limit)
         if ended.exit_code:
-            why = f"did not end within {seconds.limit:g} s" if ended.timed_out else f"exit code {ended.exit_code}"
+            why = f"did not end within {limit:g} s" if ended.timed_out else f"exit code {ended.exit_code}"
             code = 1 if ended.timed_out else ended.exit_code
             self._failed[run_dir] = ForgeError.of_child(code, f"{step} failed: {why}\n{log_tail(ended.output)}")
             raise self._failed[run_dir]
         return True
+
+    def _run_dir(self, spec: RunSpec) -> Path:
+        return self.session.store.beside("export").absolute() / f"{spec.workload}-{self._key(spec)[:12]}"
 
     def _key(self, spec: RunSpec) -> str:
         """Of everything that can change the run, its export or, beside a probe's own code, what a probe says of it."""
@@ -203,13 +184,5 @@ class Exports:
         return self._keys[spec]
 
 
-def _forge(command: str, run_dir: Path) -> list[str]:
-    return [interpreter(EVALUATOR), "-m", "forge.training", command, str(run_dir), "--force"]
-
-
-def _is_completed(run_dir: Path) -> bool:
-    try:
-        completed_record(run_dir)
-    except DataError:
-        return False
-    return True
+def _forge(command: str, run_dir: Path, *options: str) -> list[str]:
+    return [interpreter(EVALUATOR), "-m", "forge.training", command, str(run_dir), "--force", *options]

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from harness.export.answers import DivergenceAnswer, Judged, Pair, Step
-from harness.verdict import Status, by_faults
+from harness.export.answers import DivergenceAnswer, Pair, Step
+from harness.verdict import Judged, Status, by_faults
 
 
 def judge_merged_against_adapter(
@@ -21,8 +21,9 @@ def judge_merged_against_adapter(
     effect = _pair(answer, "adapter", "base")["mean_kl_nats"]
     four_bit = answer["four_bit"]
     status, reason = _below(pair, mean_kl_nats, answer, confidence)
-    change, error = step["change_nats_per_token"] or 0.0, step["standard_error_nats_per_token"]
-    if status == "PASS" and (error is None or abs(change) + _quantile(answer, confidence) * error >= loss_margin_nats):
+    change = step["change_nats_per_token"] or 0.0
+    half_width = _half_width(step["standard_error_nats_per_token"], answer, confidence)
+    if status == "PASS" and (half_width is None or abs(change) + half_width >= loss_margin_nats):
         status, reason = "FAIL", f"the loss moves by {change:+.2e} nats per token"
     if status == "PASS" and pair["mean_kl_nats"] * least_effect > effect:
         status, reason = "INCONCLUSIVE", f"the adapter itself moves the base by only {effect:.2e} nats: nothing to lose"
@@ -47,12 +48,12 @@ def judge_file(answer: DivergenceAnswer, *, kind: str, mean_kl_nats: float, conf
 def judge_chain(answer: DivergenceAnswer, *, confidence: float) -> Judged:
     """Held-out loss from base to the smallest file. Judged is that the adapter lowered it."""
     step = _step(answer, "adapter")
-    change, error = step["change_nats_per_token"] or 0.0, step["standard_error_nats_per_token"]
+    half_width = _half_width(step["standard_error_nats_per_token"], answer, confidence)
     reason = " -> ".join(f"{row['subject']} {row['nats_per_token']:.4f}" for row in answer["chain"])
     status: Status = "FAIL"
-    if error is None:
+    if half_width is None:
         status, reason = "INCONCLUSIVE", "one document has no spread"
-    elif change + _quantile(answer, confidence) * error < 0:
+    elif (step["change_nats_per_token"] or 0.0) + half_width < 0:
         status = "PASS"
     return status, reason, {name: answer[name] for name in ("chain", "held_out", "base", "four_bit")}
 
@@ -75,35 +76,34 @@ def judge_lora_route(
     answer: DivergenceAnswer, *, to_adapter_kl_nats: float, to_merged_kl_nats: float, confidence: float
 ) -> Judged:
     """Base and adapter as GGUF files of their own: KL to the adapter in float32 and to the merged weights."""
-    pairs = {(row["reference"], row["subject"]) for row in answer["pairs"]}
-    if ("adapter", "base and LoRA") not in pairs:
+    if not any(row["subject"] == "base and LoRA" for row in answer["pairs"]):
         return "INCOMPLETE", "not measured: --controls", {}
     to_adapter, to_merged = _pair(answer, "adapter", "base and LoRA"), _pair(answer, "merged", "base and LoRA")
-    results = [
-        _below(to_adapter, to_adapter_kl_nats, answer, confidence),
-        _below(to_merged, to_merged_kl_nats, answer, confidence),
-    ]
+    bars = ((to_adapter, to_adapter_kl_nats), (to_merged, to_merged_kl_nats))
+    results = [_below(pair, bar, answer, confidence) for pair, bar in bars]
     status, reason = next((result for result in results if result[0] != "PASS"), results[0])
     return status, reason, {"to_adapter": to_adapter, "to_merged": to_merged}
 
 
 def _below(pair: Pair, bar: float, answer: DivergenceAnswer, confidence: float) -> tuple[Status, str]:
     """Whether a mean KL lies below its bar with its whole two-sided interval over documents."""
-    mean, error = pair["mean_kl_nats"], pair["standard_error_nats"]
+    mean, half_width = pair["mean_kl_nats"], _half_width(pair["standard_error_nats"], answer, confidence)
     if mean >= bar:
         return "FAIL", f"mean KL {mean:.2e} nats, the bar is {bar:g}"
-    if error is None:
+    if half_width is None:
         return "INCONCLUSIVE", f"mean KL {mean:.2e} nats of one document: no spread"
-    high = mean + _quantile(answer, confidence) * error
-    spread = f"standard error {error:.1e}, {confidence:.0%} below {high:.2e}"
-    return ("PASS" if high < bar else "INCONCLUSIVE"), f"mean KL {mean:.2e} nats, {spread}; the bar is {bar:g}"
+    spread = f"standard error {pair['standard_error_nats']:.1e}, {confidence:.0%} below {mean + half_width:.2e}"
+    status: Status = "PASS" if mean + half_width < bar else "INCONCLUSIVE"
+    return status, f"mean KL {mean:.2e} nats, {spread}; the bar is {bar:g}"
 
 
-def _quantile(answer: DivergenceAnswer, confidence: float) -> float:
-    """Student's t for a two-sided interval over the documents."""
-    from scipy.stats import t
+def _half_width(standard_error: float | None, answer: DivergenceAnswer, confidence: float) -> float | None:
+    """Of the two-sided interval over the documents, by Student's t."""
+    from scipy.special import stdtrit
 
-    return float(t.ppf((1 + confidence) / 2, max(1, answer["held_out"]["num_documents"] - 1)))
+    if standard_error is None:
+        return None
+    return float(stdtrit(max(1, answer["held_out"]["num_documents"] - 1), (1 + confidence) / 2)) * standard_error
 
 
 def _pair(answer: DivergenceAnswer, reference: str, subject: str) -> Pair:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from forge.training.backends import Backend
 from harness.documents import write_documents
@@ -16,16 +16,19 @@ NUM_DOCUMENTS = 32  # held out, for the divergences
 MOST_TOKENS = 128  # of each: 152,064 logits per token of every model go through a file
 
 
-@dataclass(frozen=True)
-class Seconds:
+class Seconds(NamedTuple):
     """``expected`` on a machine of sixteen cores: nothing is started that would not end in time."""
 
     limit: float
     expected: float
 
 
-TRAIN, EXPORT, EXPORT_AT_7B = Seconds(1200.0, 120.0), Seconds(900.0, 100.0), Seconds(900.0, 270.0)
-EVALUATE = Seconds(600.0, 80.0)
+STEPS = {
+    "train": Seconds(1200.0, 120.0),
+    "export": Seconds(900.0, 100.0),
+    "export at 7B": Seconds(900.0, 270.0),
+    "evaluate": Seconds(600.0, 80.0),
+}
 PROBES = {
     "merge": Seconds(300.0, 40.0),
     "tokens": Seconds(300.0, 40.0),
@@ -42,21 +45,16 @@ def judged_run(session: Session) -> RunSpec:
     """
     train, validation = write_documents(session.train, shared_folder(session.store))
     base = trained_base(BASE, session.store, measures=session.measures, announce=session.announce)
-    overrides = (
-        f"model.path={base or BASE}",
-        f"data.train={train}",
-        f"data.validation={validation}",
-        f"training.seed={SEED}",
-    )
+    data = (f"data.train={train}", f"data.validation={validation}")
+    overrides = (f"model.path={base or BASE}", *data, f"training.seed={SEED}")
     return RunSpec(backend=BACKEND, workload="parity", overrides=overrides)
 
 
 def timed_run(session: Session) -> RunSpec:
     """A short run of 7B."""
     overrides = (
-        f"model.path={session.model}",
-        f"data.train={session.train}",
-        *("data.validation=null", "data.sample=32", "training.max_steps=4"),
-        *("training.save_every_steps=null", "training.evaluate_every_steps=null", "report_to=[]"),
+        *(f"model.path={session.model}", f"data.train={session.train}", "data.validation=null", "data.sample=32"),
+        *("training.max_steps=4", "training.save_every_steps=null", "training.evaluate_every_steps=null"),
+        "report_to=[]",
     )
     return RunSpec(backend=BACKEND, workload="legacy_256", overrides=overrides)

@@ -6,49 +6,27 @@ from typing import Any
 
 import pytest
 
-from harness.export.claims import KINDS
+from harness.export import suite
+from harness.export.claims import CLAIMS, KINDS
 from harness.export.exports import Exports
 from harness.recorder import CLOCK, record_facts, record_metric
-from harness.verdict import Hold
+from harness.session import Session
+from harness.verdict import Claim, Hold
 
-pytestmark = [
-    *(pytest.mark.gpu, pytest.mark.timeout(0)),  # the first test waits for the run
-    pytest.mark.benchmark(group="export", timer=CLOCK),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(0)]  # the first test waits for the run
 
 
-def test_merged_weights_are_base_plus_scaled_product_and_all_else_the_same_bytes(exports: Exports, hold: Hold) -> None:
-    hold(exports.verdict("merge"), **exports.entry)
+@pytest.fixture(scope="session")
+def exports(gate: Session) -> Exports:
+    """Where ``--gate-only`` leaves "export" out, nothing is made: what the store has is judged."""
+    session = gate.limited_to("export")
+    return Exports(session, suite.judged_run(session), suite.timed_run(session))
 
 
-def test_merged_weights_predict_what_the_adapter_on_the_original_base_predicts(exports: Exports, hold: Hold) -> None:
-    hold(exports.verdict("merged_against_adapter"), **exports.entry)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_file_predicts_what_the_merged_weights_predict(exports: Exports, hold: Hold, kind: str) -> None:
-    hold(exports.verdict(f"divergence_{kind}"), **exports.entry)
-
-
-def test_the_loss_from_base_to_the_smallest_file_is_known(exports: Exports, hold: Hold) -> None:
-    hold(exports.verdict("chain"), **exports.entry)
-
-
-def test_greedy_text_of_the_f16_file_is_that_of_the_merged_weights(exports: Exports, hold: Hold) -> None:
-    hold(exports.verdict("greedy"), **exports.entry)
-
-
-def test_the_adapter_as_gguf_equals_the_merged_model(exports: Exports, hold: Hold) -> None:
-    hold(exports.verdict("lora_route"), **exports.entry)
-
-
-@pytest.mark.parametrize("name", ["tokens", "template", "specials", "modelfile"])
-def test_text_reaches_the_model_as_it_did_in_training(exports: Exports, hold: Hold, name: str) -> None:
-    hold(exports.verdict(name), **exports.entry)
-
-
-def test_every_artefact_from_corpus_to_gguf_is_what_the_records_say(exports: Exports, hold: Hold) -> None:
-    hold(exports.verdict("provenance"), **exports.entry)
+@pytest.mark.benchmark(group="export", timer=CLOCK)
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.name)
+def test_an_export_keeps_what_the_claim_says(exports: Exports, hold: Hold, claim: Claim) -> None:
+    hold(exports.verdict(claim.name), **exports.entry)
 
 
 @pytest.mark.benchmark(group="export: held-out loss", timer=CLOCK)
@@ -78,11 +56,7 @@ def test_the_whole_export_at_7b_is_timed(exports: Exports, benchmark: Any) -> No
         workload=exports.large.workload,
         backend=exports.large.backend,
         arm="export at 7B",
-        steps=answer["steps"],
-        files=answer["files"],
-        needed_disk_bytes=answer["needed_disk_bytes"],
-        shape=answer["shape"],
-        key=answer["key"],
+        **{name: answer[name] for name in ("steps", "files", "needed_disk_bytes", "shape", "key")},
     )
     assert set(answer["files"]) == set(KINDS)
     assert not any(answer["fallbacks"].values()), answer["fallbacks"]

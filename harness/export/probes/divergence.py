@@ -25,6 +25,8 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -32,31 +34,68 @@ from forge.training.config.workload import Workload
 from forge.training.evaluation.answers import document_prompts, question_ids
 from forge.training.evaluation.likelihood import group_documents, sum_nats
 from forge.training.evaluation.neutral_model import Placement, load_model, refuse_unsloth, release_memory, with_adapter
+from forge.training.evaluation.record import DocumentResult, compare
 from forge.training.export.gguf import convert_lora_to_gguf, convert_to_gguf, verify_gguf
 from forge.training.models.digests import base_sha256
 from forge.training.models.tokenizers import load_tokenizer
 from forge.training.system.errors import ConfigurationError, DataError, ForgeError
 from forge.training.system.files import read_json_object
 from forge.training.train.record import RunRecord, completed_record
-from harness.export.answers import DivergenceAnswer, FourBit, GreedyText
-from harness.export.probes.models_under_test import (
-    GgufModel,
-    Reference,
-    Text,
-    add_run,
-    expected_run,
-    held_out_examples,
-    held_out_texts,
-    merged_model,
-    stated_merge,
-)
-from harness.export.probes.sums import Tally, describe_chain, describe_pair
+from harness.export.answers import DivergenceAnswer, GreedyText, Pair, Step
+from harness.export.probes import models_under_test as models
+from harness.export.probes.models_under_test import GgufModel, Reference, Text, open_gguf
 from harness.measurement.probe_main import probe_main
 
 MOST_TOKENS = 512  # of a document: its logits of 152,064 entries are then 300 MB per model
 NUM_PROMPTS = 8
 EXACT, CACHED, LORA = "f32", "with an f16 cache", "base and LoRA"  # the controls
 _CHUNK_ROWS = 256  # of float64 probabilities at once
+
+
+@dataclass
+class Tally:
+    """Sums by document, in the order of the documents, by model or pair. ``largest``: of one prediction, by pair."""
+
+    rows: dict[str, DocumentResult] = field(default_factory=dict)
+    largest: dict[str, float] = field(default_factory=dict)
+
+    def begin(self, document: str, num_tokens: int) -> None:
+        """Count tokens that a document has, or has beside those already counted."""
+        new = DocumentResult(document=document, num_tokens=0, num_bytes=0, nats={"": 0.0})
+        self.rows.setdefault(document, new).num_tokens += num_tokens
+
+    def add(self, name: str, document: str, amount: float) -> None:
+        """Add to a document's sum under a name."""
+        sums = self.rows[document].nats
+        sums[name] = sums.get(name, 0.0) + amount
+
+    def mean(self, name: str, less: str = "") -> tuple[float, float | None]:
+        """Mean per token and its standard error over documents; with ``less``, of the paired difference."""
+        paired = compare(list(self.rows.values()), name, less)
+        return paired.difference_nats_per_token, paired.standard_error_nats_per_token
+
+    def pair(self, name: str) -> Pair:
+        """What was added under ``reference || subject`` and ``top of reference || subject``."""
+        reference, _, subject = name.partition(" || ")
+        mean, error = self.mean(name)
+        return {
+            "reference": reference,
+            "subject": subject,
+            "mean_kl_nats": mean,
+            "standard_error_nats": error,
+            "largest_kl_nats": self.largest[name],
+            "same_top_share": self.mean(f"top of {name}")[0],
+        }
+
+    def step(self, before: str | None, subject: str) -> Step:
+        """A subject's loss and its paired change from the one before."""
+        change, error = self.mean(subject, before) if before else (None, None)
+        return {
+            "subject": subject,
+            "nats_per_token": self.mean(subject)[0],
+            "change_nats_per_token": change,
+            "standard_error_nats_per_token": error,
+        }
 
 
 def measure_divergence(
@@ -77,76 +116,73 @@ def measure_divergence(
     base_dir = Path(run.base_path)
     if base_sha256(base_dir) != run.inputs.base_sha256:
         raise DataError(f"{base_dir} is not the base that was trained on", remedy="put the run's base back")
-    stated = {stated_merge(path) for path in ggufs} - {None}
+    stated = {models.stated_merge(path) for path in ggufs} - {None}
     if len(stated) > 1:
         raise ConfigurationError("the files are of exports of different weights", remedy="name those of one export")
+    merged_sha256 = next(iter(stated), None)
     workload = Workload.model_validate(run.workload)
     tokenizer = load_tokenizer(base_dir)
-    examples = held_out_examples(run, run_dir)
-    texts = held_out_texts(examples, tokenizer, num_documents, most_tokens)
-    reports = {path: verify_gguf(path) for path in ggufs}
-    names = [report.file_type for report in reports.values()]
+    examples = models.held_out_examples(run, run_dir)
+    documents = group_documents(examples, tokenizer, num_documents)
+    texts = models.held_out_texts(examples, documents, most_tokens)
+    reports = [verify_gguf(path) for path in ggufs]
+    names = [report.file_type for report in reports]
     if len(set(names)) < len(names):
         raise ConfigurationError(f"two files of one type: {', '.join(names)}", remedy="name one file of each")
-    num_greedy_tokens = workload.evaluation.max_new_tokens
-    documents = group_documents(examples, tokenizer, num_documents)
+    num_answer_tokens = workload.evaluation.max_new_tokens
+    system_prompt = workload.data.system_prompt
+    asked = document_prompts(examples, documents, tokenizer, num_prompts=NUM_PROMPTS, max_new_tokens=num_answer_tokens)
     prompts = [
-        *(question_ids(tokenizer, fact.question, workload.data.system_prompt) for fact in workload.evaluation.facts),
-        *(
-            prompt.input_ids
-            for prompt in document_prompts(
-                examples, documents, tokenizer, num_prompts=NUM_PROMPTS, max_new_tokens=num_greedy_tokens
-            )
-            if len(prompt.input_ids) <= most_tokens
-        ),
+        *(question_ids(tokenizer, fact.question, system_prompt) for fact in workload.evaluation.facts),
+        *(prompt.input_ids for prompt in asked if len(prompt.input_ids) <= most_tokens),
     ]
-    context = max([len(text.ids) for text in texts] + [len(ids) + num_greedy_tokens for ids in prompts])
+    context = max([len(text.ids) for text in texts] + [len(ids) + num_answer_tokens for ids in prompts])
     tally = Tally()
     with ExitStack() as stack:
-        merged_dir = stack.enter_context(merged_model(run, run_dir, next(iter(stated), None)))
-        files = {report.file_type: stack.enter_context(GgufModel(path, context)) for path, report in reports.items()}
+        merged_dir = stack.enter_context(models.merged_model(run, run_dir, merged_sha256))
+        files = {name: stack.enter_context(open_gguf(path, context)) for name, path in zip(names, ggufs, strict=True)}
         if controls:
-            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="forge-controls-")))
-            models = _controls(scratch, run_dir, base_dir, merged_dir, ggufs[0], context)
-            files |= {name: stack.enter_context(model) for name, model in models.items()}
+            files |= _controls(stack, run_dir, base_dir, merged_dir, ggufs[0], context)
         merged, adapted = Reference(merged_dir), Reference(base_dir, run_dir / "adapter")
         for text in texts:
             _compare(text, merged, adapted, files, tally)
-        greedy = [_greedy(ids.tolist(), num_greedy_tokens, merged, files[names[0]], tokenizer) for ids in prompts]
+        greedy = [_greedy(ids.tolist(), num_answer_tokens, merged, files[names[0]], tokenizer) for ids in prompts]
         stored_dtype = read_json_object(merged_dir / "config.json").get("torch_dtype")
     del merged, adapted
     four_bit = _four_bit(run, run_dir, texts, tally)
+    chain = ["base", "adapter", "merged", *names]
     return {
-        "run": {"adapter_sha256": run.adapter_sha256, "merged_sha256": next(iter(stated), None)},
+        "run": {"adapter_sha256": run.adapter_sha256, "merged_sha256": merged_sha256},
         "base": {"sha256": run.inputs.base_sha256, "shape": run.model_shape, "dtype": stored_dtype},
         "held_out": {
-            "num_documents": len(tally.tokens),
-            "num_tokens": sum(tally.tokens.values()),
+            "num_documents": len(tally.rows),
+            "num_tokens": sum(row.num_tokens for row in tally.rows.values()),
             "examples_sha256": examples.sha256,
             "most_tokens_a_document": most_tokens,
         },
-        "files": {report.file_type: report.to_json() for report in reports.values()},
-        "pairs": [describe_pair(tally, name) for name in tally.largest],
-        "chain": describe_chain(tally, ["base", "adapter", "merged", *names]),
+        "files": {report.file_type: report.to_json() for report in reports},
+        "pairs": [tally.pair(name) for name in tally.largest],
+        "chain": [tally.step(before, subject) for before, subject in zip([None, *chain], chain, strict=False)],
         "four_bit": four_bit,
-        "greedy": {"subject": names[0], "num_tokens": num_greedy_tokens, "answers": greedy},
+        "greedy": {"subject": names[0], "num_tokens": num_answer_tokens, "answers": greedy},
         "documents": [
-            {"document": name, "num_tokens": count, "sums": {key: rows[name] for key, rows in tally.sums.items()}}
-            for name, count in tally.tokens.items()
+            {"document": row.document, "num_tokens": row.num_tokens, "sums": {k: v for k, v in row.nats.items() if k}}
+            for row in tally.rows.values()
         ],
     }
 
 
 def _controls(
-    scratch: Path, run_dir: Path, base_dir: Path, merged_dir: Path, first: Path, context: int
+    stack: ExitStack, run_dir: Path, base_dir: Path, merged_dir: Path, first: Path, context: int
 ) -> dict[str, GgufModel]:
+    scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="forge-controls-")))
     convert_to_gguf(merged_dir, scratch / "merged.gguf", "f32")
     convert_to_gguf(base_dir, scratch / "base.gguf")
     convert_lora_to_gguf(run_dir / "adapter", base_dir, scratch / "adapter.gguf")
     return {
-        EXACT: GgufModel(scratch / "merged.gguf", context),
-        CACHED: GgufModel(first, context, cache="f16"),
-        LORA: GgufModel(scratch / "base.gguf", context, lora=scratch / "adapter.gguf"),
+        EXACT: stack.enter_context(open_gguf(scratch / "merged.gguf", context)),
+        CACHED: stack.enter_context(open_gguf(first, context, cache="f16")),
+        LORA: stack.enter_context(open_gguf(scratch / "base.gguf", context, lora=scratch / "adapter.gguf")),
     }
 
 
@@ -164,7 +200,7 @@ def _compare(text: Text, merged: Reference, adapted: Reference, files: dict[str,
     if LORA in files:
         pairs.append(("adapter", LORA))
     width = min(values.shape[1] for values in logits.values())  # rows of padding beyond the vocabulary
-    tally.tokens[text.document] = tally.tokens.get(text.document, 0) + len(text.rows)
+    tally.begin(text.document, len(text.rows))
     targets = torch.from_numpy(text.targets)
     for begin in range(0, len(text.rows), _CHUNK_ROWS):
         rows = slice(begin, begin + _CHUNK_ROWS)
@@ -187,9 +223,7 @@ def _greedy(ids: list[int], num_tokens: int, merged: Reference, model: GgufModel
     ends = {int(end) for end in (tokenizer.eos_token_id, *configured) if end}
     wanted, leads = merged.continue_greedily(ids, num_tokens, ends)
     written = model.continue_greedily(ids, num_tokens, ends)
-    parts_at = next((i for i, (a, b) in enumerate(zip(wanted, written, strict=False)) if a != b), None)
-    if parts_at is None and len(wanted) != len(written):
-        parts_at = min(len(wanted), len(written))
+    parts_at = next((i for i, (ours, theirs) in enumerate(zip_longest(wanted, written)) if ours != theirs), None)
     return {
         "merged": tokenizer.decode(wanted),
         "found": tokenizer.decode(written),
@@ -201,7 +235,7 @@ def _greedy(ids: list[int], num_tokens: int, merged: Reference, model: GgufModel
     }
 
 
-def _four_bit(run: RunRecord, run_dir: Path, texts: list[Text], tally: Tally) -> FourBit | None:
+def _four_bit(run: RunRecord, run_dir: Path, texts: list[Text], tally: Tally) -> dict[str, Any] | None:
     """How far the loss moves from the 4-bit base that was trained on to the original one, or ``why`` that is not known.
 
     It is measured last and nothing else needs it: an error costs this figure only.
@@ -223,7 +257,7 @@ def _four_bit(run: RunRecord, run_dir: Path, texts: list[Text], tally: Tally) ->
         return {"why": f"{type(failure).__name__}: {failure}"}
     shift, error = tally.mean("adapter", "adapter-nf4")
     return {
-        "nats_per_token": tally.mean("adapter-nf4")[0],
+        "nats_per_token": tally.mean("adapter-nf4")[0],  # of the adapter on the 4-bit base
         "shift_nats_per_token": shift,
         "standard_error_nats_per_token": error,
     }
@@ -232,7 +266,7 @@ def _four_bit(run: RunRecord, run_dir: Path, texts: list[Text], tally: Tally) ->
 def main() -> int:
     """Print the answer as JSON."""
     parser = argparse.ArgumentParser(prog="harness.export.probes.divergence", description=__doc__.splitlines()[0])
-    add_run(parser)
+    models.add_run(parser)
     parser.add_argument("--gguf", type=Path, nargs="+", required=True, metavar="FILE")
     parser.add_argument("--documents", type=int, help="how many of the held-out documents; default: all")
     parser.add_argument("--tokens", type=int, default=MOST_TOKENS, help=f"of each document; default {MOST_TOKENS}")
@@ -242,7 +276,7 @@ def main() -> int:
         if min(options.tokens, options.documents or 1) < 1 or options.documents == 0:
             raise ConfigurationError("--documents and --tokens take numbers above 0")
         return measure_divergence(
-            expected_run(options),
+            models.expected_run(options),
             options.gguf,
             num_documents=options.documents,
             most_tokens=options.tokens,

@@ -18,7 +18,7 @@ import numpy as np
 from forge.training.adapter.merge import RECORD, merge_adapter
 from forge.training.data.conversation import IGNORED
 from forge.training.data.examples import Examples, load_examples
-from forge.training.evaluation.likelihood import group_documents
+from forge.training.evaluation.likelihood import Document
 from forge.training.evaluation.neutral_model import Placement, load_model
 from forge.training.export.gguf import check_header, memory_limit_bytes
 from forge.training.llamacpp.parent import Child, time_limit_seconds
@@ -78,13 +78,10 @@ def held_out_examples(run: RunRecord, run_dir: Path) -> Examples:
     return examples
 
 
-def held_out_texts(examples: Examples, tokenizer: Any, num_documents: int | None, most_tokens: int) -> list[Text]:
-    """The first ``num_documents`` (``None``: all), each cut after ``most_tokens``.
-
-    Examples without a trained token are left out.
-    """
+def held_out_texts(examples: Examples, documents: Sequence[Document], most_tokens: int) -> list[Text]:
+    """The documents' examples, each document cut after ``most_tokens``. Those without a trained token are left out."""
     texts = []
-    for document in group_documents(examples, tokenizer, num_documents):
+    for document in documents:
         left = most_tokens
         for index in document.examples:
             ids, labels = examples.input_ids[index][:left], examples.labels[index][:left]
@@ -176,53 +173,45 @@ def stated_merge(gguf: Path) -> str | None:
     return str(read_json_object(record)["merged_sha256"]) if record.is_file() else None
 
 
-class GgufModel:
-    """A GGUF file, loaded in a child process because llama.cpp may crash; a context manager.
+@contextmanager
+def open_gguf(path: Path, context_tokens: int, *, lora: Path | None = None, cache: str = "f32") -> Iterator[GgufModel]:
+    """A GGUF file, loaded in a child process because llama.cpp may crash.
 
-    ``lora``: an adapter as a GGUF file. ``cache``: the type of keys and values.
+    ``lora``: an adapter as a GGUF file. ``cache``: the type of keys and values. Raises :class:`CheckError`.
     """
+    check_header(path)
+    memory_bytes = memory_limit_bytes(path.stat().st_size) + (64 << 30)
+    with Child(memory_limit_bytes=memory_bytes) as child, tempfile.NamedTemporaryFile(prefix="forge-logits-") as file:
+        model = GgufModel(path, child, file.name)
+        lora_path = str(lora.absolute()) if lora else None
+        model.ask(
+            "open_logits", 0, path=str(path.absolute()), lora=lora_path, context_tokens=context_tokens, cache=cache
+        )
+        yield model
 
-    def __init__(self, path: Path, context_tokens: int, *, lora: Path | None = None, cache: str = "f32") -> None:
-        check_header(path)
-        self.path, self._num_bytes = path, path.stat().st_size
-        self._child = Child(memory_limit_bytes=memory_limit_bytes(self._num_bytes) + (64 << 30))
-        self._opening = {
-            "path": str(path.absolute()),
-            "lora": str(lora.absolute()) if lora else None,
-            "context_tokens": context_tokens,
-            "cache": cache,
-        }
-        self._file = tempfile.NamedTemporaryFile(prefix="forge-logits-")  # noqa: SIM115 - closed in __exit__
 
-    def __enter__(self) -> GgufModel:
-        self._child.__enter__()
-        try:
-            limit = time_limit_seconds(self._num_bytes)
-            answer = self._child.ask("open_logits", self._opening, doing=f"load {self.path}", limit_seconds=limit)
-        except BaseException:
-            self.__exit__()
-            raise
-        self.vocabulary = int(answer.value["vocabulary"])
-        return self
+@dataclass(frozen=True)
+class GgufModel:
+    """A loaded GGUF file. ``target``: where the child writes logits."""
 
-    def __exit__(self, *_: object) -> None:
-        self._child.__exit__()
-        self._file.close()
+    path: Path
+    child: Child
+    target: str
 
     def logits(self, text: Text) -> Any:
         """Float32 of shape (trained, vocabulary), a torch tensor."""
         import torch
 
-        arguments = {"ids": text.ids.tolist(), "rows": text.rows.tolist(), "target": self._file.name}
-        self._ask("write_logits", arguments, len(text.ids))
-        values = np.fromfile(self._file.name, dtype="<f4").reshape(len(text.rows), self.vocabulary)
-        return torch.from_numpy(values)
+        self.ask("write_logits", len(text.ids), ids=text.ids.tolist(), rows=text.rows.tolist(), target=self.target)
+        return torch.from_numpy(np.fromfile(self.target, dtype="<f4").reshape(len(text.rows), -1))
 
     def continue_greedily(self, ids: Sequence[int], num_tokens: int, end_ids: set[int]) -> list[int]:
         """The greedy continuation's ids without the end."""
-        arguments = {"ids": list(ids), "num_tokens": num_tokens, "end_ids": sorted(end_ids)}
-        return list(self._ask("continue_greedily", arguments, len(ids) + num_tokens)["ids"])
+        length = len(ids) + num_tokens
+        answer = self.ask("continue_greedily", length, ids=list(ids), num_tokens=num_tokens, end_ids=sorted(end_ids))
+        return list(answer["ids"])
 
-    def _ask(self, task: str, arguments: dict[str, Any], num_tokens: int) -> dict[str, Any]:
-        limit = time_limit_seconds(self._num_bytes) + _SECONDS_PER_TOKEN * num_tokens
-        return self._child.ask(task, arguments, doing=f"evaluate {self.path}", limit_seconds=limit).value
+    def ask(self, task: str, length: int, /, **arguments: Any) -> dict[str, Any]:
+        """What the child answers. ``length``: of the sequence that it evaluates, in tokens."""
+        limit = time_limit_seconds(self.path.stat().st_size) + _SECONDS_PER_TOKEN * length
+        return self.child.ask(task, arguments, doing=f"evaluate {self.path}", limit_seconds=limit).value

@@ -34,21 +34,15 @@ from harness.export.probes.models_under_test import add_run, expected_run, merge
 from harness.measurement.probe_main import probe_main
 
 
-def _link(artefact: str, stated_in: str, stated: str | None, found: str | None) -> Link:
-    holds = stated is not None and stated == found
-    return {"artefact": artefact, "stated_in": stated_in, "stated": stated, "found": found, "holds": holds}
-
-
 def trace_provenance(run_dir: Path, *, remake: bool = False) -> ProvenanceAnswer:
     """All links, from corpus to Modelfile. Raises :class:`DataError` where a record itself cannot be read."""
     run = completed_record(run_dir)
-    export_dir = run_dir / "export"
-    export = read_json_object(export_dir / "export.json")
-    links = [*_training(run, run_dir), *_export(run, run_dir, export_dir, export)]
+    export = read_json_object(run_dir / "export" / "export.json")
+    links = [*_training(run, run_dir), *_export(run, run_dir, export)]
     with merged_model(run, run_dir, None) as merged_dir:
         links.append(_link("merged weights", "export.json", export["merged_sha256"], base_sha256(merged_dir)))
         if remake:
-            links += _remade(merged_dir, export_dir, export)
+            links += _remade(merged_dir, run_dir, export)
     return {
         "run": {"adapter_sha256": run.adapter_sha256},
         "links": links,
@@ -56,8 +50,13 @@ def trace_provenance(run_dir: Path, *, remake: bool = False) -> ProvenanceAnswer
     }
 
 
-def _digest(path: Path) -> str | None:
-    return sha256_file(path) if path.is_file() else None
+def _link(artefact: str, stated_in: str, stated: str | None, found: str | None) -> Link:
+    holds = stated is not None and stated == found
+    return {"artefact": artefact, "stated_in": stated_in, "stated": stated, "found": found, "holds": holds}
+
+
+def _digest(path: Path | None) -> str | None:
+    return sha256_file(path) if path is not None and path.is_file() else None
 
 
 def _training(run: RunRecord, run_dir: Path) -> Iterator[Link]:
@@ -72,7 +71,7 @@ def _training(run: RunRecord, run_dir: Path) -> Iterator[Link]:
     ):
         if path is None and corpus is None:
             continue
-        yield _link(f"corpus, {name}", "run.json", corpus, _digest(path) if path else None)
+        yield _link(f"corpus, {name}", "run.json", corpus, _digest(path))
         stored = load_examples(run_dir / "examples" / name).sha256
         yield _link(f"examples, {name}", "run.json", examples, stored)
         made = None
@@ -97,13 +96,13 @@ def _corpus_files(workload: Workload, run_dir: Path) -> tuple[Path, Path | None]
     return run_dir / "corpus.jsonl", None
 
 
-def _export(run: RunRecord, run_dir: Path, export_dir: Path, export: dict[str, Any]) -> Iterator[Link]:
+def _export(run: RunRecord, run_dir: Path, export: dict[str, Any]) -> Iterator[Link]:
     """Base, adapter -> merged -> files -> Modelfile, as export.json, evaluation.json and SHA256SUMS state them."""
+    export_dir = run_dir / "export"
     yield _link("base of the export", "export.json", export["base_sha256"], run.inputs.base_sha256)
     yield _link("adapter of the export", "export.json", export["adapter_sha256"], run.adapter_sha256)
     yield _link("merged weights of the merge", "export.json", export["merged_sha256"], export["merge"]["merged_sha256"])
-    files = [*export["files"], *([export["adapter_file"]] if export["adapter_file"] else [])]
-    for report in files:
+    for report in filter(None, [*export["files"], export["adapter_file"]]):
         yield _link(report["name"], "export.json", report["sha256"], _digest(export_dir / report["name"]))
     sums = {}
     if (export_dir / "SHA256SUMS").is_file():
@@ -121,24 +120,22 @@ def _export(run: RunRecord, run_dir: Path, export_dir: Path, export: dict[str, A
         evaluated = read_json_object(run_dir / "evaluation.json")
         yield _link("base that was evaluated", "evaluation.json", evaluated["base_sha256"], run.inputs.base_sha256)
         yield _link("adapter that was evaluated", "evaluation.json", evaluated["adapter_sha256"], run.adapter_sha256)
-        if evaluated.get("merged_sha256"):
-            stated = evaluated["merged_sha256"]
-            yield _link("merged weights that were evaluated", "evaluation.json", stated, export["merged_sha256"])
+        if merged := evaluated.get("merged_sha256"):
+            yield _link("merged weights that were evaluated", "evaluation.json", merged, export["merged_sha256"])
 
 
-def _remade(merged_dir: Path, export_dir: Path, export: dict[str, Any]) -> Iterator[Link]:
+def _remade(merged_dir: Path, run_dir: Path, export: dict[str, Any]) -> Iterator[Link]:
     """The files again from the merged weights: converter and quantiser write the same bytes each time."""
-    stated = {report["file_type"]: report["sha256"] for report in export["files"]}
-    with tempfile.TemporaryDirectory(prefix="forge-remade-", dir=export_dir.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix="forge-remade-", dir=run_dir) as scratch:
         source = Path(scratch) / "f16.gguf"
         convert_to_gguf(merged_dir, source, "f16", model_name=export["model"])
-        for name, digest in stated.items():
-            if name == "f16":
-                yield _link("f16 file, made again", "export.json", digest, sha256_file(source))
-            elif name in QUANTIZED:
-                target = Path(scratch) / f"{name}.gguf"
+        for report in export["files"]:
+            name = report["file_type"]
+            target = source if name == "f16" else Path(scratch) / f"{name}.gguf"
+            if name in QUANTIZED:
                 quantize(source, target, name)
-                yield _link(f"{name} file, made again", "export.json", digest, sha256_file(target))
+            if target.is_file():
+                yield _link(f"{name} file, made again", "export.json", report["sha256"], sha256_file(target))
 
 
 def main() -> int:

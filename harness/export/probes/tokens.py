@@ -28,16 +28,7 @@ from forge.training.llamacpp.parent import Child, time_limit_seconds
 from forge.training.models.tokenizers import load_tokenizer
 from forge.training.system.errors import DataError
 from forge.training.train.record import completed_record
-from harness.export.answers import (
-    Conversation,
-    DifferentString,
-    KindOfStrings,
-    ModelfileAnswer,
-    ModelfileConversation,
-    SpecialsAnswer,
-    StringsAnswer,
-    TokensAnswer,
-)
+from harness.export.answers import Conversation, ModelfileAnswer, SpecialsAnswer, StringsAnswer, TokensAnswer
 from harness.export.probes.go_template import render_chat
 from harness.export.probes.models_under_test import add_run, expected_run
 from harness.export.probes.tokenizer_strings import CONVERSATIONS, awkward_strings
@@ -52,68 +43,70 @@ def compare_tokens(run_dir: Path, gguf: Path, modelfile: Path | None = None) -> 
     run = completed_record(run_dir)
     tokenizer = load_tokenizer(run.base_path)
     encoder = Encoder(tokenizer)
-    strings = awkward_strings(encoder.control)
     check_header(gguf)
     num_bytes = gguf.stat().st_size
     limit = time_limit_seconds(num_bytes)
     with Child(memory_limit_bytes=memory_limit_bytes(num_bytes)) as child:
 
-        def ask(task: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        def ask(task: str, **arguments: Any) -> dict[str, Any]:
             return child.ask(task, arguments, doing=f"use the vocabulary of {gguf}", limit_seconds=limit).value
 
-        opened = ask("open_vocabulary", {"path": str(gguf.absolute())})
-        ends = [text for text in opened["ends"].values() if text not in encoder.control]
-        modes = {}
-        for mode, special in (("control tokens named", True), ("plain text", False)):
-
-            def tokenizer_ids(texts: list[str], special: bool = special) -> list[list[int]]:
-                if special:
+        def compared(is_named: bool) -> StringsAnswer:
+            def tokenizer_ids(texts: list[str]) -> list[list[int]]:
+                if is_named:
                     return [list(tokenizer(text)["input_ids"]) for text in texts]
                 return [encoder.ids_and_ends(text, plain=True)[0].tolist() for text in texts]
 
-            def llama_cpp_ids(texts: list[str], special: bool = special) -> list[list[int]]:
-                return list(ask("tokenize", {"texts": texts, "special": special})["ids"])
+            def llama_cpp_ids(texts: list[str]) -> list[list[int]]:
+                return list(ask("tokenize", texts=texts, special=is_named)["ids"])
 
-            modes[mode] = _compare_strings(strings, tokenizer_ids, llama_cpp_ids, ends)
-        conversations = _compare_conversations(tokenizer, ask)
+            return _compare_strings(awkward_strings(encoder.control), tokenizer_ids, llama_cpp_ids, ordinary_ends)
+
+        opened = ask("open_vocabulary", path=str(gguf.absolute()))
+        ordinary_ends = [text for text in opened["ends"].values() if text not in encoder.control]
+        strings = {"control tokens named": compared(True), "plain text": compared(False)}
+        rendered = ask("render", conversations=list(CONVERSATIONS.values()))
+    conversations: list[Conversation] = []
+    for (name, talk), text, ids in zip(CONVERSATIONS.items(), rendered["texts"], rendered["ids"], strict=True):
+        wanted = _rendered(tokenizer, talk)
+        wanted_ids = list(tokenizer(wanted, add_special_tokens=False)["input_ids"])
+        conversations.append({"name": name, "text_is_equal": text == wanted, "ids_are_equal": ids == wanted_ids})
     return {
         "run": {"adapter_sha256": run.adapter_sha256, "tokenizer_sha256": run.inputs.tokenizer_sha256},
         "file": {"name": gguf.name, "pre_tokenizer": opened["pre_tokenizer"]},
-        "strings": modes,
+        "strings": strings,
         "template_is_equal": opened["chat_template"] == tokenizer.chat_template,
         "conversations": conversations,
-        "specials": _specials(tokenizer, encoder, opened),
-        "modelfile": None if modelfile is None else _modelfile(tokenizer, modelfile, gguf),
+        "specials": _specials(tokenizer, opened, ordinary_ends),
+        "modelfile": None if modelfile is None else _modelfile(tokenizer, modelfile),
     }
+
+
+def _rendered(tokenizer: Any, conversation: list[dict[str, str]]) -> str:
+    return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
 
 
 def _compare_strings(
     strings: dict[str, list[str]], tokenizer_ids: _Tokenize, llama_cpp_ids: _Tokenize, ends: list[str]
 ) -> StringsAnswer:
     """By kind of string: how many, how many equal; and what differs without being a known exception."""
-    by_kind: dict[str, KindOfStrings] = {}
-    differences: list[DifferentString] = []
-    num_differing = 0
+    by_kind: dict[str, dict[str, int]] = {}
+    differences: list[dict[str, Any]] = []
     for kind, texts in strings.items():
         composed = [unicodedata.normalize("NFC", text) for text in texts]
-        wanted_ids, found_ids, composed_ids = tokenizer_ids(texts), llama_cpp_ids(texts), llama_cpp_ids(composed)
-        row: KindOfStrings = {"num_strings": len(texts), "num_equal": 0, "num_not_nfc": 0, "num_end_of_turn": 0}
-        for text, nfc, wanted, found, found_composed in zip(
-            texts, composed, wanted_ids, found_ids, composed_ids, strict=True
-        ):
-            if wanted == found:
-                row["num_equal"] += 1
-            elif text != nfc and wanted == found_composed:
-                row["num_not_nfc"] += 1
+        ids = (tokenizer_ids(texts), llama_cpp_ids(texts), llama_cpp_ids(composed))
+        counts = by_kind[kind] = {"num_strings": len(texts), "num_equal": 0, "num_not_nfc": 0, "num_end_of_turn": 0}
+        for text, nfc, wanted, read, read_composed in zip(texts, composed, *ids, strict=True):
+            if read == wanted:
+                counts["num_equal"] += 1
+            elif text != nfc and read_composed == wanted:
+                counts["num_not_nfc"] += 1
             elif any(end in text for end in ends) and _equal_between(nfc, ends, tokenizer_ids, llama_cpp_ids):
-                row["num_end_of_turn"] += 1
+                counts["num_end_of_turn"] += 1
             else:
-                num_differing += 1
-                differences.append(
-                    {"kind": kind, "text": ascii(text)[:120], "wanted": wanted[:24], "found": found[:24]}
-                )
-        by_kind[kind] = row
-    return {"by_kind": by_kind, "num_differing": num_differing, "differences": differences[:_MOST_SHOWN]}
+                difference = {"kind": kind, "text": ascii(text)[:120], "wanted": wanted[:24], "found": read[:24]}
+                differences.append(difference)
+    return {"by_kind": by_kind, "num_differing": len(differences), "differences": differences[:_MOST_SHOWN]}
 
 
 def _equal_between(text: str, ends: list[str], tokenizer_ids: _Tokenize, llama_cpp_ids: _Tokenize) -> bool:
@@ -122,40 +115,24 @@ def _equal_between(text: str, ends: list[str], tokenizer_ids: _Tokenize, llama_c
     return tokenizer_ids(pieces) == llama_cpp_ids(pieces)
 
 
-def _compare_conversations(tokenizer: Any, ask: Any) -> list[Conversation]:
-    """Each conversation up to the answer, by transformers and by the GGUF file's own template."""
-    talks = list(CONVERSATIONS.values())
-    rendered = ask("render", {"conversations": talks})
-    rows: list[Conversation] = []
-    for name, talk, text, ids in zip(CONVERSATIONS, talks, rendered["texts"], rendered["ids"], strict=True):
-        wanted = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
-        wanted_ids = list(tokenizer(wanted, add_special_tokens=False)["input_ids"])
-        rows.append({"name": name, "text_is_equal": text == wanted, "ids_are_equal": ids == wanted_ids})
-    return rows
-
-
-def _specials(tokenizer: Any, encoder: Encoder, opened: dict[str, Any]) -> SpecialsAnswer:
+def _specials(tokenizer: Any, opened: dict[str, Any], ordinary_ends: list[str]) -> SpecialsAnswer:
     """BOS, EOS and padding as the tokenizer has them, as the file says them and as llama.cpp uses them."""
-    ends = {int(index): text for index, text in opened["ends"].items()}
+    bos, eos, probe_ids = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer("a")["input_ids"]
     return {
-        "tokenizer": {
-            "bos": tokenizer.bos_token_id,
-            "eos": tokenizer.eos_token_id,
-            "padding": tokenizer.pad_token_id,
-        },
+        "tokenizer": {"bos": bos, "eos": eos, "padding": tokenizer.pad_token_id},
         "written": opened["written"],
         "used": opened["used"],
-        "tokenizer_adds_bos": bool(tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]),
+        "tokenizer_adds_bos": probe_ids[0] == bos,
         "llama_cpp_adds_bos": opened["adds_bos"],
-        "tokenizer_adds_eos": bool(tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]),
+        "tokenizer_adds_eos": probe_ids[-1] == eos,
         "llama_cpp_adds_eos": opened["adds_eos"],
-        "ends_of_turn": sorted(ends.values()),
-        "eos_ends_a_turn": tokenizer.eos_token_id in ends,
-        "ordinary_text_that_ends_a_turn": sorted(text for text in ends.values() if text not in encoder.control),
+        "ends_of_turn": sorted(opened["ends"].values()),
+        "eos_ends_a_turn": str(eos) in opened["ends"],
+        "ordinary_text_that_ends_a_turn": sorted(ordinary_ends),
     }
 
 
-def _modelfile(tokenizer: Any, modelfile: Path, gguf: Path) -> ModelfileAnswer:
+def _modelfile(tokenizer: Any, modelfile: Path) -> ModelfileAnswer:
     """The Modelfile by a parser of Ollama's grammar, and its template by Go's rules. Raises :class:`CheckError`."""
     try:
         commands = parse_modelfile(modelfile.read_text(encoding="utf-8"))
@@ -164,23 +141,21 @@ def _modelfile(tokenizer: Any, modelfile: Path, gguf: Path) -> ModelfileAnswer:
     values: dict[str, list[str]] = {}
     for command in commands:
         values.setdefault(command.name, []).append(command.value)
-    template, system = values.get("template", [None])[0], values.get("system", [None])[0]
-    rows: list[ModelfileConversation] = []
-    for name, talk in CONVERSATIONS.items():
-        if template is None:
-            break
+    model, stops = values["model"][0], values.get("stop", [])
+    template, system = values.get("template", [""])[0], values.get("system", [""])[0]
+    conversations: list[Conversation] = []
+    for name, talk in CONVERSATIONS.items() if template else ():
         if system and talk[0]["role"] != "system":  # as Ollama puts a Modelfile's SYSTEM in front
             talk = [{"role": "system", "content": system}, *talk]
-        wanted = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
-        rows.append({"name": name, "text_is_equal": render_chat(template, talk) == wanted})
-    target = (modelfile.parent / values["model"][0]).resolve()
+        is_equal = render_chat(template, talk) == _rendered(tokenizer, talk)
+        conversations.append({"name": name, "text_is_equal": is_equal})
     return {
-        "model": values["model"][0],
-        "model_exists": target.is_file(),
-        "has_template": template is not None,
-        "stops": values.get("stop", []),
-        "stops_at_eos": tokenizer.eos_token in values.get("stop", []),
-        "conversations": rows,
+        "model": model,
+        "model_exists": (modelfile.parent / model).is_file(),
+        "has_template": bool(template),
+        "stops": stops,
+        "stops_at_eos": tokenizer.eos_token in stops,
+        "conversations": conversations,
     }
 
 

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,12 @@ from harness.reliability.probes.constrained_run import CAP, DETERMINISTIC, TRACE
 _LIMIT_SECONDS = 500.0
 
 
+@dataclass(frozen=True)
 class Runs:
-    """Training processes of one workload, each in a directory of its own."""
+    """Training processes of one config, each in a directory of its own. ``command``: `train` and its arguments."""
 
-    def __init__(self, folder: Path, command: Sequence[str]) -> None:
-        self.folder, self.command = folder, command
+    folder: Path
+    command: Sequence[str]
 
     def start(self, name: str, *constraints: str) -> subprocess.Popen[bytes]:
         """Start or resume the run of that name. ``constraints``: options of :mod:`.constrained_run`."""
@@ -67,17 +69,13 @@ class Runs:
             raise ForgeError.of_child(own_code, message)
         return time.monotonic() - started
 
-    def steps_done(self, name: str) -> int:
-        """Steps in a run's log."""
-        try:
-            return (self.folder / name / "steps.jsonl").read_text(encoding="utf-8").count('"loss"')
-        except OSError:
-            return 0
-
-    def interrupt(self, name: str, process: subprocess.Popen[bytes], number: int, *, after_steps: int) -> float:
+    def interrupt(self, name: str, process: subprocess.Popen[bytes], number: int, after_steps: int) -> float:
         """Send a signal after that many steps. Returns the seconds to its end."""
         deadline = time.monotonic() + _LIMIT_SECONDS
-        while self.steps_done(name) < after_steps and process.poll() is None and time.monotonic() < deadline:
+        log = self.folder / name / "steps.jsonl"
+        while process.poll() is None and time.monotonic() < deadline:
+            if log.is_file() and log.read_text(encoding="utf-8").count('"loss"') >= after_steps:
+                break
             time.sleep(0.01)
         process.send_signal(number)
         return self.wait(name, process, -number if number == signal.SIGKILL else 128 + number)
@@ -85,25 +83,24 @@ class Runs:
 
 def survive(runs: Runs, after_steps: int) -> SmallRun:
     """Two whole runs, one killed and one stopped ``after_steps`` steps; then the last two resumed."""
-    trace = runs.folder / "trace"
-    whole = {
+    first, trace = runs.folder / "first", runs.folder / "trace"
+    processes = {
         "first": runs.start("first", TRACE, str(trace), DETERMINISTIC),
-        "second": runs.start("second", DETERMINISTIC),
+        **{name: runs.start(name, DETERMINISTIC) for name in ("second", "killed", "stopped")},
     }
-    ended = {name: runs.start(name, DETERMINISTIC) for name in ("killed", "stopped")}
-    runs.interrupt("killed", ended["killed"], signal.SIGKILL, after_steps=after_steps)
-    stop_seconds = runs.interrupt("stopped", ended["stopped"], signal.SIGTERM, after_steps=after_steps)
-    for name, process in whole.items():
-        runs.wait(name, process, 0)
-    resumed = {name: runs.start(name, DETERMINISTIC) for name in ended}
+    runs.interrupt("killed", processes["killed"], signal.SIGKILL, after_steps)
+    stop_seconds = runs.interrupt("stopped", processes["stopped"], signal.SIGTERM, after_steps)
+    for name in ("first", "second"):
+        runs.wait(name, processes[name], 0)
+    resumed = {name: runs.start(name, DETERMINISTIC) for name in ("killed", "stopped")}
     for name, process in resumed.items():
         runs.wait(name, process, 0, is_resumed=True)
     return {
         "stop_seconds": stop_seconds,
-        "noise": _difference(runs.folder / "first", runs.folder / "second"),
+        "noise": _difference(first, runs.folder / "second"),
         "events": _events(trace),
-        "killed": _resumed(runs.folder / "first", runs.folder / "killed"),
-        "stopped": _resumed(runs.folder / "first", runs.folder / "stopped"),
+        "killed": _resumed(first, runs.folder / "killed"),
+        "stopped": _resumed(first, runs.folder / "stopped"),
     }
 
 
@@ -119,18 +116,17 @@ def _resumed(whole: Path, resumed: Path) -> Resumed:
 
 def stop(runs: Runs, after_steps: int) -> LargeRun:
     """One run, stopped after ``after_steps`` steps."""
-    process = runs.start("stopped")
-    seconds = runs.interrupt("stopped", process, signal.SIGTERM, after_steps=after_steps)
-    status, record = read_status(runs.folder / "stopped"), read_record(runs.folder / "stopped")
-    checkpoint = runs.folder / "stopped" / "checkpoints" / str(status.checkpoint)
-    steps = _steps(runs.folder / "stopped")
+    seconds = runs.interrupt("stopped", runs.start("stopped"), signal.SIGTERM, after_steps)
+    run_dir = runs.folder / "stopped"
+    status = read_status(run_dir)
+    checkpoint = run_dir / "checkpoints" / str(status.checkpoint)
     return {
         "stop_seconds": seconds,
         "state": status.state,
         "checkpoint_problem": problem(checkpoint),
         "checkpoint_bytes": sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file()),
-        "step": record.num_steps,
-        "last_step_seconds": steps[-1]["seconds"],
+        "step": read_record(run_dir).num_steps,
+        "last_step_seconds": _steps(run_dir)[-1]["seconds"],
     }
 
 
@@ -158,13 +154,12 @@ def _difference(one: Path, other: Path) -> Difference:
     from safetensors.torch import load_file
 
     a, b = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (one, other))
-    largest = max(float((a[name].float() - b[name].float()).abs().max()) for name in a)
-    norm = sum(float(value.float().square().sum()) for value in a.values()) ** 0.5
-    distance = sum(float((a[name].float() - b[name].float()).square().sum()) for name in a) ** 0.5
+    errors = [a[name].float() - b[name].float() for name in a]
+    norm, distance = (sum(float(x.float().square().sum()) for x in each) ** 0.5 for each in (a.values(), errors))
     losses = [(x["step"], x["loss"], y["loss"]) for x, y in zip(_steps(one), _steps(other), strict=True)]
     return {
         "identical": a.keys() == b.keys() and all(bool((a[name] == b[name]).all()) for name in a),
-        "largest": largest,
+        "largest": max(float(error.abs().max()) for error in errors),
         "relative": distance / norm,
         "largest_loss": max(abs(x - y) for _, x, y in losses),
         "first_different_step": next((step for step, x, y in losses if x != y), None),
@@ -173,24 +168,17 @@ def _difference(one: Path, other: Path) -> Difference:
 
 def _events(trace: Path) -> list[str]:
     """The callbacks' order within each kind of step, once each: `begin substep ... end log save`."""
-    kinds: dict[str, None] = {}
-    step: list[str] = []
-    for line in trace.read_text(encoding="utf-8").splitlines():
-        name = line.split()[0].removeprefix("on_")
-        if name == "step_begin" and step:
-            kinds.setdefault(" ".join(step))
-            step = []
-        if step or name == "step_begin":
-            step.append(name)
-    kinds.setdefault(" ".join(step))
-    return list(kinds)
+    events = [line.split()[0].removeprefix("on_") for line in trace.read_text(encoding="utf-8").splitlines()]
+    begins = [place for place, event in enumerate(events) if event == "step_begin"]
+    steps = [events[begin:end] for begin, end in zip(begins, [*begins[1:], None], strict=True)]
+    return list(dict.fromkeys(map(" ".join, steps)))
 
 
 def answer(options: argparse.Namespace) -> SmallRun | LargeRun | TightRun:
     """What the options ask for, in a folder that is deleted afterwards."""
     command = ["train", options.workload, "--backend", options.backend]
-    command += [part for setting in options.overrides for part in ("--set", setting)]
-    command += [part for setting in options.plan_overrides for part in ("--plan", setting)]
+    command += [f"--set={setting}" for setting in options.overrides]
+    command += [f"--plan={setting}" for setting in options.plan_overrides]
     with tempfile.TemporaryDirectory(prefix="forge-survival-") as folder:
         runs = Runs(Path(folder), command)
         if options.stop_only:

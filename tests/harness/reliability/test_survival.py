@@ -17,9 +17,10 @@ import pytest
 from forge.training.system.errors import DiskError, ForgeError, GpuMemoryError, LockedError, MachineError
 from harness.measurement.results import Store
 from harness.recorder import CLOCK
-from harness.reliability.claims import CLAIMS, STOP_LIMIT_SECONDS, verdict
+from harness.reliability import test_survival as gate
+from harness.reliability.claims import CLAIMS, STOP_LIMIT_SECONDS
 from harness.reliability.probes.survival import Runs
-from harness.reliability.test_survival import hold_claim
+from harness.reliability.suite import verdict
 from harness.session import Session
 from harness.verdict import Hold
 from tests.support.run_command import ROOT
@@ -45,18 +46,12 @@ TIGHT: dict[str, Any] = {
     "documents": [8, 8, 8, 8],
 }
 ANSWERS = {"resume": SMALL, "callbacks": SMALL, "stop": LARGE, "memory": TIGHT}
-
-
 BY_NAME = {claim.name: claim for claim in CLAIMS}
-
-
-def faults_of(name: str, answer: dict[str, Any]) -> list[str]:
-    return BY_NAME[name].judge(answer, **BY_NAME[name].bars)[0]
 
 
 @pytest.mark.parametrize("name", BY_NAME)
 def test_what_is_sound_passes(name: str) -> None:
-    assert faults_of(name, ANSWERS[name]) == []
+    assert BY_NAME[name].verdict(ANSWERS[name]).status == "PASS"
 
 
 FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
@@ -92,7 +87,8 @@ def test_each_fault_turns_its_claim_red(fault: str) -> None:
     name, plant = FAULTS[fault]
     answer = copy.deepcopy(ANSWERS[name])
     plant(answer)
-    assert len(faults_of(name, answer)) == 1
+    judged = BY_NAME[name].verdict(answer)
+    assert (judged.status, "; " in judged.reason) == ("FAIL", False), judged.reason  # for one reason
 
 
 @pytest.fixture
@@ -102,8 +98,8 @@ def session(tmp_path: Path) -> Session:
 
 
 def test_what_there_is_no_time_for_is_incomplete(session: Session) -> None:
-    assert verdict(replace(session, deadline=0.0), "resume", "trl").status == "INCOMPLETE"
-    left_out = verdict(replace(session, only=("parity",)).limited_to("reliability"), "resume", "trl")
+    assert verdict(replace(session, deadline=0.0), BY_NAME["resume"], "trl").status == "INCOMPLETE"
+    left_out = verdict(replace(session, only=("parity",)).limited_to("reliability"), BY_NAME["resume"], "trl")
     assert (left_out.status, "--gate-only" in left_out.reason) == ("INCOMPLETE", True)
 
 
@@ -124,7 +120,7 @@ def test_an_accident_is_no_failure_of_the_run(
         raise error
 
     monkeypatch.setattr("harness.session.run_probe", probe)
-    judged = verdict(session, "stop", "trl")
+    judged = verdict(session, BY_NAME["stop"], "trl")
     assert (judged.status, judged.reason) == (status, str(error))
 
 
@@ -149,7 +145,7 @@ def test_an_entry_names_the_probe_in_the_store(
 ) -> None:
     stored = {**LARGE, "key": "0123456789ab" * 5}
     monkeypatch.setattr("harness.session.run_probe", lambda *_, **__: stored)
-    hold_claim(session, hold, "stop", "trl")
+    gate.test_a_run_survives_what_the_claim_says(session, hold, BY_NAME["stop"], "trl")
     assert benchmark.extra_info["probe"] == stored["key"]
     assert benchmark.extra_info["verdict"]["name"] == "stop_trl"
 
@@ -171,5 +167,5 @@ def test_the_probe_kills_and_stops_real_runs(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     answer = json.loads(done.stdout.splitlines()[-1])
     assert answer["noise"]["identical"]
-    assert faults_of("resume", answer) == []
-    assert faults_of("callbacks", answer) == []
+    for name in ("resume", "callbacks"):
+        assert BY_NAME[name].verdict(answer).status == "PASS"
