@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from harness.measurement.results import Store
 from harness.measurement.runner import TIME_LIMIT_SECONDS
-from harness.pytest_plugin import announcer, gate_deadline, gate_documents, gate_only
+from harness.pytest_plugin import announcer, gate_deadline, gate_only
 from harness.recorder import record_facts, record_metric
 from harness.session import MODEL, Session
 from harness.verdict import Hold, Verdict
@@ -18,9 +19,11 @@ from harness.verdict import Hold, Verdict
 def gate(pytestconfig: pytest.Config) -> Session:
     """The session, by pytest's options; a suite takes ``gate.limited_to(its name)``."""
     option = pytestconfig.getoption
+    if not option("--gate-train"):
+        raise pytest.UsageError("the gate trains on real documents: --gate-train FILE (docs/gate.md)")
     return Session(
         store=Store(option("--gate-store")),
-        train=gate_documents(pytestconfig),
+        train=Path(option("--gate-train")).absolute(),
         model=option("--gate-model") or MODEL,
         deadline=gate_deadline(pytestconfig),
         only=gate_only(pytestconfig),

@@ -12,14 +12,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from forge.training.system.environment import describe_gpu, package_version
+from forge.training.system.environment import describe_gpu, has_cuda_gpu, package_version
 from forge.training.system.files import write_text
 from harness.compare import NO_GPU, gpu_name
 from harness.recorder import NO_UNIT
@@ -39,16 +39,48 @@ _GPU_FACTS = (
 _BEGAN = pytest.StashKey[float]()
 
 # --------------------------------------------------------------------------------------------------------------------
-# A session's time
+# A session's time and options
+
+SUITES = ("parity", "export", "reliability")  # whole in --gate-only, which names the parts of harness/perf one by one
 
 
-def start_clock(config: pytest.Config) -> None:
-    """Note when the session began: ``--gate-seconds`` are the whole session's, whatever it measures first."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The gate's options; docs/gate.md."""
+    group = parser.getgroup("gate", "the acceptance gate (-m gpu)")
+    group.addoption("--gate-train", metavar="FILE", help="documents to train on: the JSONL that `forge dataset` wrote")
+    group.addoption("--gate-store", metavar="DIR", default="runs/gate/store", help="results; the next session resumes")
+    group.addoption("--gate-seconds", metavar="N", type=float, help="start nothing that would not end in N seconds")
+    group.addoption("--gate-run-seconds", metavar="N", type=float, help="stop a run after N seconds (default 900)")
+    group.addoption("--gate-only", metavar="NAMES", help="measure only these, comma-separated, in this order")
+    group.addoption("--gate-model", metavar="PATH", help="base model (default: random weights of Qwen2-7B's shape)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What would lose or skip results is refused before the first test.
+
+    The clock begins here: ``--gate-seconds`` are the whole session's, whatever it measures first.
+    """
     config.stash[_BEGAN] = time.monotonic()
+    prepare_json(config)
+    if asks_for_gpu(config):
+        refuse_idle_recorder(config)
+        gate_only(config)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """``pytest -m gpu`` without a CUDA GPU is a failure, not a green run of nothing."""
+    if asks_for_gpu(session.config) and not has_cuda_gpu():
+        pytest.exit("pytest -m gpu needs a CUDA GPU and this machine shows none", returncode=4)
+
+
+def asks_for_gpu(config: pytest.Config) -> bool:
+    """Whether the gate's tests are to be run, not only listed."""
+    marked = str(config.getoption("-m") or "")
+    return "gpu" in marked.replace("not gpu", "") and not config.getoption("collectonly")
 
 
 def announcer(config: pytest.Config) -> Callable[[str], None]:
-    """Says a line on stderr at once, past pytest's capture, with the session's second before it."""
+    """Prints a line on stderr at once, past pytest's capture, with the session's second before it."""
     capture: Any = config.pluginmanager.getplugin("capturemanager")
     one_at_a_time = threading.Lock()
 
@@ -65,39 +97,15 @@ def gate_deadline(config: pytest.Config) -> float | None:
     return None if seconds is None else config.stash[_BEGAN] + seconds
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# A session's options, as every suite reads them
-
-SUITES = ("parity", "export", "reliability")  # whole in --gate-only, which names the parts of harness/perf one by one
-
-
-def gate_documents(config: pytest.Config) -> Path:
-    """``--gate-train``, absolute. Raises ``pytest.UsageError`` (exit 4) without that option."""
-    train: str | None = config.getoption("--gate-train")
-    if not train:
-        raise pytest.UsageError("the gate trains on real documents: --gate-train FILE (docs/gate.md)")
-    return Path(train).absolute()
-
-
 def gate_only(config: pytest.Config) -> tuple[str, ...]:
-    """What ``--gate-only`` names, nothing without it."""
-    return tuple(filter(None, (config.getoption("--gate-only") or "").split(",")))
-
-
-def refuse_unknown_names(config: pytest.Config) -> None:
-    """Raise ``pytest.UsageError`` (exit 4) where ``--gate-only`` names what no suite measures."""
+    """What ``--gate-only`` names; nothing without it. ``pytest.UsageError`` (exit 4) for what no suite measures."""
     from harness.perf.suite import ORDER
 
-    known = (*SUITES, *ORDER)
-    unknown = [name for name in gate_only(config) if name not in known]
+    known, only = (*SUITES, *ORDER), tuple(filter(None, (config.getoption("--gate-only") or "").split(",")))
+    unknown = [name for name in only if name not in known]
     if unknown:
         raise pytest.UsageError(f"--gate-only: the gate measures no {unknown[0]!r}; known: {', '.join(known)}")
-
-
-def room_measures(config: pytest.Config, room: str) -> bool:
-    """Whether one of :data:`SUITES` may measure: ``--gate-only`` names it, or nothing."""
-    only = gate_only(config)
-    return not only or room in only
+    return only
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -151,12 +159,8 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
     """
     path: Path | None = item.config.getoption("benchmark_json", None)
     session: BenchmarkSession | None = getattr(item.config, "_benchmarksession", None)
-    if (
-        path is None
-        or session is None
-        or not session.benchmarks
-        or "benchmark" not in getattr(item, "fixturenames", ())
-    ):
+    has_entry = "benchmark" in getattr(item, "fixturenames", ())
+    if path is None or session is None or not session.benchmarks or not has_entry:
         return
     from pytest_benchmark.utils import safe_dumps
 
@@ -184,7 +188,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 _SUITE_ORDER = ("harness/parity/", "harness/perf/", "harness/export/", "harness/reliability/")
 
 
-def order_suites(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Parity before speed: how fast a wrong model is trained is of no interest. The sort is stable."""
 
     def place(item: pytest.Item) -> int:
@@ -193,12 +197,15 @@ def order_suites(items: list[pytest.Item]) -> None:
     items.sort(key=place)
 
 
-def fail_instead_of_skip(item: pytest.Item, report: pytest.TestReport) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """A skipped test of the gate (``pytest.skip`` in its body, a fixture or a library) is a failed one."""
+    report = yield
     if report.skipped and item.get_closest_marker("gpu") is not None:
         why = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
         report.outcome = "failed"
         report.longrepr = f"a test of the gate was skipped, and a gate that skips proves nothing: {why}"
+    return report
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -209,7 +216,7 @@ def fail_instead_of_skip(item: pytest.Item, report: pytest.TestReport) -> None:
 def pytest_benchmark_scale_unit(
     config: Any, unit: str, benchmarks: Sequence[Mapping[str, Any]], best: Any, worst: Any, sort: str
 ) -> tuple[str, float]:
-    """One unit a metric, whatever the size: "time in s", "time in mebibytes", "time in nats"; others as by default."""
+    """One unit per metric, whatever the size: "time in s", "time in mebibytes", "time in nats"; others by default."""
     from pytest_benchmark.plugin import pytest_benchmark_scale_unit as scale_time
 
     ours = _unit(benchmarks[0])
@@ -224,7 +231,7 @@ def pytest_benchmark_scale_unit(
 def pytest_benchmark_group_stats(
     config: Any, benchmarks: Iterable[Mapping[str, Any]], group_by: str
 ) -> list[tuple[str | None, list[Mapping[str, Any]]]]:
-    """The default groups, but one unit a table (a table has one scale) and without facts.
+    """The default groups, but one unit per table (a table has one scale) and without facts.
 
     ``pytest-benchmark compare`` (``config`` is ``None``) asks no other hook that could refuse: entries of different
     GPUs end it here with exit code 4.
@@ -232,8 +239,8 @@ def pytest_benchmark_group_stats(
     from pytest_benchmark.plugin import pytest_benchmark_group_stats as group
 
     benchmarks = list(benchmarks)
-    known = [entry["extra_info"]["gpu"] for entry in benchmarks if "gpu" in (entry.get("extra_info") or {})]
-    names = sorted({name or NO_GPU for name in known})
+    infos = [entry.get("extra_info") or {} for entry in benchmarks]
+    names = sorted({info["gpu"] or NO_GPU for info in infos if "gpu" in info})
     if config is None and len(names) > 1:
         print(f"error: these results are of different GPUs and cannot be compared: {', '.join(names)}", file=sys.stderr)
         raise SystemExit(4)

@@ -1,7 +1,7 @@
 """Any metric as a pytest-benchmark entry.
 
 pytest-benchmark is here the recorder and the comparer, not the stopwatch: the stopwatch is in the run that left the
-samples. :func:`record_metric` replays them through a clock that jumps by one sample a round, so what is stored is
+samples. :func:`record_metric` replays them through a clock that jumps by one sample per round, so what is stored is
 exactly what was measured. Every metric is lower-is-better. What has no samples (what was not run, say) goes to
 :func:`record_facts`.
 
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from forge.training.system.environment import describe_gpu
+from harness.verdict import STATUSES
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
@@ -26,7 +27,6 @@ RECORD_KINDS = (
     *("metric", "claim", "ablation", "max_context", "matmul_peak", "not_run"),
     *("parity", "export", "reliability"),
 )
-VERDICTS = ("PASS", "FAIL", "INCONCLUSIVE", "INCOMPLETE")
 
 _MAX_EXACT = 2**53  # a whole number above it may change when it becomes a float
 
@@ -57,10 +57,10 @@ def record_metric(
 ) -> None:
     """Store measured samples as this test's entry; the test is marked ``timer=CLOCK``.
 
-    ``samples`` are Python floats or ints in ``unit``, one a round, lower is better; seconds and bytes are not negative.
-    ``extra`` becomes ``extra_info`` beside ``metric`` and ``unit``. Its keys: ``workload``, ``workload_sha256``,
-    ``backend``, ``plan``, ``arm``, ``code_sha256``, ``run_ids``, ``verdict``, ...; where they are not given,
-    ``record_kind`` is "metric" and ``gpu`` this machine's. It holds plain JSON values only: pytest-benchmark would
+    ``samples`` are Python floats or ints in ``unit``, one per round, lower is better; seconds and bytes are not
+    negative. ``extra`` becomes ``extra_info`` beside ``metric`` and ``unit``. Its keys: ``workload``,
+    ``workload_sha256``, ``backend``, ``plan``, ``arm``, ``code_sha256``, ``run_ids``, ``verdict``, ...; without
+    them ``record_kind`` is "metric" and ``gpu`` this machine's. It holds plain JSON values only: pytest-benchmark would
     store a numpy scalar as the text "UNSERIALIZABLE[...]" and NaN as invalid JSON.
 
     Raises ``TypeError`` or ``ValueError`` naming the value that cannot be stored, ``RuntimeError`` where the entry
@@ -87,8 +87,8 @@ def _replay(benchmark: BenchmarkFixture, values: list[float], extra: dict[str, A
     _check_json(extra, "extra_info")
     if extra["record_kind"] not in RECORD_KINDS:
         raise ValueError(f"record_kind is {extra['record_kind']!r}; known: {', '.join(RECORD_KINDS)}")
-    if "verdict" in extra and (extra["verdict"] or {}).get("status") not in VERDICTS:
-        raise ValueError(f"verdict has no status of {', '.join(VERDICTS)}: {extra['verdict']!r}")
+    if "verdict" in extra and (extra["verdict"] or {}).get("status") not in STATUSES:
+        raise ValueError(f"verdict has no status of {', '.join(STATUSES)}: {extra['verdict']!r}")
     if benchmark.disabled:
         raise RuntimeError("benchmarks are switched off (xdist or --benchmark-disable): this entry would not be stored")
     feed = iter(values)

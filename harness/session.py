@@ -1,15 +1,17 @@
 """One session of the gate: results come from the store or are measured now, as long as there is time.
 
 Every suite measures through it: a run, a trial of interleaved pairs, a probe. ``None`` is always "not measured": there
-was no time left, or the session leaves that suite out (``--gate-only``).
+was no time left, or the session leaves that suite out (``--gate-only``). Nothing is tried twice in one session: an
+error that ended a measurement is raised each time it is asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from forge.training.backends import Backend
 from forge.training.system.errors import ConfigurationError, ForgeError
@@ -20,6 +22,8 @@ from harness.measurement.trial import Run, Trial, read_trial, run_single, run_tr
 from harness.verdict import Claim, Verdict, status_of_error
 
 MODEL = "qwen2-7b"  # random weights in that shape, where no base is given
+
+_Result = TypeVar("_Result")
 
 
 @dataclass
@@ -40,7 +44,7 @@ class Session:
     run_seconds: float = TIME_LIMIT_SECONDS
     announce: Callable[[str], None] = lambda line: None
     run_one: Run = run_once
-    _answers: dict[tuple[Any, ...], dict[str, Any] | ForgeError | None] = field(default_factory=dict)
+    _results: dict[Any, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.train.is_file():
@@ -64,16 +68,19 @@ class Session:
             return "left out of this session (--gate-only), and the store has none"
         return "no time was left for it in this session"
 
-    def run(self, spec: RunSpec, *, expected_seconds: float, run: Run | None = None) -> Outcome | None:
+    def run(self, spec: RunSpec, *, expected_seconds: float, is_alone: bool = True) -> Outcome | None:
         """The newest sound outcome of ``spec`` in the store, else a new run; ``None``: not measured."""
-        return run_single(
-            spec,
-            self.store,
-            deadline=self.until,
-            run=run or self.run_one,
-            time_limit_seconds=self.run_seconds,
-            unseen_seconds=expected_seconds,
-            announce=self.announce,
+        return self._once(
+            (spec, is_alone),  # what fails beside others may succeed alone
+            lambda: run_single(
+                spec,
+                self.store,
+                deadline=self.until,
+                run=self.run_one if is_alone else partial(self.run_one, is_alone=False),
+                time_limit_seconds=self.run_seconds,
+                unseen_seconds=expected_seconds,
+                announce=self.announce,
+            ),
         )
 
     def trial(
@@ -85,20 +92,24 @@ class Session:
         ``expected_seconds``: of a run, where the store has none of either arm. Raises what
         :func:`harness.measurement.trial.run_trial` raises.
         """
-        if not self.measures:
-            return read_trial(name, self.store, specs=(baseline, candidate))
-        return run_trial(
-            name,
-            baseline,
-            candidate,
-            num_pairs,
-            self.store,
-            deadline=self.until,
-            run=self.run_one,
-            time_limit_seconds=self.run_seconds,
-            unseen_seconds=expected_seconds,
-            announce=self.announce,
-        )
+
+        def measure() -> Trial | None:
+            if not self.measures:
+                return read_trial(name, self.store, specs=(baseline, candidate))
+            return run_trial(
+                name,
+                baseline,
+                candidate,
+                num_pairs,
+                self.store,
+                deadline=self.until,
+                run=self.run_one,
+                time_limit_seconds=self.run_seconds,
+                unseen_seconds=expected_seconds,
+                announce=self.announce,
+            )
+
+        return self._once((name, baseline, candidate), measure)
 
     def probe(
         self,
@@ -114,31 +125,37 @@ class Session:
     ) -> dict[str, Any] | None:
         """What ``python -m MODULE ARGUMENTS`` answers in the backend's interpreter; ``None``: not measured.
 
-        Asked once a session: a failure is raised again rather than repeated. The other arguments are those of
-        :func:`harness.measurement.probe.run_probe`. Raises :class:`ForgeError` with the probe's own exit code.
+        The other arguments are those of :func:`harness.measurement.probe.run_probe`. Raises :class:`ForgeError` with
+        the probe's own exit code.
         """
-        question = (module, backend, is_alone, *arguments)  # a failure beside others is not that of a probe alone
-        if self._answers.get(question) is None:
+        return self._once(
+            (module, backend, is_alone, *arguments),
+            lambda: run_probe(
+                module,
+                backend,
+                arguments,
+                self.store,
+                deadline=self.until,
+                expected_seconds=expected_seconds,
+                time_limit_seconds=limit_seconds,
+                announce=self.announce,
+                is_alone=is_alone,
+                resumes=resumes,
+                work=work,
+            ),
+        )
+
+    def _once(self, question: Any, measure: Callable[[], _Result | None]) -> _Result | None:
+        """What ``measure`` returned or raised the first time that there was time for it."""
+        if self._results.get(question) is None:
             try:
-                self._answers[question] = run_probe(
-                    module,
-                    backend,
-                    arguments,
-                    self.store,
-                    deadline=self.until,
-                    expected_seconds=expected_seconds,
-                    time_limit_seconds=limit_seconds,
-                    announce=self.announce,
-                    is_alone=is_alone,
-                    resumes=resumes,
-                    work=work,
-                )
+                self._results[question] = measure()
             except ForgeError as error:
-                self._answers[question] = error
-        answer = self._answers[question]
-        if isinstance(answer, ForgeError):
-            raise answer
-        return answer
+                self._results[question] = error
+        result: _Result | ForgeError | None = self._results[question]
+        if isinstance(result, ForgeError):
+            raise result
+        return result
 
     def verdict(self, claim: Claim, ask: Callable[[], Any]) -> Verdict:
         """The verdict on what ``ask`` answers; where it answers ``None`` or raises :class:`ForgeError`, on that."""

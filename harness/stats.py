@@ -54,7 +54,9 @@ class Equivalence:
     num_pairs: int
 
 
-def ratio_interval(numerators: Sequence[float], denominators: Sequence[float], confidence: float = 0.95) -> Interval:
+def ratio_interval(
+    numerators: Sequence[float], denominators: Sequence[float], confidence: float = CONFIDENCE
+) -> Interval:
     """Geometric mean of ``numerators[i] / denominators[i]`` with Student's paired-t interval on the logs.
 
     Both of shape (pairs,), of one positive unit, which cancels. Exact for log-normal noise; a
@@ -69,11 +71,11 @@ def ratio_interval(numerators: Sequence[float], denominators: Sequence[float], c
     num_pairs = len(logs)
     if log_sd is None:
         return Interval(_exp(mean), 0.0, math.inf, num_pairs, None, confidence)
-    half = _t_quantile((1 + confidence) / 2, num_pairs - 1) * log_sd / math.sqrt(num_pairs)
+    half = t_quantile((1 + confidence) / 2, num_pairs - 1) * log_sd / math.sqrt(num_pairs)
     return Interval(_exp(mean), _exp(mean - half), _exp(mean + half), num_pairs, log_sd, confidence)
 
 
-def pairs_needed(log_sd: float, log_distance: float, confidence: float = 0.95, power: float = 0.9) -> int | None:
+def pairs_needed(log_sd: float, log_distance: float, confidence: float = CONFIDENCE, power: float = 0.9) -> int | None:
     """Pairs of a trial whose interval excludes a bar ``log_distance`` away with probability ``power``.
 
     ``log_sd``: standard deviation of the log ratios; ``log_distance``: log(true ratio / bar), of
@@ -94,7 +96,7 @@ def pairs_needed(log_sd: float, log_distance: float, confidence: float = 0.95, p
     def reached(num_pairs: int) -> bool:
         from scipy.special import ndtr
 
-        critical = _t_quantile((1 + confidence) / 2, num_pairs - 1)
+        critical = t_quantile((1 + confidence) / 2, num_pairs - 1)
         distance = math.sqrt(num_pairs) * abs(log_distance) / log_sd  # in standard errors
         bends = [(distance + near) / critical for near in (-8, 0, 8)]
         return _mean_over_sd(num_pairs, lambda sd: ndtr(distance - critical * sd), bends) >= power
@@ -109,13 +111,13 @@ def tost(differences: Sequence[float], margin: float, alpha: float = 0.05) -> Eq
     Two one-sided t tests, each at ``alpha`` (Schuirmann 1987): equivalent if the interval at
     1 - 2 alpha lies inside the margins. One pair shows nothing: infinite interval, p = 1.
     """
-    _check_alpha(alpha)
+    _check_probability("alpha", alpha, most=0.5)
     (margin,) = _finite("margin", [margin], 0.0)
     mean, sd = _mean_and_sd(_finite("differences", differences))
     num_pairs = len(differences)
     if sd is None:
         return Equivalence(mean, -math.inf, math.inf, margin, 1.0, False, num_pairs)
-    half = _t_quantile(1 - alpha, num_pairs - 1) * sd / math.sqrt(num_pairs)
+    half = t_quantile(1 - alpha, num_pairs - 1) * sd / math.sqrt(num_pairs)
     low, high = mean - half, mean + half
     if sd == 0:
         p_value = 0.0 if abs(mean) < margin else 1.0
@@ -132,7 +134,7 @@ def tost_power(sd: float, margin: float, num_pairs: int, true_difference: float 
     Exact: both tests share one sample standard deviation, so the chance that the mean falls where
     both reject is averaged over its chi distribution (Phillips 1990; Owen 1965).
     """
-    _check_alpha(alpha)
+    _check_probability("alpha", alpha, most=0.5)
     (margin,), (true_difference,) = _finite("margin", [margin], 0.0), _finite("true_difference", [true_difference])
     (sd,) = _finite("sd", [sd])
     if sd < 0 or num_pairs < 1:
@@ -144,7 +146,7 @@ def tost_power(sd: float, margin: float, num_pairs: int, true_difference: float 
     from scipy.special import ndtr
 
     error = sd / math.sqrt(num_pairs)
-    half = _t_quantile(1 - alpha, num_pairs - 1) * error  # the interval's half width where the sample shows sd itself
+    half = t_quantile(1 - alpha, num_pairs - 1) * error  # the interval's half width where the sample shows sd itself
 
     def given(sample_sd: float) -> float:
         width = margin - half * sample_sd  # how far from 0 the mean may fall; below 0: nowhere
@@ -161,7 +163,7 @@ def tost_pairs_needed(sd: float, margin: float, power: float = 0.9, alpha: float
     None beyond a billion.
     """
     _check_probability("power", power)
-    _check_alpha(alpha)
+    _check_probability("alpha", alpha, most=0.5)
     if tost_power(sd, margin, 2, alpha=alpha) >= power:
         return 2
     spread = (_normal_quantile(1 - alpha) + _normal_quantile((1 + power) / 2)) * sd / margin
@@ -240,7 +242,8 @@ def _fewest_pairs(spread: float, reached: Callable[[int], bool]) -> int | None:
 
 
 @lru_cache(maxsize=1024)
-def _t_quantile(probability: float, degrees: int) -> float:
+def t_quantile(probability: float, degrees: int) -> float:
+    """Of Student's t distribution."""
     from scipy.special import stdtrit
 
     return float(stdtrit(degrees, probability))
@@ -268,11 +271,6 @@ def _finite(name: str, values: Iterable[float], above: float = -math.inf) -> lis
     return checked
 
 
-def _check_probability(name: str, value: float) -> None:
-    if not 0 < value < 1:
-        raise ValueError(f"{name} is {value}: it must lie between 0 and 1")
-
-
-def _check_alpha(alpha: float) -> None:
-    if not 0 < alpha < 0.5:
-        raise ValueError(f"alpha is {alpha}: it must lie between 0 and 0.5")
+def _check_probability(name: str, value: float, most: float = 1) -> None:
+    if not 0 < value < most:
+        raise ValueError(f"{name} is {value}: it must lie between 0 and {most:g}")

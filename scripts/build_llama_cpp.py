@@ -39,7 +39,7 @@ TREE_NEEDED = (*TREE_FILES, "convert_hf_to_gguf.py", "convert_lora_to_gguf.py", 
 
 
 class BuildError(Exception):
-    """llama.cpp cannot be built; the message says why and what to do."""
+    """What is to be built or set up cannot be; the message says why and what to do."""
 
 
 def cache_directory() -> Path:
@@ -162,17 +162,14 @@ def provide_llama_cpp() -> Path:
     """The cached wheel, built first if need be. Raises :class:`BuildError`."""
     cache = cache_directory()
     try:
-        wheel = find_complete(cache)
-        if wheel is None:
+        if find_complete(cache) is None:
             with locked(cache):
-                wheel = find_complete(cache)
-                if wheel is None:
+                if find_complete(cache) is None:
                     build(cache)
-                    wheel = find_complete(cache)
     except OSError as error:
-        raise BuildError(
-            f"the cache {cache} cannot be used: {error.strerror or error}; FORGE_CACHE moves it"
-        ) from error
+        reason = error.strerror or error
+        raise BuildError(f"the cache {cache} cannot be used: {reason}; FORGE_CACHE moves it") from error
+    wheel = find_complete(cache)
     assert wheel is not None
     return wheel
 

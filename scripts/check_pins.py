@@ -14,7 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from gpu_bundle import BundleError, canonical_name, read_pins
+from build_llama_cpp import BuildError
+from gpu_bundle import canonical_name, read_pins
 
 
 def resolve(requirements: Path) -> dict[str, str]:
@@ -24,7 +25,7 @@ def resolve(requirements: Path) -> dict[str, str]:
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-qq", "--dry-run"]
         options = ["--ignore-installed", "--no-cache-dir", "--report", str(report), "-r", str(requirements)]
         if subprocess.run([*pip, *options], stdin=subprocess.DEVNULL).returncode:
-            raise BundleError(f"{requirements.name} does not resolve (pip's message is above)")
+            raise BuildError(f"{requirements.name} does not resolve (pip's message is above)")
         installs = json.loads(report.read_text(encoding="utf-8"))["install"]
     metadata = [entry["metadata"] for entry in installs]
     return {canonical_name(entry["name"]): entry["version"].partition("+")[0] for entry in metadata}
@@ -34,13 +35,13 @@ def compare(pins: dict[str, str], resolved: dict[str, str]) -> list[str]:
     """What differs, one line each."""
     lines = []
     for name in sorted(pins.keys() | resolved.keys()):
-        pinned, found = pins.get(name), resolved.get(name)
+        pinned, version = pins.get(name), resolved.get(name)
         if pinned is None:
-            lines.append(f"{name}: installed as {found}, but not pinned")
-        elif found is None:
+            lines.append(f"{name}: installed as {version}, but not pinned")
+        elif version is None:
             lines.append(f"{name}: pinned {pinned}, but nothing needs it")
-        elif pinned != found:
-            lines.append(f"{name}: pinned {pinned}, resolves to {found}")
+        elif pinned != version:
+            lines.append(f"{name}: pinned {pinned}, resolves to {version}")
     return lines
 
 
@@ -53,13 +54,11 @@ def main() -> int:
         try:
             pins = read_pins(requirements)
             differences = compare(pins, resolve(requirements))
-        except BundleError as error:
+        except BuildError as error:
             differences = [str(error)]
         failed |= bool(differences)
-        print(
-            f"{requirements.name}: "
-            + ("\n  ".join(["NO", *differences]) if differences else f"ok, {len(pins)} packages")
-        )
+        result = "\n  ".join(["NO", *differences]) if differences else f"ok, {len(pins)} packages"
+        print(f"{requirements.name}: {result}")
     return 8 if failed else 0
 
 

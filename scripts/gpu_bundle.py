@@ -31,9 +31,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from build_llama_cpp import BuildError, cache_directory, find_complete
+
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_BYTES = 60_000_000
-LLAMA_CPP_DIR = "llama_cpp_python-0.3.36"
 PYTHON_VERSION = "3.12"
 # pip matches manylinux_2_N exactly, so every N up to the glibc of the oldest system served (2.28) is named.
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in range(28, 4, -1)]
@@ -59,7 +60,7 @@ SOURCE_ONLY = {"rouge-score"}  # published without a wheel; pure Python, so any 
 TOP_LEFT_OUT = {"bin", "include", "lib", "share", "studio", "test", "tests", "unsloth_cli"}
 LEFT_OUT = {"__pycache__", "tests"}
 BITSANDBYTES_KEPT = {"libbitsandbytes_cpu.so", "libbitsandbytes_cuda130.so"}
-# Built for torch 2.10: on the pinned 2.11 both packages see that, say so and go on without (8 MB of the archive).
+# Built for torch 2.10: on the pinned 2.11 both packages see that, say so and work without (8 MB of the archive).
 NOT_LOADABLE = ("torchao/_C*.so", "xformers/_C.so")
 
 ACTIVATE = """\
@@ -80,17 +81,13 @@ PYTHONPATH="$bundle/legacy" exec python3 "$@"
 """
 
 
-class BundleError(Exception):
-    """The bundle cannot be made; the message says why and what to do."""
-
-
 def canonical_name(name: str) -> str:
     """A distribution's name as package indexes compare it (PEP 503)."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def read_pins(path: Path) -> dict[str, str]:
-    """Canonical name -> version of every ``name==version`` line. Anything looser raises :class:`BundleError`."""
+    """Canonical name -> version of every ``name==version`` line. Anything looser raises :class:`BuildError`."""
     pins: dict[str, str] = {}
     for number, raw in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         line = raw.partition("#")[0].strip()
@@ -98,16 +95,16 @@ def read_pins(path: Path) -> dict[str, str]:
             continue
         match = re.fullmatch(r"([A-Za-z0-9._-]+)==([A-Za-z0-9.+!]+)", line)
         if match is None:
-            raise BundleError(f"{path.name}, line {number}: {line!r} is not an exact pin (name==version)")
+            raise BuildError(f"{path.name}, line {number}: {line!r} is not an exact pin (name==version)")
         pins[canonical_name(match[1])] = match[2]
     return pins
 
 
 def choose_packages(pins: dict[str, str], others: dict[str, str]) -> dict[str, str]:
     """The pins that a machine lacks: not there at all, or there in the other version that ``others`` pins."""
-    there = {name for name in pins if name in PRESENT or name.startswith(PRESENT_PREFIXES)}
+    present = {name for name in pins if name in PRESENT or name.startswith(PRESENT_PREFIXES)}
     return {
-        name: version for name, version in pins.items() if name not in there or others.get(name, version) != version
+        name: version for name, version in pins.items() if name not in present or others.get(name, version) != version
     }
 
 
@@ -121,7 +118,7 @@ def install_packages(packages: dict[str, str], target: Path) -> None:
     sources = [f"{name}=={version}" for name, version in packages.items() if name in SOURCE_ONLY]
     for command in ([*pip, *cross, *wheels], [*pip, *sources] if sources else []):
         if command and subprocess.run(command, stdin=subprocess.DEVNULL).returncode:
-            raise BundleError(f"pip could not install the packages of {target.name}/ (its message is above)")
+            raise BuildError(f"pip could not install the packages of {target.name}/ (its message is above)")
 
 
 def prune(site: Path) -> None:
@@ -136,16 +133,18 @@ def prune(site: Path) -> None:
         library.unlink()
     kept = {path.name for path in site.glob("bitsandbytes/libbitsandbytes_*.so")}
     if kept != BITSANDBYTES_KEPT:
-        raise BundleError(f"bitsandbytes in {site.name}/ lacks {', '.join(sorted(BITSANDBYTES_KEPT - kept))}")
+        raise BuildError(f"bitsandbytes in {site.name}/ lacks {', '.join(sorted(BITSANDBYTES_KEPT - kept))}")
 
 
 def add_llama_cpp(staging: Path, cache: Path) -> None:
     """The converter's tree and the native package, both from set-up's cache, so that both are one commit."""
-    tree, wheels = cache / "llama.cpp", sorted((cache / "wheel").glob("*.whl"))
-    if not tree.is_dir() or len(wheels) != 1:
-        raise BundleError(f"llama.cpp is not in {cache}: run `make setup` first")
-    shutil.copytree(tree, staging / "llama.cpp", ignore=shutil.ignore_patterns("tests", "examples", "__pycache__"))
-    with zipfile.ZipFile(wheels[0]) as wheel:
+    built = find_complete(cache)
+    if built is None:
+        raise BuildError(f"llama.cpp is not in {cache}: run `make setup` first")
+    shutil.copytree(
+        cache / "llama.cpp", staging / "llama.cpp", ignore=shutil.ignore_patterns("tests", "examples", "__pycache__")
+    )
+    with zipfile.ZipFile(built) as wheel:
         wanted = [name for name in wheel.namelist() if name.startswith("llama_cpp")]
         wheel.extractall(staging / "site", wanted)
 
@@ -190,7 +189,7 @@ def write_archive(staging: Path, files: dict[str, dict[str, Any]], archive: Path
                 tar.addfile(info, stream)
     if partial.stat().st_size > LIMIT_BYTES:
         size = partial.stat().st_size
-        raise BundleError(f"the archive has {size:,} bytes, more than {LIMIT_BYTES:,}; it is kept as {partial}")
+        raise BuildError(f"the archive has {size:,} bytes, more than {LIMIT_BYTES:,}; it is kept as {partial}")
     os.replace(partial, archive)
 
 
@@ -223,13 +222,12 @@ def build_bundle(archive: Path, cache: Path) -> dict[str, Any]:
 
 def main() -> int:
     """Parse the command line, build, print where the archive is and how large."""
-    cache = Path(os.environ.get("FORGE_CACHE") or "~/.cache/forge").expanduser() / LLAMA_CPP_DIR
     parser = argparse.ArgumentParser(description="Build the archive for a GPU machine without a network.")
     parser.add_argument("--output", type=Path, default=ROOT / "gpu-bundle" / "forge-gpu-bundle.tar.gz")
     arguments = parser.parse_args()
     try:
-        summary = build_bundle(arguments.output, cache)
-    except BundleError as error:
+        summary = build_bundle(arguments.output, cache_directory())
+    except BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 4
     size, unpacked = arguments.output.stat().st_size, summary["unpacked_bytes"]

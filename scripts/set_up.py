@@ -20,11 +20,6 @@ from build_llama_cpp import BuildError, provide_llama_cpp
 
 ROOT = Path(__file__).resolve().parent.parent
 STAMP = "forge-set-up"
-EXIT_ENVIRONMENT = 4
-
-
-class SetUpError(Exception):
-    """Set-up cannot go on; the message says what is missing and what to do."""
 
 
 def check_interpreter(minimum: tuple[int, int]) -> None:
@@ -32,11 +27,11 @@ def check_interpreter(minimum: tuple[int, int]) -> None:
     wanted = ".".join(map(str, minimum))
     if sys.version_info[:2] < minimum:
         found = ".".join(map(str, sys.version_info[:3]))
-        raise SetUpError(
+        raise BuildError(
             f"{sys.executable} is Python {found}; {wanted} or newer is needed: make PYTHON=python{wanted} ..."
         )
     if importlib.util.find_spec("ensurepip") is None or importlib.util.find_spec("venv") is None:
-        raise SetUpError("this Python cannot make virtual environments: apt-get install python3-venv")
+        raise BuildError("this Python cannot make virtual environments: apt-get install python3-venv")
 
 
 def fingerprint(requirements: Path, extra: Sequence[str]) -> str:
@@ -53,11 +48,11 @@ def fingerprint(requirements: Path, extra: Sequence[str]) -> str:
 
 
 def run(command: Sequence[str | Path], doing: str) -> None:
-    """Run one command with its output shown; a failure is a :class:`SetUpError` that names the step."""
+    """Run one command with its output shown; a failure is a :class:`BuildError` that names the step."""
     code = subprocess.run([str(word) for word in command], stdin=subprocess.DEVNULL).returncode
     if code:
-        raise SetUpError(
-            f"could not {doing} (exit code {code}; the reason is above). Run the same command again to go on."
+        raise BuildError(
+            f"could not {doing} (exit code {code}; the reason is above). Run the same command again to resume."
         )
 
 
@@ -107,9 +102,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with_llama_cpp=options.llama_cpp,
             editable=ROOT if options.project else None,
         )
-    except (SetUpError, BuildError) as error:
+    except BuildError as error:
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_ENVIRONMENT
+        return 4
     except KeyboardInterrupt:
         print("interrupted: the same command makes the environment anew", file=sys.stderr)
         return 130

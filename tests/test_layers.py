@@ -21,7 +21,8 @@ LAYERS = {
         *("checks", "pipeline", "cli", "__main__"),
     ],
     "harness": [
-        *("stats", "recorder", "compare", "measurement", "documents", "trained_base", "verdict", "session"),
+        *("stats", "simulation", "measurement", "documents", "trained_base", "verdict", "recorder", "compare"),
+        "session",
         "perf parity export reliability",
         *("report", "pytest_plugin", "conftest"),
     ],

@@ -52,7 +52,7 @@ def test_every_requirement_is_an_exact_pin(name: str) -> None:
 
 def test_a_loose_requirement_is_named_with_its_line(tmp_path: Path) -> None:
     (tmp_path / "requirements-x.txt").write_text("# why\ntorch==2.11.0  # exact\ntrl>=1.15\n")
-    with pytest.raises(gpu_bundle.BundleError, match=r"requirements-x.txt, line 3: 'trl>=1.15'"):
+    with pytest.raises(build_llama_cpp.BuildError, match=r"requirements-x.txt, line 3: 'trl>=1.15'"):
         gpu_bundle.read_pins(tmp_path / "requirements-x.txt")
 
 
@@ -143,13 +143,13 @@ def test_a_set_up_that_fails_is_not_taken_for_complete(
 
 
 def test_an_interpreter_that_is_too_old_is_refused_with_the_way_out() -> None:
-    with pytest.raises(set_up.SetUpError, match=r"is Python 3\.\d+\.\d+; 3.99 or newer is needed"):
+    with pytest.raises(build_llama_cpp.BuildError, match=r"is Python 3\.\d+\.\d+; 3.99 or newer is needed"):
         set_up.check_interpreter((3, 99))
 
 
 def test_a_python_without_venv_is_refused_with_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ensurepip", None)
-    with pytest.raises(set_up.SetUpError, match="apt-get install python3-venv"):
+    with pytest.raises(build_llama_cpp.BuildError, match="apt-get install python3-venv"):
         set_up.check_interpreter((3, 11))
 
 
@@ -268,7 +268,7 @@ def test_a_bundle_over_the_limit_is_refused(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(gpu_bundle, "LIMIT_BYTES", 100)
     (tmp_path / "staging").mkdir()
     (tmp_path / "staging/MANIFEST.json").write_bytes(os.urandom(1000))
-    with pytest.raises(gpu_bundle.BundleError, match="more than 100"):
+    with pytest.raises(build_llama_cpp.BuildError, match="more than 100"):
         gpu_bundle.write_archive(tmp_path / "staging", {}, tmp_path / "bundle.tar.gz")
     assert not (tmp_path / "bundle.tar.gz").exists()
 

@@ -110,14 +110,10 @@ def executed_files(*, makes_corpus: bool = False) -> list[Path]:
     ``makes_corpus``: instead those that it executes besides where it makes its corpus itself.
     """
     training = _training()
-    files: set[Path] = set()
-    for name in _EXECUTED:
-        files |= {training / name} if name.endswith(".py") else set((training / name).rglob("*.py"))
-    return sorted(
-        path
-        for path in files
-        if path.is_file() and path.relative_to(training).as_posix().startswith(_MAKES_CORPUS) == makes_corpus
-    )
+    paths = [training / name for name in _EXECUTED]
+    files = {file for path in paths for file in ([path] if path.is_file() else path.rglob("*.py"))}
+    names = sorted(file.relative_to(training).as_posix() for file in files)
+    return [training / name for name in names if name.startswith(_MAKES_CORPUS) == makes_corpus]
 
 
 def code_sha256() -> str:
@@ -155,12 +151,6 @@ def source_files(*modules: str) -> list[Path]:
     return sorted(reached - executed)
 
 
-def imports_of(path: Path) -> set[Path]:
-    """The project's Python files that a file imports, in functions too."""
-    imported, _ = _modules_in(path.read_text(encoding="utf-8"))
-    return {file for name in imported for file in _files_of(name)}
-
-
 @cache
 def _modules_in(source: str) -> tuple[frozenset[str], frozenset[str]]:
     """Names that may be modules of the project: imported, and in texts that are nothing but such a name."""
@@ -172,8 +162,7 @@ def _modules_in(source: str) -> tuple[frozenset[str], frozenset[str]]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             imported |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            match = _MODULE_IN_TEXT.fullmatch(node.value)
-            in_texts |= {match[1]} if match else set()
+            in_texts |= {match[1] for match in [_MODULE_IN_TEXT.fullmatch(node.value)] if match}
     return frozenset(imported), frozenset(in_texts)
 
 
@@ -210,33 +199,28 @@ def code_sha256_of(path: Path, *, is_resumed: bool = False) -> str:
 
 @cache
 def _code_sha256(source: str, unused: frozenset[str]) -> str:
-    lines: list[str | None] = list(source.split("\n"))
-    nodes: list[Any] = list(ast.walk(ast.parse(source)))
-    remarks = [node.body[0] for node in nodes if _has_docstring(node)]
+    lines = source.split("\n")
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             row, column = token.start
-            lines[row - 1] = (lines[row - 1] or "")[:column]
-    for remark in remarks:
-        first, last = remark.lineno - 1, remark.end_lineno or remark.lineno
-        if (lines[first] or "").lstrip()[:1] in "rR\"'" and (lines[last - 1] or "").rstrip()[-1:] in "\"'":
-            lines[first:last] = [None] * (last - first)  # else it shares a line with a statement: let it count
-    for node in nodes:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name in unused:
+            lines[row - 1] = lines[row - 1][:column]
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if ast.get_docstring(node, clean=False) is not None:
+            first, last = node.body[0].lineno - 1, node.body[0].end_lineno or 0
+            if lines[first].lstrip()[:1] in "rR\"'" and lines[last - 1].rstrip()[-1:] in "\"'":
+                lines[first:last] = [""] * (last - first)  # else it shares a line with a statement: let it count
+        if not isinstance(node, ast.Module) and node.name in unused:
             first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]) - 1
-            last = node.end_lineno or node.lineno
-            lines[first:last] = [None] * (last - first)
-    text = "\n".join(line.rstrip() for line in lines if line and line.strip())
+            last = node.end_lineno or 0
+            lines[first:last] = [""] * (last - first)
+    text = "\n".join(line.rstrip() for line in lines if line.strip())
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _has_docstring(node: Any) -> bool:
-    is_documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-    return is_documented and ast.get_docstring(node, clean=False) is not None
-
-
 def package_versions(backend: Backend) -> dict[str, str | None]:
-    """Versions of what an arm's own interpreter would import, and its Python's. Asked once an interpreter."""
+    """Versions of what an arm's own interpreter would import, and its Python's. Asked once per interpreter."""
     arm = environment(backend)
     return dict(_ask_versions(interpreter(backend), arm.get("PYTHONPATH")))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from forge.training.system.errors import CheckError
@@ -40,13 +40,9 @@ def check_same_work(outcome_a: Outcome, outcome_b: Outcome) -> None:
         a, b = _value(outcome_a.record, name), _value(outcome_b.record, name)
         if a != b or a is None:
             differing.append(f"  {name}: {a} | {b}")
-    per_step: list[tuple[str, Callable[[Outcome], list[Any]]]] = [
-        ("batch_digests", lambda outcome: list(_value(outcome.record, "batch_digests") or [])),
-        *((name, _of_steps(name)) for name in ("documents", "tokens", "trained_tokens")),
-    ]
-    for name, values in per_step:
-        a, b = values(outcome_a), values(outcome_b)
-        differing += _differing_steps(name, a, b)
+    a_steps, b_steps = _per_step(outcome_a), _per_step(outcome_b)
+    for name in a_steps:
+        differing += _differing_steps(name, a_steps[name], b_steps[name])
     if differing:
         sides = [f"{outcome.spec.label()} [{outcome.run_id}]" for outcome in (outcome_a, outcome_b)]
         raise WorkMismatch(
@@ -55,16 +51,19 @@ def check_same_work(outcome_a: Outcome, outcome_b: Outcome) -> None:
         )
 
 
-def _of_steps(name: str) -> Callable[[Outcome], list[Any]]:
-    return lambda outcome: [line.get(name) for line in training_steps(outcome)]
+def _per_step(outcome: Outcome) -> dict[str, list[Any]]:
+    steps = {"batch_digests": list(_value(outcome.record, "batch_digests") or [])}
+    for name in ("documents", "tokens", "trained_tokens"):
+        steps[name] = [line.get(name) for line in training_steps(outcome)]
+    return steps
 
 
 def _differing_steps(name: str, a: list[Any], b: list[Any]) -> list[str]:
     if not a or len(a) != len(b):
         return [f"  {name}: {len(a)} steps | {len(b)} steps"]
     steps = [i for i, (left, right) in enumerate(zip(a, b, strict=True)) if left != right or left is None]
-    more = f" (and {len(steps) - 1} further steps)" if len(steps) > 1 else ""
-    return [f"  {name}, step {i + 1}: {a[i]} | {b[i]}{more}" for i in steps[:1]]
+    further = f" (and {len(steps) - 1} further steps)" if len(steps) > 1 else ""
+    return [f"  {name}, step {i + 1}: {a[i]} | {b[i]}{further}" for i in steps[:1]]
 
 
 def _value(record: dict[str, Any] | None, name: str) -> Any:
@@ -86,32 +85,26 @@ def measure(outcome: Outcome, metric: str, *, num_warmup_steps: int) -> float:
     document counts as long as it takes. ``peak_*``: of the whole process, loading included.
     ``device_used_bytes``: what NVML saw at the peak less what was in use before. ``last_train_loss`` in nats.
     """
-    value = _measured(outcome, metric, num_warmup_steps)
+    value: float | None = None
+    if metric in ("measured_seconds", "seconds_per_document"):
+        if steps := training_steps(outcome)[num_warmup_steps:]:
+            value = sum(line["seconds"] for line in steps)
+            value /= 1 if metric == "measured_seconds" else sum(line["documents"] for line in steps)
+    elif metric in ("peak_allocated_bytes", "peak_reserved_bytes"):
+        value = max((phase[metric] for phase in _value(outcome.record, "memory") or []), default=None)
+    elif metric == "device_used_bytes":
+        before, peak = outcome.monitor.device_used_before_bytes, outcome.monitor.device_used_peak_bytes
+        value = None if before is None or peak is None else peak - before
+    elif metric == "last_train_loss":
+        value = _value(outcome.record, "losses.last_train_loss")
+    else:
+        raise ValueError(f"no metric {metric!r}")
     if value is None:
         raise CheckError(
             f"{metric} was not measured in run {outcome.run_id} ({outcome.spec.label()}, {outcome.status})",
             remedy="more steps than warm-up steps, and for memory a GPU, are needed",
         )
     return float(value)
-
-
-def _measured(outcome: Outcome, metric: str, num_warmup_steps: int) -> float | None:
-    if metric in ("measured_seconds", "seconds_per_document"):
-        steps = training_steps(outcome)[num_warmup_steps:]
-        if not steps:
-            return None
-        seconds = sum(line["seconds"] for line in steps)
-        return float(seconds if metric == "measured_seconds" else seconds / sum(line["documents"] for line in steps))
-    if metric in ("peak_allocated_bytes", "peak_reserved_bytes"):
-        phases = _value(outcome.record, "memory") or []
-        return max((phase[metric] for phase in phases), default=None)
-    if metric == "device_used_bytes":
-        before, peak = outcome.monitor.device_used_before_bytes, outcome.monitor.device_used_peak_bytes
-        return None if before is None or peak is None else peak - before
-    if metric == "last_train_loss":
-        loss = _value(outcome.record, "losses.last_train_loss")
-        return None if loss is None else float(loss)
-    raise ValueError(f"no metric {metric!r}")
 
 
 def model_flops(shape: Mapping[str, Any], num_adapter_parameters: int, tokens: int, tokens_squared: int) -> float:
@@ -137,11 +130,8 @@ def model_flops_per_second(
     record: Mapping[str, Any], steps: Sequence[Mapping[str, Any]], num_warmup_steps: int
 ) -> float:
     """Model FLOPs over the summed time of a run's measured steps."""
-    measured = list(steps)[num_warmup_steps:]
+    measured, num_adapter = steps[num_warmup_steps:], record["trainable"]["num_parameters"]
     flops = sum(
-        model_flops(
-            record["model_shape"], record["trainable"]["num_parameters"], line["tokens"], line["tokens_squared"]
-        )
-        for line in measured
+        model_flops(record["model_shape"], num_adapter, line["tokens"], line["tokens_squared"]) for line in measured
     )
     return flops / sum(float(line["seconds"]) for line in measured)

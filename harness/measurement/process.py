@@ -92,9 +92,8 @@ def _end_group(process: subprocess.Popen[bytes], grace_seconds: float) -> None:
     try:
         if process.poll() is None:
             _signal_group(process.pid, signal.SIGTERM)
-            process.wait(grace_seconds)
-    except subprocess.TimeoutExpired:
-        pass
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(grace_seconds)
     finally:
         _signal_group(process.pid, signal.SIGKILL)
         try:

@@ -28,7 +28,7 @@ def without_paths(text: str) -> str:
 
 
 def _known_directories() -> list[tuple[str, str]]:
-    """Directories of this machine, longest first, and what stays of them; of the home not its owner's name."""
+    """Directories of this machine, longest first, and what stays of them; of the home not the user's name."""
     home, temporary = Path.home(), Path(tempfile.gettempdir())
     names = {home: "~", home.resolve(): "~"}
     names |= {path: path.name for path in (ROOT, ROOT.resolve(), temporary, temporary.resolve())}

@@ -9,7 +9,7 @@ import os
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -52,34 +52,24 @@ class RunSpec(_Part):
     @model_serializer(mode="wrap")
     def _without_what_is_not_asked(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Runs that do without the last three fields keep the keys that they had before there were such fields."""
-        content: dict[str, Any] = serialise(self)
-        for name in ("evaluate", "float32_adapter", "rounding"):
-            if not getattr(self, name):
-                content.pop(name, None)
-        return content
+        optional = ("evaluate", "float32_adapter", "rounding")
+        return {name: value for name, value in serialise(self).items() if value or name not in optional}
 
     def label(self) -> str:
         """For people: ``unsloth genome_full (micro_batch=1)``."""
-        differs = [*self.plan_overrides, *["adapter=float32"] * self.float32_adapter]
-        differs += [f"rounding={name}" for name in self.rounding]
+        roundings = [f"rounding={name}" for name in self.rounding]
+        differs = [*self.plan_overrides, *["adapter=float32"] * self.float32_adapter, *roundings]
         plan = f" ({', '.join(differs)})" if differs else ""
         return f"{self.backend} {Path(self.workload).stem}{plan}"
 
     def portable(self) -> RunSpec:
         """The same without the places of files on this machine; their content is in a measurement's key."""
-        return RunSpec(
-            backend=self.backend,
-            workload=portable(self.workload),
-            overrides=tuple(map(portable_setting, self.overrides)),
-            plan_overrides=self.plan_overrides,
-            evaluate=self.evaluate,
-            float32_adapter=self.float32_adapter,
-            rounding=self.rounding,
-        )
+        overrides = tuple(map(portable_setting, self.overrides))
+        return self.model_copy(update={"workload": portable(self.workload), "overrides": overrides})
 
 
 class Monitor(_Part):
-    """What was seen from outside while a run went on; ``None``: not seen. The peak includes what was used before."""
+    """What was seen from outside during a run; ``None``: not seen. The peak includes what was used before."""
 
     num_samples: int = 0
     device_used_before_bytes: int | None = None
@@ -157,6 +147,11 @@ class TrialState(_Part):
     failure: str | None = None  # the run that ended the trial
     failed_role: Role | None = None
 
+    @property
+    def keys(self) -> dict[Role, str]:
+        """The key of each arm's runs."""
+        return {"baseline": self.baseline_key, "candidate": self.candidate_key}
+
 
 class Store:
     """A directory of outcomes and trials. One process at a time measures into it: :meth:`lock`."""
@@ -169,22 +164,16 @@ class Store:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the store against other processes; may be nested. Raises :class:`LockedError` (exit code 9)."""
-        with self.numbering:
-            is_held = bool(self._num_holds)
-            self._num_holds += is_held
-        if is_held:
+        with ExitStack() as held:
+            with self.numbering:
+                if not self._num_holds:
+                    held.enter_context(locked(self.directory))
+                self._num_holds += 1
             try:
                 yield
             finally:
                 with self.numbering:
                     self._num_holds -= 1
-            return
-        with locked(self.directory):
-            self._num_holds = 1
-            try:
-                yield
-            finally:
-                self._num_holds = 0
 
     def run_ids(self) -> list[str]:
         """All runs, oldest first, by the count that ends their names."""
@@ -248,7 +237,7 @@ class Store:
         return [(path, _read(path, TrialState)) for path in paths]
 
     def take_up_trial(self, path: Path, state: TrialState) -> None:
-        """Make a trial that was put away the current one of its name; there is none, or it was put away before."""
+        """Make a trial that was put away the current one of its name, which is free."""
         with disk_errors(path):
             os.replace(path, self.trial_path(state.name))
 
@@ -265,10 +254,6 @@ class Store:
     def probe_paths(self, pattern: str = "*") -> list[Path]:
         """The probes' answers whose names match ``pattern`` (as of :mod:`glob`), sorted."""
         return sorted((self.directory / "probes").glob(f"{pattern}.json"))
-
-    def judged_path(self, suite: str, name: str) -> Path:
-        """Where a suite keeps what it judged of files that are gone later."""
-        return self.directory / suite / f"{name}.json"
 
     def beside(self, name: str) -> Path:
         """A directory beside the store: for files that are large or of this machine, and are made again if lost."""

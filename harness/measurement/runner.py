@@ -10,8 +10,8 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,11 @@ from harness.measurement.gpu_monitor import GpuMonitor, ReadGpu, machine_id, wai
 from harness.measurement.key import explain, identify
 from harness.measurement.process import Ended, run_process
 from harness.measurement.redact import log_tail, portable, without_paths
-from harness.measurement.results import Monitor, Outcome, RunSpec, RunStatus, Store
+from harness.measurement.results import Outcome, RunSpec, RunStatus, Store
 
 Command = Callable[[RunSpec, Path], list[str]]
 
 TIME_LIMIT_SECONDS = 900.0
-_LARGEST_FILE_BYTES = 64 << 20  # of what a run leaves; a real one is a thousandth of it
 
 _BY_EXIT_CODE: dict[int, RunStatus] = {
     **{2: "refused", 3: "refused", 4: "refused", 6: "refused", 9: "refused"},
@@ -63,29 +62,33 @@ def run_once(
     where another process measures into the store, ``KeyboardInterrupt``.
     """
     identity = identify(spec)
+    child = partial(run_process, directory=ROOT, time_limit_seconds=time_limit_seconds, grace_seconds=grace_seconds)
     with store.lock(), _scratch(store, None if is_alone else identity.key) as scratch:
         run_dir = scratch / "run"
         run_dir.mkdir()
         before = wait_until_free(read_gpu) if is_alone else None
         started_at = datetime.now(UTC).isoformat(timespec="seconds")
-        with GpuMonitor(read_gpu if is_alone else _no_gpu, before=before) as monitor:
-            ended = run_process(
-                command(spec, run_dir),
-                environment=environment(spec.backend),
-                directory=ROOT,
-                time_limit_seconds=time_limit_seconds,
-                grace_seconds=grace_seconds,
-            )
+        with GpuMonitor(read_gpu if is_alone else lambda: None, before=before) as monitor:
+            ended = child(command(spec, run_dir), environment=environment(spec.backend))
         record, why_not = _record_of(run_dir)
         log, seen = log_tail(ended.output), monitor.summary()
-        is_whole = ended.exit_code == 0 and not ended.timed_out and record is not None and record.status == "completed"
-        evaluated = None
-        if spec.evaluate and is_whole:
-            evaluated = _evaluate(evaluation_command(run_dir), run_dir, time_limit_seconds, grace_seconds)
-        changed = explain(identity.parts, identify(spec).parts)
-        status, message = _judge(ended, record, why_not, log, seen, changed, time_limit_seconds)
-        if evaluated is not None and status == "completed":
-            status, message = evaluated.status, evaluated.message
+        seconds, content = ended.wall_seconds, None
+        if ended.exit_code or ended.timed_out:
+            error = (record.message if record else None) or _last_error(log)
+            status, message = _status_of_failure(ended, log, error, time_limit_seconds)
+        elif record is None or record.status != "completed":
+            status, message = "no_record", f"its record says {record.status}" if record else why_not
+        else:
+            status, message = "completed", None
+            if spec.evaluate:
+                evaluated = child(evaluation_command(run_dir), environment=environment(EVALUATOR))
+                seconds += evaluated.wall_seconds
+                status, message, content = _evaluation_of(run_dir, evaluated, time_limit_seconds)
+        # What spoils any measurement comes before how the process ended.
+        if changed := explain(identity.parts, identify(spec).parts):
+            status, message = "refused", "what is measured was changed during the run: " + "; ".join(changed)
+        if count := seen.num_foreign_processes_max:
+            status, message = "refused", f"met a foreign process on the GPU (at most {count} at a time)"
         if not is_alone and status not in ("completed", "refused"):
             status, message = "refused", f"beside others: {status}" + (f": {message}" if message else "")
         with store.numbering:
@@ -98,20 +101,16 @@ def run_once(
                 message=without_paths(message)[:1000] if message else None,
                 exit_code=ended.exit_code,
                 started_at=started_at,
-                wall_seconds=ended.wall_seconds + (evaluated.wall_seconds if evaluated else 0.0),
+                wall_seconds=seconds,
                 machine=machine_id(),
                 monitor=seen,
                 log_tail=log,
-                record=_finite(portable(record.model_dump(mode="json"))) if record else None,
+                record=_storable(record.model_dump(mode="json")) if record else None,
                 steps=_steps_of(run_dir),
-                evaluation=evaluated.content if evaluated else None,
+                evaluation=content,
             )
             store.append(outcome)
         return outcome
-
-
-def _no_gpu() -> None:
-    """A machine without one, as a monitor sees it."""
 
 
 @contextmanager
@@ -121,10 +120,8 @@ def _scratch(store: Store, key: str | None = None) -> Iterator[Path]:
     ``key``: of a run that has others beside it, each with a directory of its own.
     """
     place = hashlib.sha256(str(store.directory).encode()).hexdigest()[:12]
-    path = Path(tempfile.gettempdir()) / f"forge-gate-{os.getuid()}-{place}"
-    if key is not None:
-        path = path.with_name(f"{path.name}-{key[:12]}")
-    for left in [path] if key is not None else path.parent.glob(f"{path.name}*"):
+    path = Path(tempfile.gettempdir()) / f"forge-gate-{os.getuid()}-{place}{f'-{key[:12]}' if key else ''}"
+    for left in [path] if key else path.parent.glob(f"{path.name}*"):
         shutil.rmtree(left, ignore_errors=True)
     with disk_errors(path):
         path.mkdir(mode=0o700)  # refuses what is not ours: it would be there still
@@ -134,28 +131,13 @@ def _scratch(store: Store, key: str | None = None) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _judge(
-    ended: Ended,
-    record: RunRecord | None,
-    why_no_record: str,
-    log: str,
-    seen: Monitor,
-    changed: list[str],
-    time_limit_seconds: float,
+def _status_of_failure(
+    ended: Ended, log: str, error: str | None, time_limit_seconds: float
 ) -> tuple[RunStatus, str | None]:
-    """Status and message: first what spoils any measurement, then how the process ended."""
-    if seen.num_foreign_processes_max:
-        return "refused", f"met a foreign process on the GPU (at most {seen.num_foreign_processes_max} at a time)"
-    if changed:
-        return "refused", "what is measured was changed during the run: " + "; ".join(changed)
+    """Status and message of a process that did not end well in time."""
+    code = ended.exit_code
     if ended.timed_out:
         return "timeout", f"stopped after {time_limit_seconds:g} seconds"
-    code = ended.exit_code
-    if code == 0:
-        if record is not None and record.status == "completed":
-            return "completed", None
-        return "no_record", f"its record says {record.status}" if record is not None else why_no_record
-    error = (record.message if record else None) or _last_error(log)
     if code in _BY_EXIT_CODE:
         return _BY_EXIT_CODE[code], error
     if memory_that_ran_out(log):
@@ -163,48 +145,22 @@ def _judge(
     return "crashed", f"{_ending(code)}{f': {error}' if error else ''}"
 
 
-@dataclass(frozen=True)
-class _Evaluated:
-    """What became of an evaluation; ``content`` is there if and only if it completed."""
-
-    status: RunStatus
-    message: str | None
-    content: dict[str, Any] | None
-    wall_seconds: float
-
-
-def _evaluate(command: list[str], run_dir: Path, time_limit_seconds: float, grace_seconds: float) -> _Evaluated:
-    """Evaluate the run in ``run_dir``.
+def _evaluation_of(
+    run_dir: Path, ended: Ended, time_limit_seconds: float
+) -> tuple[RunStatus, str | None, dict[str, Any] | None]:
+    """Status, message and content of the run's evaluation; the content only where it completed.
 
     What cannot be judged (exit code 3: a damaged adapter, a loss that is not finite) is the run's fault, unlike a
     full disk or a missing interpreter.
     """
-    (run_dir / "evaluation.json").unlink(missing_ok=True)
-    ended = run_process(
-        command,
-        environment=environment(EVALUATOR),
-        directory=ROOT,
-        time_limit_seconds=time_limit_seconds,
-        grace_seconds=grace_seconds,
-    )
-    log, code = log_tail(ended.output), ended.exit_code
-
-    def failed(status: RunStatus, why: str | None) -> _Evaluated:
-        return _Evaluated(status, f"its evaluation: {why}", None, ended.wall_seconds)
-
-    if ended.timed_out:
-        return failed("timeout", f"stopped after {time_limit_seconds:g} seconds")
-    if code == 0:
-        try:
-            content = read_json_object(run_dir / "evaluation.json")
-        except DataError as error:
-            return failed("no_record", error.message)
-        return _Evaluated("completed", None, _finite(portable(content)), ended.wall_seconds)
-    if code != 3 and code in _BY_EXIT_CODE:
-        return failed(_BY_EXIT_CODE[code], _last_error(log))
-    if memory_that_ran_out(log):
-        return failed("out_of_memory", _last_error(log))
-    return failed("crashed", f"{_ending(code)}: {_last_error(log)}")
+    if ended.exit_code or ended.timed_out:
+        log = log_tail(ended.output)
+        status, why = _status_of_failure(ended, log, _last_error(log), time_limit_seconds)
+        return "crashed" if ended.exit_code == 3 else status, f"its evaluation: {why}", None
+    try:
+        return "completed", None, _storable(read_json_object(run_dir / "evaluation.json"))
+    except DataError as error:
+        return "no_record", f"its evaluation: {error.message}", None
 
 
 def _ending(code: int) -> str:
@@ -227,10 +183,7 @@ def _last_error(log: str) -> str | None:
 
 def _record_of(run_dir: Path) -> tuple[RunRecord | None, str]:
     """The run's record, or why there is none."""
-    path = run_dir / "run.json"
     try:
-        if path.is_file() and path.stat().st_size > _LARGEST_FILE_BYTES:
-            return None, f"run.json has {path.stat().st_size:,} bytes: not a run's record"
         return read_record(run_dir), ""
     except DataError as error:
         return None, f"ended without a readable record: {error.message}"
@@ -241,25 +194,18 @@ def _record_of(run_dir: Path) -> tuple[RunRecord | None, str]:
 def _steps_of(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of the step log that are whole: a kill cuts the last one short."""
     path = run_dir / "steps.jsonl"
-    if not path.is_file() or path.stat().st_size > _LARGEST_FILE_BYTES:
-        return []
     steps = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:
             line = json.loads(text)
         except (ValueError, RecursionError):
             continue
         if isinstance(line, dict):
-            steps.append(_finite(portable(line)))
+            steps.append(_storable(line))
     return steps
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become None."""
-    if isinstance(value, float):
-        return value if value - value == 0 else None
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_finite(part) for part in value]
-    return value
+def _storable(content: dict[str, Any]) -> dict[str, Any]:
+    """Without paths of this machine, and with None for NaN and infinity, which JSON does not have."""
+    plain: dict[str, Any] = json.loads(json.dumps(portable(content)), parse_constant=lambda _: None)
+    return plain

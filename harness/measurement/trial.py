@@ -13,27 +13,15 @@ from typing import Any, Protocol
 
 from forge.training.system.errors import ConfigurationError, DataError
 from harness.measurement.gpu_monitor import DISTURBING_REASONS, MOST_DISTURBED_SHARE
-from harness.measurement.key import Identity, explain, identify
+from harness.measurement.key import explain, identify
 from harness.measurement.metrics import check_same_work
-from harness.measurement.results import (
-    ROLES,
-    OpenPair,
-    Order,
-    Outcome,
-    Pair,
-    Role,
-    RunSpec,
-    SetAside,
-    Store,
-    TrialState,
-)
+from harness.measurement.results import ROLES, OpenPair, Outcome, Pair, Role, RunSpec, SetAside, Store, TrialState
 from harness.measurement.runner import TIME_LIMIT_SECONDS, run_once
 
 _MOST_SET_ASIDE = 2  # of one pair
 _SPARE = 1.1  # something is started only if 1.1 times its expected time is left
 
 Announce = Callable[[str], None]
-Identities = dict[Role, Identity]
 
 
 class Run(Protocol):
@@ -49,32 +37,14 @@ class Trial:
     ``set_aside``: identifiers of runs that do not count, and why. ``stopped``: why pairs are missing.
     """
 
-    name: str
-    baseline: RunSpec
-    candidate: RunSpec
-    num_pairs_planned: int
     pairs: list[tuple[Outcome, Outcome]]
     set_aside: list[tuple[list[str], str]]
     failure: Outcome | None = None
     failed_role: Role | None = None
     stopped: str | None = None
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether every planned pair was measured."""
-        return len(self.pairs) == self.num_pairs_planned
-
-    @property
-    def baseline_statuses(self) -> list[str]:
-        """Statuses of the baseline's runs that count: those in pairs and one that ended the trial."""
-        return self._statuses("baseline")
-
-    @property
-    def candidate_statuses(self) -> list[str]:
-        """Statuses of the candidate's runs that count."""
-        return self._statuses("candidate")
-
-    def _statuses(self, role: Role) -> list[str]:
+    def statuses(self, role: Role) -> list[str]:
+        """Statuses of an arm's runs that count: those in pairs and one that ended the trial."""
         failed = [self.failure.status] if self.failure is not None and self.failed_role == role else []
         return ["completed"] * len(self.pairs) + failed
 
@@ -104,13 +74,12 @@ def run_trial(
     """
     with store.lock():
         specs: dict[Role, RunSpec] = {"baseline": baseline, "candidate": candidate}
-        identities: Identities = {role: identify(spec) for role, spec in specs.items()}
-        state = _open_trial(name, specs, num_pairs, identities, store, announce)
+        state = _open_trial(_new_trial(name, baseline, candidate, num_pairs), store, announce)
         state = _forget_short_timeout(state, time_limit_seconds, store)
 
         def run_role(role: Role) -> Outcome:
             outcome = run(specs[role], store=store, time_limit_seconds=time_limit_seconds)
-            if outcome.key != identities[role].key:
+            if outcome.key != state.keys[role]:
                 raise ConfigurationError(
                     f"trial {name}: what is measured changed while it was measured",
                     remedy="run the same again; pairs of the old state are put away and measured anew",
@@ -122,21 +91,23 @@ def run_trial(
             if sum(aside.index == index for aside in state.set_aside) > _MOST_SET_ASIDE:
                 times, reason = _MOST_SET_ASIDE + 1, state.set_aside[-1].reason
                 return _trial(state, store, f"pair {index} was disturbed {times} times, the last by {reason}")
-            order: Order = "AB" if index % 2 else "BA"
-            finished = _finished_pair(state, identities, store)
+            finished = _finished_pair(state, store)
             if not finished:
-                needed = _expected_seconds(identities, store, unseen_seconds)
-                if deadline is not None and time.monotonic() + needed * _SPARE >= deadline:
-                    return _trial(
-                        state, store, f"no time left for pair {index}, which takes about {needed:.0f} seconds"
-                    )
+                needed = _expected_seconds(state, store, unseen_seconds)
+                if _is_too_late(deadline, needed):
+                    why = f"no time left for pair {index}, which takes about {needed:.0f} seconds"
+                    return _trial(state, store, why)
                 newest = store.run_ids()[-1:]
-                opened = OpenPair(index=index, order=order, after=newest[0] if newest else None)
+                opened = OpenPair(index=index, order="AB" if index % 2 else "BA", after=newest[0] if newest else None)
                 state = _noted(state, store, open_pair=opened)
             state, refused = _measure_pair(state, finished, run_role, store, announce)
             if refused is not None:
                 return _trial(state, store, f"{refused.spec.label()} was refused: {refused.message}")
         return _trial(state, store)
+
+
+def _is_too_late(deadline: float | None, needed: float) -> bool:
+    return deadline is not None and time.monotonic() + needed * _SPARE >= deadline
 
 
 def _measure_pair(
@@ -203,10 +174,6 @@ def _pairs(state: TrialState, store: Store) -> list[tuple[Outcome, Outcome]]:
 def _trial(state: TrialState, store: Store, stopped: str | None = None) -> Trial:
     failure = store.read(state.failure) if state.failure else None
     return Trial(
-        name=state.name,
-        baseline=state.baseline,
-        candidate=state.candidate,
-        num_pairs_planned=state.num_pairs,
         pairs=_pairs(state, store),
         set_aside=[(aside.run_ids, aside.reason) for aside in state.set_aside],
         failure=failure,
@@ -224,7 +191,7 @@ def read_trial(name: str, store: Store, *, specs: tuple[RunSpec, RunSpec] | None
     state = store.read_trial(name)
     if state is None:
         return None
-    if specs is not None and [identify(spec).key for spec in specs] != [state.baseline_key, state.candidate_key]:
+    if specs is not None and [identify(spec).key for spec in specs] != [*state.keys.values()]:
         return None
     return _trial(state, store)
 
@@ -233,44 +200,42 @@ def read_trial(name: str, store: Store, *, specs: tuple[RunSpec, RunSpec] | None
 # Resuming a trial: is it still the same one, and what counts of an interrupted pair
 
 
-def _open_trial(
-    name: str,
-    specs: dict[Role, RunSpec],
-    num_pairs: int,
-    identities: Identities,
-    store: Store,
-    announce: Announce,
-) -> TrialState:
-    """The stored trial if it is this one; a new one where there is none or what it measures has changed.
+def _new_trial(name: str, baseline: RunSpec, candidate: RunSpec, num_pairs: int) -> TrialState:
+    if num_pairs < 1:
+        raise ConfigurationError(f"trial {name} is asked for {num_pairs} pairs", remedy="at least one pair")
+    identities = identify(baseline), identify(candidate)
+    return TrialState(
+        name=name,
+        baseline=baseline.portable(),
+        candidate=candidate.portable(),
+        num_pairs=num_pairs,
+        baseline_key=identities[0].key,
+        candidate_key=identities[1].key,
+        baseline_parts=identities[0].parts,
+        candidate_parts=identities[1].parts,
+    )
+
+
+def _open_trial(new: TrialState, store: Store, announce: Announce) -> TrialState:
+    """The stored trial if it is this one; ``new`` where there is none or what it measures has changed.
 
     A trial is put away when the code or the GPU changes, and taken up again when they are as they were: the sessions of
     one gate may get different GPU models.
 
     Raises :class:`ConfigurationError` for another number of pairs or other specs than it began with.
     """
-    if num_pairs < 1:
-        raise ConfigurationError(f"trial {name} is asked for {num_pairs} pairs", remedy="at least one pair")
-    new = TrialState(
-        name=name,
-        baseline=specs["baseline"].portable(),
-        candidate=specs["candidate"].portable(),
-        num_pairs=num_pairs,
-        baseline_key=identities["baseline"].key,
-        candidate_key=identities["candidate"].key,
-        baseline_parts=identities["baseline"].parts,
-        candidate_parts=identities["candidate"].parts,
-    )
+    name = new.name
     old = store.read_trial(name)
-    if old is not None and _is_same(old, new, str(store.trial_path(name))):
-        return old
     if old is not None:
+        if _is_same(old, new, str(store.trial_path(name))):
+            return old
         announce(f"{name}: put away, because what is measured has changed:")
         for line in _changes(old, new):
             announce(line)
         store.put_away_trial(name)
     for path, state in reversed(store.trials_put_away(name)):
-        if _keys(state) == _keys(new) and _is_same(state, new, str(path)):
-            announce(f"{name}: taken up again with {len(state.pairs)} of {num_pairs} pairs, as it was put away")
+        if state.keys == new.keys and _is_same(state, new, str(path)):
+            announce(f"{name}: taken up again with {len(state.pairs)} of {new.num_pairs} pairs, as it was put away")
             store.take_up_trial(path, state)
             return state
     store.write_trial(new)
@@ -280,26 +245,16 @@ def _open_trial(
 def _is_same(old: TrialState, new: TrialState, place: str) -> bool:
     """Whether the stored trial is resumed. The number of pairs and the arms are fixed before the first pair."""
     remedy = f"adding pairs until it passes would prove nothing, so both are fixed; to start over delete {place}"
-    same_specs = (old.baseline, old.candidate) == (new.baseline, new.candidate)
-    if not same_specs and all(
-        before[part] == now[part]
-        for before, now in ((old.baseline_parts, new.baseline_parts), (old.candidate_parts, new.candidate_parts))
-        for part in ("code", "gpu")
-    ):
-        raise ConfigurationError(
-            f"trial {old.name} began with other arms:\n" + "\n".join(_changes(old, new)), remedy=remedy
-        )
-    if _keys(old) != _keys(new):
-        return False
-    if old.num_pairs != new.num_pairs:
+    parts = ((old.baseline_parts, new.baseline_parts), (old.candidate_parts, new.candidate_parts))
+    is_same_machine = all(before[part] == now[part] for before, now in parts for part in ("code", "gpu"))
+    if is_same_machine and (old.baseline, old.candidate) != (new.baseline, new.candidate):
+        changes = "\n".join(_changes(old, new))
+        raise ConfigurationError(f"trial {old.name} began with other arms:\n{changes}", remedy=remedy)
+    if old.keys == new.keys and old.num_pairs != new.num_pairs:
         raise ConfigurationError(
             f"trial {old.name} began with {old.num_pairs} pairs and is now asked for {new.num_pairs}", remedy=remedy
         )
-    return True
-
-
-def _keys(state: TrialState) -> tuple[str, str]:
-    return state.baseline_key, state.candidate_key
+    return old.keys == new.keys
 
 
 def _changes(old: TrialState, new: TrialState) -> list[str]:
@@ -315,12 +270,10 @@ def _forget_short_timeout(state: TrialState, time_limit_seconds: float, store: S
     if failure.status != "timeout" or time_limit_seconds <= failure.wall_seconds + 1:
         return state
     aside = SetAside(index=0, run_ids=[failure.run_id], reason="stopped at a time limit that was raised since")
-    state = state.model_copy(update={"failure": None, "failed_role": None, "set_aside": [*state.set_aside, aside]})
-    store.write_trial(state)
-    return state
+    return _noted(state, store, failure=None, failed_role=None, set_aside=[*state.set_aside, aside])
 
 
-def _finished_pair(state: TrialState, identities: Identities, store: Store) -> list[Outcome]:
+def _finished_pair(state: TrialState, store: Store) -> list[Outcome]:
     """Both runs of a pair that were stored before the gate was killed, in their order; else empty.
 
     A pair of which only the first run is there is measured anew: the two runs of a pair follow one another.
@@ -332,7 +285,7 @@ def _finished_pair(state: TrialState, identities: Identities, store: Store) -> l
     if len(since) != 2 or set(since) & _counted_elsewhere(store):
         return []
     outcomes = [store.read(run_id) for run_id in since]
-    keys = [identities[role].key for role in ROLES[opened.order]]
+    keys = [state.keys[role] for role in ROLES[opened.order]]
     is_pair = [outcome.key for outcome in outcomes] == keys and outcomes[0].machine == outcomes[1].machine
     return outcomes if is_pair and all(outcome.status != "refused" for outcome in outcomes) else []
 
@@ -347,11 +300,10 @@ def _counted_elsewhere(store: Store) -> set[str]:
     return taken
 
 
-def _expected_seconds(identities: Identities, store: Store, unseen: float) -> float:
+def _expected_seconds(state: TrialState, store: Store, unseen: float) -> float:
     """What a pair takes: each arm's longest run so far; one without a run takes as long as the other, or ``unseen``."""
     longest = [
-        max((outcome.wall_seconds for outcome in store.with_key(identity.key)), default=None)
-        for identity in identities.values()
+        max((outcome.wall_seconds for outcome in store.with_key(key)), default=None) for key in state.keys.values()
     ]
     known = max((seconds for seconds in longest if seconds is not None), default=unseen)
     return sum(known if seconds is None else seconds for seconds in longest)
@@ -378,13 +330,16 @@ def run_single(
     may take longer.
     """
     with store.lock():
-        stored = store.with_key(identify(spec).key)
-        valid = [outcome for outcome in stored if outcome.status != "refused" and _disturbance(outcome) is None]
-        valid = [o for o in valid if o.status != "timeout" or time_limit_seconds <= o.wall_seconds + 1]
+        stored = [outcome for outcome in store.with_key(identify(spec).key) if outcome.status != "refused"]
+        valid = [
+            outcome
+            for outcome in stored
+            if _disturbance(outcome) is None
+            and (outcome.status != "timeout" or time_limit_seconds <= outcome.wall_seconds + 1)
+        ]
         if valid:
             return valid[-1]
-        needed = max((o.wall_seconds for o in stored if o.status != "refused"), default=unseen_seconds)
-        if deadline is not None and time.monotonic() + needed * _SPARE >= deadline:
+        if _is_too_late(deadline, max((outcome.wall_seconds for outcome in stored), default=unseen_seconds)):
             return None
         announce(spec.label())
         return run(spec, store=store, time_limit_seconds=time_limit_seconds)

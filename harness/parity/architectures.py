@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from forge.training.system.errors import MachineError
 from forge.training.system.files import sha256_json
-from harness.parity.bases import make_base_as
 from harness.parity.claims import Unmeasured, verdict_on_architecture
 from harness.parity.first_step.checks import differing_inputs
 from harness.parity.first_step.judge import described_checks, find_checks, first_steps, step_equivalence, summed_up
 from harness.parity.first_step.measure import WantedSteps, measure_inputs, quantizations
 from harness.parity.session import Ladder
 from harness.parity.suite import ARCHITECTURE_LAYOUTS
+from harness.trained_base import run_in_evaluator
 from harness.verdict import Verdict
 
 
@@ -45,3 +46,12 @@ def _base_as(ladder: Ladder, model_type: str) -> Path:
             raise Unmeasured("INCOMPLETE", f"the base as a {model_type} is not made")
         make_base_as(ladder.base_dir, model_type, directory.absolute())
     return directory.absolute()
+
+
+def make_base_as(base: Path, model_type: str, directory: Path) -> None:
+    """Write ``base`` as a ``model_type`` of ``probes.architecture``. Raises :class:`MachineError`."""
+    arguments = (str(base), "--as", model_type, "-o", str(directory))
+    exit_code, last_line = run_in_evaluator("harness.parity.probes.architecture", *arguments)
+    if exit_code or not directory.is_dir():
+        remedy = "look at the base's files"
+        raise MachineError(f"the base cannot be written as a {model_type}: {last_line}", remedy=remedy)

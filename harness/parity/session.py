@@ -20,24 +20,9 @@ from forge.training.system.errors import ForgeError, MachineError
 from harness.documents import write_documents
 from harness.measurement.metrics import WorkMismatch, check_same_work, training_steps
 from harness.measurement.results import Outcome, RunSpec, Store
+from harness.parity import suite
 from harness.parity.claims import SAME_LEARNING_RATE
 from harness.parity.side_by_side import Job, run_side_by_side
-from harness.parity.suite import (
-    BASELINE,
-    CANDIDATE,
-    CORES_LEFT,
-    DOCUMENTS_SIDE_BY_SIDE,
-    EVALUATION_EXPECTED_SECONDS,
-    LAYOUTS,
-    MICRO_BATCH_EXPECTED_SECONDS,
-    MOST_SIDE_BY_SIDE,
-    NUM_POSITIONS,
-    PROBE_EXPECTED_SECONDS,
-    PROBE_SECONDS,
-    RUN_EXPECTED_SECONDS,
-    STEP_LAYOUTS,
-    WORKLOAD,
-)
 from harness.session import Session
 from harness.trained_base import BASE, shared_folder, trained_base
 from harness.verdict import Verdict
@@ -56,12 +41,12 @@ class Ladder:
 
     session: Session
     base: str = BASE
-    baseline: Backend = BASELINE
-    candidate: Backend = CANDIDATE
-    step_layouts: tuple[str, ...] = STEP_LAYOUTS
-    num_positions: int = NUM_POSITIONS
-    layouts: tuple[tuple[str, ...], ...] = LAYOUTS
-    num_side_by_side: int = max(1, min(MOST_SIDE_BY_SIDE, len(os.sched_getaffinity(0)) - CORES_LEFT))
+    baseline: Backend = suite.BASELINE
+    candidate: Backend = suite.CANDIDATE
+    step_layouts: tuple[str, ...] = suite.STEP_LAYOUTS
+    num_positions: int = suite.NUM_POSITIONS
+    layouts: tuple[tuple[str, ...], ...] = suite.LAYOUTS
+    num_side_by_side: int = max(1, min(suite.MOST_SIDE_BY_SIDE, len(os.sched_getaffinity(0)) - suite.CORES_LEFT))
     overrides: tuple[str, ...] = ()
     verdicts: dict[int, Verdict] = field(default_factory=dict)
 
@@ -120,8 +105,8 @@ class Ladder:
                 lambda: self.session.probe(
                     f"harness.parity.probes.{name}",
                     *call,
-                    expected_seconds=PROBE_EXPECTED_SECONDS,
-                    limit_seconds=PROBE_SECONDS,
+                    expected_seconds=suite.PROBE_EXPECTED_SECONDS,
+                    limit_seconds=suite.PROBE_SECONDS,
                     is_alone=is_alone,
                 )
             )
@@ -158,7 +143,7 @@ class Ladder:
         )
         return RunSpec(
             backend=backend,
-            workload=WORKLOAD,
+            workload=suite.WORKLOAD,
             overrides=overrides,
             plan_overrides=plan,
             evaluate=evaluate,
@@ -168,9 +153,7 @@ class Ladder:
     def outcome(self, spec: RunSpec, *, beside_others: bool = False) -> Outcome | None:
         """The run of ``spec``, from the store or made now; ``None``: not measured."""
         outcome = self.session.run(
-            spec,
-            expected_seconds=self._durations.expected_seconds(spec),
-            run=partial(self.session.run_one, is_alone=False) if beside_others else None,
+            spec, expected_seconds=self._durations.expected_seconds(spec), is_alone=not beside_others
         )
         if outcome is not None:
             self._durations.note(outcome)
@@ -186,7 +169,7 @@ class Ladder:
         longest_first = sorted(specs, key=self._durations.expected_seconds, reverse=True)
         with self.session.store.lock():
             jobs = [Job(partial(self.outcome, spec, beside_others=True), _micro_batch(spec)) for spec in longest_first]
-            results = run_side_by_side(jobs, most=self.num_side_by_side, memory=DOCUMENTS_SIDE_BY_SIDE)
+            results = run_side_by_side(jobs, most=self.num_side_by_side, memory=suite.DOCUMENTS_SIDE_BY_SIDE)
         for error in results:
             if isinstance(error, ForgeError):
                 raise error
@@ -215,7 +198,7 @@ class _Durations:
     def __init__(self, store: Store) -> None:
         self._longest: dict[tuple[str, int, bool], float] = {}
         for outcome in store.outcomes():
-            if Path(outcome.spec.workload).stem == WORKLOAD:
+            if Path(outcome.spec.workload).stem == suite.WORKLOAD:
                 self.note(outcome)
 
     def note(self, outcome: Outcome) -> None:
@@ -233,8 +216,8 @@ class _Durations:
             return longest
         training = load_workload(spec.workload, spec.overrides).training
         num_micro_batches = (training.max_steps or 0) * (training.effective_batch // size)
-        seconds = RUN_EXPECTED_SECONDS + MICRO_BATCH_EXPECTED_SECONDS * num_micro_batches
-        return seconds + EVALUATION_EXPECTED_SECONDS * spec.evaluate
+        seconds = suite.RUN_EXPECTED_SECONDS + suite.MICRO_BATCH_EXPECTED_SECONDS * num_micro_batches
+        return seconds + suite.EVALUATION_EXPECTED_SECONDS * spec.evaluate
 
 
 def _micro_batch(spec: RunSpec) -> int:

@@ -11,15 +11,17 @@ import argparse
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from forge.training.system.files import read_json_object
 from harness.parity.claims import FALSE_ALARM, LARGER_ROUNDING, LEAST_SEEDS, LIMIT_ALPHA, MARGIN_NATS, MOST_SEEDS
-from harness.parity.outcome.judge import judge_differences, plan_seeds
+from harness.parity.outcome import judge_differences, plan_seeds
 from harness.parity.suite import LAYOUTS, PILOT_SEEDS
-from harness.parity.trajectory.bands import Band, compare_with_band, draw_band
-from harness.parity.trajectory.recorded import read_recorded
+from harness.parity.trajectory.bands import QUANTITIES, Band, band_of, compare_with_band, draw_band
+from harness.simulation import percent, table
 
 SEED = 20261125
 NUM_STEPS = 150
@@ -48,30 +50,16 @@ def _autoregressive(correlation: float) -> Noise:
     return draw
 
 
-def _few_directions(rng: np.random.Generator, runs: int) -> np.ndarray:
-    return np.asarray(rng.standard_normal((runs, 3)) @ _MODES + 0.3 * rng.standard_normal((runs, NUM_STEPS)))
-
-
-def _heavy_tailed(rng: np.random.Generator, runs: int) -> np.ndarray:
-    return np.asarray(rng.standard_t(3, (runs, NUM_STEPS)) * _GROWTH)
-
-
-def _unequal_layouts(rng: np.random.Generator, runs: int) -> np.ndarray:
-    return np.asarray(_autoregressive(0.5)(rng, runs) * rng.uniform(0.5, 1.5, (runs, 1)))
-
-
-def _unequal_steps(rng: np.random.Generator, runs: int) -> np.ndarray:
-    return np.asarray(_autoregressive(0.3)(rng, runs) * _BY_STEP)
-
-
 NOISES: dict[str, Noise] = {
     "steps independent": _autoregressive(0.0),
     "steps correlated 0.9": _autoregressive(0.9),
     "steps correlated 0.99": _autoregressive(0.99),
-    "three directions, one growing": _few_directions,
-    "layouts of unequal noise": _unequal_layouts,
-    "steps of unequal noise": _unequal_steps,
-    "heavy tails (t, 3 degrees of freedom)": _heavy_tailed,
+    "three directions, one growing": lambda rng, runs: (
+        rng.standard_normal((runs, 3)) @ _MODES + 0.3 * rng.standard_normal((runs, NUM_STEPS))
+    ),
+    "layouts of unequal noise": lambda rng, runs: _autoregressive(0.5)(rng, runs) * rng.uniform(0.5, 1.5, (runs, 1)),
+    "steps of unequal noise": lambda rng, runs: _autoregressive(0.3)(rng, runs) * _BY_STEP,
+    "heavy tails (t, 3 degrees of freedom)": lambda rng, runs: rng.standard_t(3, (runs, NUM_STEPS)) * _GROWTH,
 }
 
 
@@ -80,15 +68,13 @@ def false_alarms(rng: np.random.Generator, trials: int, noise: Noise, rounding: 
 
     ``rounding``: the candidate's deviations as a multiple of the baseline's.
     """
-    alarms = 0
-    for _ in range(trials):
-        inside = True
-        for _ in range(2):
-            runs = noise(rng, NUM_RUNS + 1)
-            band = draw_band(runs[:-1], np.zeros((NUM_RUNS, NUM_STEPS)), LIMIT_ALPHA)
-            inside = compare_with_band(band, rounding * runs[-1]).is_inside and inside
-        alarms += not inside
-    return alarms / trials
+
+    def is_inside() -> bool:
+        runs = noise(rng, NUM_RUNS + 1)
+        band = draw_band(runs[:-1], np.zeros((NUM_RUNS, NUM_STEPS)), LIMIT_ALPHA)
+        return compare_with_band(band, rounding * runs[-1]).is_inside
+
+    return sum(not all([is_inside(), is_inside()]) for _ in range(trials)) / trials
 
 
 def seen(bands: list[Band], sound: list[np.ndarray], effects: list[np.ndarray], strength: float) -> bool:
@@ -99,19 +85,53 @@ def seen(bands: list[Band], sound: list[np.ndarray], effects: list[np.ndarray], 
     )
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# Runs kept in a file: a baseline's that differ in rounding alone, and some with a planted fault
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Losses (nats per trained token) and logarithms of gradient norms by name of the run, each of shape (steps,).
+
+    The first of ``sound`` has the layout of the runs in ``faulty``.
+    """
+
+    sound: dict[str, tuple[np.ndarray, np.ndarray]]
+    faulty: dict[str, tuple[np.ndarray, np.ndarray]]
+
+    def bands(self, alpha: float, *, without: int | None = None) -> list[Band]:
+        """The band of each quantity."""
+        runs = [run for index, run in enumerate(self.sound.values()) if index != without]
+        return [band_of(name, np.array([run[i] for run in runs]), alpha) for i, name in enumerate(QUANTITIES)]
+
+    def bands_without(self, left_out: int, alpha: float) -> tuple[list[Band], list[np.ndarray]]:
+        """The bands of all runs but one, and that one."""
+        return self.bands(alpha, without=left_out), list(list(self.sound.values())[left_out])
+
+    def effects(self) -> dict[str, list[np.ndarray]]:
+        """By fault and quantity, what it changes: its run less the sound run of the same layout."""
+        sound = next(iter(self.sound.values()))
+        return {name: [run[0] - sound[0], run[1] - sound[1]] for name, run in self.faulty.items()}
+
+
+def read_recorded(path: Path) -> Recorded:
+    """From ``{"sound": {NAME: {"loss": [...], "grad_norm": [...]}}, "faulty": ...}``."""
+    content = read_json_object(path)
+    sound, faulty = (
+        {name: (np.array(run["loss"]), np.log(np.array(run["grad_norm"]))) for name, run in content[part].items()}
+        for part in ("sound", "faulty")
+    )
+    return Recorded(sound, faulty)
+
+
 def recorded_power(path: Path, strengths: Iterable[float]) -> dict[str, list[float]]:
     """By fault, the share of recorded runs that show it at each strength; each run against the band of the others."""
     recorded = read_recorded(path)
-    shares: dict[str, list[float]] = {}
-    for fault, effects in recorded.effects().items():
-        shares[fault] = []
-        for strength in strengths:
-            count = 0
-            for left_out in range(recorded.num_runs):
-                bands, sound = recorded.bands_without(left_out, LIMIT_ALPHA)
-                count += seen(bands, sound, effects, strength)
-            shares[fault].append(count / recorded.num_runs)
-    return shares
+    others = [recorded.bands_without(left_out, LIMIT_ALPHA) for left_out in range(len(recorded.sound))]
+    return {
+        fault: [sum(seen(*bands, effects, strength) for bands in others) / len(others) for strength in strengths]
+        for fault, effects in recorded.effects().items()
+    }
 
 
 def outcome_rates(
@@ -136,15 +156,6 @@ def outcome_rates(
     return counts, [count / trials for count in passes]
 
 
-def _table(title: str, head: list[str], rows: Iterable[list[str]]) -> str:
-    lines = [f"**{title}**", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
-
-
-def _percent(*shares: float) -> str:
-    return " / ".join(f"{100 * share:.1f}" for share in shares)
-
-
 def report(trials: int, recorded: Path | None) -> Iterable[str]:
     """The tables, as Markdown."""
     rng = np.random.default_rng([SEED, 6])
@@ -154,30 +165,30 @@ def report(trials: int, recorded: Path | None) -> Iterable[str]:
         counts, passes = outcome_rates(rng, trials, sd, truths)
         planned = sorted(count for count in counts.elements() if count is not None)
         usual = f"{planned[len(planned) // 2]} ({planned[-max(1, len(planned) // 10)]})" if planned else "-"
-        rows.append([f"{sd:g}", usual, _percent(counts[None] / trials), *(_percent(share) for share in passes)])
+        rows.append([f"{sd:g}", usual, percent(counts[None] / trials), *(percent(share) for share in passes)])
     pilot = f"pilot of {len(PILOT_SEEDS)} seeds, {LEAST_SEEDS} to {MOST_SEEDS} test seeds"
-    yield _table(
+    yield table(
         f"Rung 6: margin {MARGIN_NATS:g} nats, {pilot}; PASS in percent of {trials} whole procedures",
         ["sd of a seed's difference", "seeds, median (90%)", "too noisy", *(f"true difference {d:g}" for d in truths)],
         rows,
     )
     rng = np.random.default_rng([SEED, 5])
     few = max(100, trials // 4)
-    yield _table(
+    yield table(
         f"Rung 5: sound candidates that fail, in percent of {few}; {NUM_RUNS} runs of {NUM_STEPS} steps; intended: at"
         f" most {FALSE_ALARM:.0%}",
         ["noise", "rounding equal to the baseline's", f"{LARGER_ROUNDING:g} times the baseline's"],
         (
-            [name, *(_percent(false_alarms(rng, few, noise, rounding)) for rounding in (1.0, LARGER_ROUNDING))]
+            [name, *(percent(false_alarms(rng, few, noise, rounding)) for rounding in (1.0, LARGER_ROUNDING))]
             for name, noise in NOISES.items()
         ),
     )
     if recorded is not None:
         strengths = (1.0, 0.2, 0.1, 0.05, 0.02, 0.01)
-        yield _table(
+        yield table(
             "Rung 5: recorded faults that are seen, in percent, by share of their full strength",
             ["fault", *(f"x {strength:g}" for strength in strengths)],
-            ([fault, *map(_percent, shares)] for fault, shares in recorded_power(recorded, strengths).items()),
+            ([fault, *map(percent, shares)] for fault, shares in recorded_power(recorded, strengths).items()),
         )
 
 
@@ -187,8 +198,8 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=10_000, help="simulated procedures per figure")
     parser.add_argument("--recorded", type=Path, help="recorded trajectories with faults")
     arguments = parser.parse_args()
-    for table in report(arguments.trials, arguments.recorded):
-        print(table, flush=True)
+    for part in report(arguments.trials, arguments.recorded):
+        print(part, flush=True)
 
 
 if __name__ == "__main__":

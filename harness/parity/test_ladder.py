@@ -13,6 +13,7 @@ from harness.parity.rungs import architecture_verdict, verdict
 from harness.parity.session import Ladder
 from harness.parity.suite import ARCHITECTURES, WORKLOAD
 from harness.recorder import CLOCK
+from harness.session import Session
 from harness.verdict import Hold
 
 pytestmark = [
@@ -20,6 +21,12 @@ pytestmark = [
     pytest.mark.timeout(0),  # the first test of a rung waits for its runs
     pytest.mark.benchmark(group="parity", timer=CLOCK),
 ]
+
+
+@pytest.fixture(scope="session")
+def ladder(gate: Session) -> Ladder:
+    """The parity ladder. Where ``--gate-only`` leaves it out, it measures nothing and judges what the store has."""
+    return Ladder(gate.limited_to("parity"))
 
 
 def described(ladder: Ladder) -> dict[str, Any]:

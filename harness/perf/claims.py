@@ -16,12 +16,11 @@ from typing import Annotated, Literal, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from harness.measurement.results import RunStatus
-from harness.stats import Interval, pairs_needed, ratio_interval
+from harness.stats import CONFIDENCE, Interval, pairs_needed, ratio_interval
 from harness.verdict import CANNOT_RUN, Role, Status, Verdict, status_of_run
 
 Direction = Literal["at_least", "at_most", "contains"]
 
-CONFIDENCE = 0.95
 POWER = 0.9  # what INCONCLUSIVE's number of pairs aims at
 # Logarithms and back cost up to 1e-14 of a ratio, and one that is exactly the bar must not fall short of it.
 _ROUNDING = 1e-12
@@ -133,13 +132,21 @@ def judge(
     if ratio and noise are as seen here: those of one new trial, judged by itself. Adding them to the
     old pairs and judging again would pass too often.
     """
-    num_pairs = _checked_pairs(baseline_values, candidate_values, baseline_statuses, candidate_statuses)
+    num_pairs = len(baseline_values)
+    if num_pairs != len(candidate_values):
+        raise ValueError(f"{num_pairs} baseline values for {len(candidate_values)} of the candidate")
+    ends: dict[Role, Sequence[str]] = {"candidate": candidate_statuses, "baseline": baseline_statuses}
+    for statuses in ends.values():
+        if unknown := sorted(set(statuses) - set(_RUN_STATUSES)):
+            raise ValueError(f"unknown status {unknown[0]!r}; known: {', '.join(_RUN_STATUSES)}")
+        if (completed := statuses.count("completed")) < num_pairs:
+            raise ValueError(f"{num_pairs} values from {completed} completed runs")
     if num_pairs_planned < 1 or num_pairs > num_pairs_planned:
         raise ValueError(f"{claim.name}: {num_pairs} pairs where {num_pairs_planned} were planned")
 
     def verdict(status: Status, reason: str, interval: Interval | None = None, further: int | None = None) -> Verdict:
-        ends = (interval.estimate, interval.low, interval.high) if interval else (0.0, 0.0, 0.0)
-        estimate, low, high = (end if 0 < end < math.inf else None for end in ends)
+        values = (interval.estimate, interval.low, interval.high) if interval else (0.0, 0.0, 0.0)
+        estimate, low, high = (value if 0 < value < math.inf else None for value in values)
         figures = {
             "claim": claim.model_dump(mode="json"),
             "estimate": estimate,
@@ -158,15 +165,14 @@ def judge(
             run_ids=list(run_ids),
         )
 
-    ends: tuple[tuple[Role, Sequence[str]], ...] = (("candidate", candidate_statuses), ("baseline", baseline_statuses))
-    for role, statuses in ends:
+    for role, statuses in ends.items():
         broken = next((status for status in statuses if status in CANNOT_RUN), None)
         if broken and (meaning := status_of_run(broken, role)):
             return verdict(meaning, f"the {role} cannot run this: {broken}")
     arms = (baseline_values, candidate_values) if claim.direction == "at_least" else (candidate_values, baseline_values)
     interval = ratio_interval(*arms, confidence=CONFIDENCE) if num_pairs else None
     if interval is None or num_pairs < num_pairs_planned:
-        is_refused = any(status != "completed" for _, statuses in ends for status in statuses)
+        is_refused = any(status != "completed" for statuses in ends.values() for status in statuses)
         why = "; a run was refused before or while it measured" if is_refused else ""
         return verdict("INCOMPLETE", f"{num_pairs} of {num_pairs_planned} pairs measured{why}", interval)
     if interval.log_sd is None:
@@ -176,28 +182,11 @@ def judge(
     if claim.is_missed(interval.low, interval.high):
         return verdict("FAIL", _describe(claim, interval, "misses"), interval)
     if claim.direction == "contains":
-        return verdict("INCONCLUSIVE", f"{_describe(claim, interval, 'is too wide to exclude')}", interval)
+        return verdict("INCONCLUSIVE", _describe(claim, interval, "is too wide to exclude"), interval)
     further = pairs_needed(interval.log_sd, math.log(interval.estimate / claim.bar), CONFIDENCE, POWER)
-    advice = (
-        f"a new trial of {further} pairs, judged by itself, would probably decide" if further else "no number helps"
-    )
+    decides = f"a new trial of {further} pairs, judged by itself, would probably decide"
+    advice = decides if further else "no number of pairs helps"
     return verdict("INCONCLUSIVE", f"{_describe(claim, interval, 'straddles')}; {advice}", interval, further)
-
-
-def _checked_pairs(
-    baseline_values: Sequence[float],
-    candidate_values: Sequence[float],
-    baseline_statuses: Sequence[str],
-    candidate_statuses: Sequence[str],
-) -> int:
-    if len(baseline_values) != len(candidate_values):
-        raise ValueError(f"{len(baseline_values)} baseline values for {len(candidate_values)} of the candidate")
-    for statuses in (baseline_statuses, candidate_statuses):
-        if unknown := sorted(set(statuses) - set(_RUN_STATUSES)):
-            raise ValueError(f"unknown status {unknown[0]!r}; known: {', '.join(_RUN_STATUSES)}")
-        if (completed := sum(status == "completed" for status in statuses)) < len(baseline_values):
-            raise ValueError(f"{len(baseline_values)} values from {completed} completed runs")
-    return len(baseline_values)
 
 
 def _describe(claim: Claim, interval: Interval, does: str) -> str:

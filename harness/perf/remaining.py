@@ -20,17 +20,8 @@ from forge.training.system.errors import ForgeError
 from forge.training.system.files import read_json_object
 from harness.measurement.key import code_sha256, source_sha256
 from harness.measurement.results import Outcome, Store
-from harness.perf.suite import (
-    ABLATION,
-    CONTEXT_TAKES_SECONDS,
-    EXPECTED_SECONDS,
-    FP16,
-    ORDER,
-    PEAK_TAKES_SECONDS,
-    SINGLES,
-    TRIALS,
-    Arm,
-)
+from harness.perf import suite
+from harness.perf.suite import TRIALS, Arm
 
 
 @dataclass(frozen=True)
@@ -43,36 +34,33 @@ class Item:
 
 
 def remaining(store: Store) -> list[Item]:
-    """Every item of :data:`ORDER`, in that order. Raises :class:`DataError` for a damaged store."""
+    """Every item of :data:`harness.perf.suite.ORDER`, in that order. Raises :class:`DataError` for a damaged store."""
     outcomes = [outcome for outcome in store.outcomes() if outcome.status != "refused"]
     probes = [read_json_object(path) for path in store.probe_paths()]
     seen: set[tuple[str, Arm]] = set()
     items = []
-    for name in ORDER:
+    for name in suite.ORDER:
         if name in TRIALS:
             planned = TRIALS[name]
             pair = [(planned.workload, planned.baseline), (planned.workload, planned.candidate)]
             state = store.read_trial(name)
-            done, total = len(state.pairs) if state else 0, planned.num_pairs or _num_pairs(planned.workload)
+            done, total = len(state.pairs) if state else 0, planned.num_pairs
             units = [sum(_seconds(outcomes, *run) for run in pair)] * (total - done)
             seen |= {(workload, _alike(arm)) for workload, arm in pair}
         elif name in ("singles", "ablation"):
-            runs = (*SINGLES, FP16) if name == "singles" else ABLATION
+            runs = (*suite.SINGLES, suite.FP16) if name == "singles" else suite.ABLATION
             new = [run for run in runs if (run[0], _alike(run[1])) not in seen]
             seen |= {(workload, _alike(arm)) for workload, arm in new}
             missing = [run for run in new if not any(map(_is_current, _runs_of(outcomes, *run)))]
             done, units = len(runs) - len(missing), [_seconds(outcomes, *run) for run in missing]
         elif name == "matmul_peak":
-            done = int(any(_is_of("harness.perf.probes.matmul_peak", probe) for probe in probes))
-            units = [PEAK_TAKES_SECONDS] * (1 - done)
+            done = int(any(_is_of("matmul_peak", probe) for probe in probes))
+            units = [suite.PEAK_TAKES_SECONDS] * (1 - done)
         else:
-            measured = {
-                (probe["backend"], probe["budget_gib"])
-                for probe in probes
-                if _is_of("harness.perf.probes.max_context", probe)
-            }
-            done = len(CONTEXT_TAKES_SECONDS.keys() & measured)
-            units = [seconds for probe, seconds in CONTEXT_TAKES_SECONDS.items() if probe not in measured]
+            current = [probe for probe in probes if _is_of("max_context", probe)]
+            measured = {(probe["backend"], probe["budget_gib"]) for probe in current}
+            done = len(suite.CONTEXT_TAKES_SECONDS.keys() & measured)
+            units = [seconds for probe, seconds in suite.CONTEXT_TAKES_SECONDS.items() if probe not in measured]
         items.append(Item(name, done, tuple(units)))
     return items
 
@@ -85,10 +73,6 @@ def num_sessions(units: Iterable[float], seconds: float) -> int:
             count, left = count + 1, seconds
         left -= unit
     return count
-
-
-def _num_pairs(workload: str) -> int:
-    return load_workload(workload).gate.num_pairs
 
 
 def _alike(arm: Arm) -> Arm:
@@ -112,22 +96,20 @@ def _is_current(outcome: Outcome) -> bool:
     return parts.get("plan") == plan.model_dump(mode="json") and parts.get("code") == code_sha256()
 
 
-def _is_of(module: str, probe: dict[str, Any]) -> bool:
+def _is_of(name: str, probe: dict[str, Any]) -> bool:
     """Whether it is an answer of today's probe of that name, by today's training code."""
-    wanted = {"probe": module.rpartition(".")[2], "source": source_sha256(module), "code": code_sha256()}
+    wanted = {"probe": name, "source": source_sha256(f"harness.perf.probes.{name}"), "code": code_sha256()}
     return all(probe.get("key_parts", {}).get(name) == value for name, value in wanted.items())
 
 
 def _seconds(outcomes: list[Outcome], workload: str, arm: Arm) -> float:
     known = [outcome.wall_seconds for outcome in _runs_of(outcomes, workload, arm) if outcome.status == "completed"]
-    return statistics.median(known) if known else EXPECTED_SECONDS[workload]
+    return statistics.median(known) if known else suite.EXPECTED_SECONDS[workload]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m harness.perf.remaining", description=(__doc__ or "").split("\n\n")[0]
-    )
+    parser = argparse.ArgumentParser("python -m harness.perf.remaining", description="What remains to be measured.")
     parser.add_argument("store", nargs="?", type=Path, default=Path("runs/gate/store"), metavar="STORE")
     parser.add_argument("--seconds", type=float, default=470.0, help="of measuring in one session (default 470)")
     options = parser.parse_args(arguments)

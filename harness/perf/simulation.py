@@ -10,10 +10,12 @@ import argparse
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
+from itertools import product
 
 import numpy as np
 
 from harness.perf.claims import CLAIMS, Claim, judge
+from harness.simulation import percent, table
 from harness.stats import ratio_interval, tost, tost_power
 from harness.verdict import Verdict
 
@@ -32,32 +34,13 @@ def _normal(rng: np.random.Generator, trials: int, runs: int) -> np.ndarray:
     return rng.standard_normal((trials, runs))
 
 
-def _heavy_tailed(rng: np.random.Generator, trials: int, runs: int) -> np.ndarray:
-    return np.asarray(rng.standard_t(3, (trials, runs)) / math.sqrt(3))
-
-
 def _rarely_slow(rng: np.random.Generator, trials: int, runs: int) -> np.ndarray:
     return np.asarray(5.0 * (rng.random((trials, runs)) < 0.1))
 
 
-def _either_rarely_slow(rng: np.random.Generator, trials: int, runs: int) -> np.ndarray:
-    return np.asarray(_normal(rng, trials, runs) + _rarely_slow(rng, trials, runs))
-
-
-def _is_baseline(runs: int) -> np.ndarray:
-    return np.asarray(np.isin(np.arange(runs) % 4, (0, 3)))  # A B B A
-
-
-def _baseline_rarely_slow(rng: np.random.Generator, trials: int, runs: int) -> np.ndarray:
-    return np.asarray(_normal(rng, trials, runs) + (_rarely_slow(rng, trials, runs) - 0.5) * _is_baseline(runs))
-
-
-def _candidate_rarely_slow(rng: np.random.Generator, trials: int, runs: int) -> np.ndarray:
-    return np.asarray(_normal(rng, trials, runs) + (_rarely_slow(rng, trials, runs) - 0.5) * ~_is_baseline(runs))
-
-
-def _nothing_but_a_rare_step(rng: np.random.Generator, trials: int, runs: int) -> np.ndarray:
-    return np.asarray((_rarely_slow(rng, trials, runs) - 0.5) * ~_is_baseline(runs))
+def _one_arm_rarely_slow(*places: int) -> Noise:
+    """``places``: the arm's in A B B A."""
+    return lambda rng, trials, runs: (_rarely_slow(rng, trials, runs) - 0.5) * np.isin(np.arange(runs) % 4, places)
 
 
 def _autocorrelated(rng: np.random.Generator, trials: int, runs: int) -> np.ndarray:
@@ -67,24 +50,19 @@ def _autocorrelated(rng: np.random.Generator, trials: int, runs: int) -> np.ndar
     return logs
 
 
-def _drifting(rng: np.random.Generator, trials: int, runs: int) -> np.ndarray:
-    return _normal(rng, trials, runs) + np.linspace(0, 5, runs)
-
-
-def _second_is_slower(rng: np.random.Generator, trials: int, runs: int) -> np.ndarray:
-    return _normal(rng, trials, runs) + 2 * (np.arange(runs) % 2)
-
-
+_slow_baseline, _slow_candidate = _one_arm_rarely_slow(0, 3), _one_arm_rarely_slow(1, 2)
 NOISES: dict[str, Noise] = {
     "log-normal, independent": _normal,
-    "heavy tails (Student's t, 3 degrees of freedom)": _heavy_tailed,
-    "one run in ten 5 sd slower, both arms": _either_rarely_slow,
-    "one baseline run in ten 5 sd slower": _baseline_rarely_slow,
-    "one candidate run in ten 5 sd slower": _candidate_rarely_slow,
-    "no noise, but one candidate run in ten 5 sd slower": _nothing_but_a_rare_step,
+    "heavy tails (Student's t, 3 degrees of freedom)": lambda rng, *size: rng.standard_t(3, size) / math.sqrt(3),
+    "one run in ten 5 sd slower, both arms": lambda rng, *size: _normal(rng, *size) + _rarely_slow(rng, *size),
+    "one baseline run in ten 5 sd slower": lambda rng, *size: _normal(rng, *size) + _slow_baseline(rng, *size),
+    "one candidate run in ten 5 sd slower": lambda rng, *size: _normal(rng, *size) + _slow_candidate(rng, *size),
+    "no noise, but one candidate run in ten 5 sd slower": _slow_candidate,
     "neighbouring runs correlated (0.8)": _autocorrelated,
-    "drift of 5 sd over the trial": _drifting,
-    "the second run of every pair slower by 2 sd": _second_is_slower,
+    "drift of 5 sd over the trial": lambda rng, trials, runs: _normal(rng, trials, runs) + np.linspace(0, 5, runs),
+    "the second run of every pair slower by 2 sd": lambda rng, trials, runs: (
+        _normal(rng, trials, runs) + 2 * (np.arange(runs) % 2)
+    ),
 }
 
 
@@ -164,15 +142,6 @@ def repeated_pass_rates(
     return first / trials, (first + anew) / trials, (first + together) / trials
 
 
-def _table(title: str, head: list[str], rows: Iterable[list[str]]) -> str:
-    lines = [f"**{title}**", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
-
-
-def _percent(*shares: float) -> str:
-    return " / ".join(f"{100 * share:.1f}" for share in shares)
-
-
 def report(trials: int) -> Iterable[str]:
     """The tables, one after the other, all figures in percent."""
     worst = 100 * math.sqrt(0.25 / trials)
@@ -181,10 +150,10 @@ def report(trials: int) -> Iterable[str]:
     sizes = [f"n={n}" for n in SIZES]
 
     rng = np.random.default_rng([SEED, 1])
-    yield _table(
+    yield table(
         "Coverage of the 95% paired-t interval of a ratio (wanted: 95)",
         ["sd of a pair's log ratio", *sizes],
-        ([f"{sd:g}", *(_percent(coverage(rng, trials, n, sd)) for n in SIZES)] for sd in LOG_SDS),
+        [[f"{sd:g}", *(percent(coverage(rng, trials, n, sd)) for n in SIZES)] for sd in LOG_SDS],
     )
     for number, (claim, truths, log_sds) in enumerate(
         [
@@ -195,58 +164,45 @@ def report(trials: int) -> Iterable[str]:
         start=2,
     ):
         rng = np.random.default_rng([SEED, number])
-        cells = [(truth, sd) for truth in truths for sd in log_sds]
-        rates = [[verdict_rates(rng, trials, n, claim, truth, sd) for n in SIZES] for truth, sd in cells]
-        yield _table(
+        rows = []
+        for truth, sd in product(truths, log_sds):
+            rates = [verdict_rates(rng, trials, n, claim, truth, sd) for n in SIZES]
+            rows.append([f"{truth:g}", f"{sd:g}", *(percent(rate["PASS"], rate["FAIL"]) for rate in rates)])
+        yield table(
             f"PASS / FAIL of a claim {claim.direction.replace('_', ' ')} {claim.bar:g} (the rest is INCONCLUSIVE)",
             ["true ratio", "log sd", *sizes],
-            (
-                [f"{truth:g}", f"{sd:g}", *(_percent(rate["PASS"], rate["FAIL"]) for rate in row)]
-                for (truth, sd), row in zip(cells, rates, strict=True)
-            ),
+            rows,
         )
 
     rng = np.random.default_rng([SEED, 5])
-    yield _table(
+
+    def equivalent(num_pairs: int, difference: float) -> str:
+        simulated = equivalence_rate(rng, trials, num_pairs, 0.005, 0.01, difference)
+        return f"{percent(simulated)} ({percent(tost_power(0.005, 0.01, num_pairs, difference))})"
+
+    yield table(
         "Equivalent by TOST, margin 0.01, sd of a pair's difference 0.005: simulated (computed)",
         ["true difference", *sizes],
-        (
-            [
-                f"{d:g}",
-                *(
-                    f"{_percent(equivalence_rate(rng, trials, n, 0.005, 0.01, d))} "
-                    f"({_percent(tost_power(0.005, 0.01, n, d))})"
-                    for n in SIZES
-                ),
-            ]
-            for d in (0.0, 0.0025, 0.005, 0.01, 0.0125)
-        ),
+        [[f"{d:g}", *(equivalent(n, d) for n in SIZES)] for d in (0.0, 0.0025, 0.005, 0.01, 0.0125)],
     )
 
     rng = np.random.default_rng([SEED, 6])
-    yield _table(
+
+    def misled(num_pairs: int, noise: Noise) -> str:
+        covered = coverage(rng, trials, num_pairs, 0.05, noise=noise)
+        return percent(covered, verdict_rates(rng, trials, num_pairs, SPEED, 2.0, 0.05, noise)["PASS"])
+
+    yield table(
         "Noise that is not what the interval assumes: coverage / false PASS at a true ratio of exactly 2.0, sd 0.05",
         ["noise", *sizes],
-        (
-            [
-                name,
-                *(
-                    _percent(
-                        coverage(rng, trials, n, 0.05, noise=noise),
-                        verdict_rates(rng, trials, n, SPEED, 2.0, 0.05, noise)["PASS"],
-                    )
-                    for n in SIZES
-                ),
-            ]
-            for name, noise in NOISES.items()
-        ),
+        [[name, *(misled(n, noise) for n in SIZES)] for name, noise in NOISES.items()],
     )
 
     rng = np.random.default_rng([SEED, 7])
-    yield _table(
+    yield table(
         "False PASS at a true ratio of exactly 2.0, sd 0.05, INCONCLUSIVE followed up once (by at most 100 pairs)",
         ["first trial", "at once", "or by a new trial", "or by old and new pairs together (not allowed)"],
-        ([f"n={n}", *(_percent(rate) for rate in repeated_pass_rates(rng, trials, n, 2.0, 0.05))] for n in SIZES),
+        [[f"n={n}", *map(percent, repeated_pass_rates(rng, trials, n, 2.0, 0.05))] for n in SIZES],
     )
 
 

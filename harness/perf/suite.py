@@ -8,7 +8,7 @@ a trial is INCOMPLETE.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -49,12 +49,17 @@ class Arm:
 
 @dataclass(frozen=True)
 class Planned:
-    """A trial to be measured. ``num_pairs``: ``None`` is the workload's own number."""
+    """A trial to be measured. ``fixed_pairs``: ``None`` is the workload's own number."""
 
     workload: str
     baseline: Arm
     candidate: Arm
-    num_pairs: int | None = None
+    fixed_pairs: int | None = None
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs of the trial, fixed before its first."""
+        return self.fixed_pairs or load_workload(self.workload).gate.num_pairs
 
 
 LEGACY, TRL, UNSLOTH = Arm("legacy", "legacy"), Arm("trl", "trl"), Arm("unsloth", "unsloth")
@@ -65,15 +70,15 @@ TRIALS: dict[str, Planned] = {
     "legacy_256": Planned("legacy_256", LEGACY, UNSLOTH),
     "control_aa": Planned("legacy_256", LEGACY, LEGACY),
     # reported beside the claims, one pair each
-    "genome_8k": Planned("genome_8k", LEGACY, UNSLOTH, num_pairs=1),
+    "genome_8k": Planned("genome_8k", LEGACY, UNSLOTH, fixed_pairs=1),
     "legacy_256_fastest_legacy": Planned(
-        "legacy_256", Arm(_FASTEST, "legacy", ("micro_batch=8", "attention=flash")), UNSLOTH, num_pairs=1
+        "legacy_256", Arm(_FASTEST, "legacy", ("micro_batch=8", "attention=flash")), UNSLOTH, fixed_pairs=1
     ),
     "genome_full_fastest_legacy": Planned(
         "genome_full",
         Arm(_FASTEST, "legacy", ("micro_batch=4", "grouping=tokens", "attention=mixed")),
         UNSLOTH,
-        num_pairs=1,
+        fixed_pairs=1,
     ),
 }
 
@@ -88,7 +93,7 @@ SINGLES: tuple[tuple[str, Arm], ...] = (
     ("genome_full", Arm("legacy 1 x 8, flash attention", "legacy", ("attention=mixed",))),
 )
 
-# The replaced pipeline trained in fp16, which both TRL versions' bf16 adapters rule out: what happens is recorded, not
+# The legacy pipeline trained in fp16, which both TRL versions' bf16 adapters rule out: what happens is recorded, not
 # compared.
 FP16: tuple[str, Arm] = ("legacy_256", Arm("legacy in fp16", "legacy", overrides=("model.dtype=float16",)))
 
@@ -136,17 +141,9 @@ ORDER: tuple[str, ...] = (
 
 @dataclass
 class PerfSuite:
-    """Everything above, from the session's store or measured now.
-
-    ``None`` is always "not measured". A :class:`ForgeError` that ended a measurement is raised each time it is asked
-    for; nothing is tried twice in one session.
-    """
+    """Everything above, from the session's store or measured now. ``None`` is always "not measured"."""
 
     session: Session
-    _results: dict[Any, Any] = field(default_factory=dict)
-
-    # ----------------------------------------------------------------------------------------------------------------
-    # Specs
 
     def spec(self, workload: str, arm: Arm) -> RunSpec:
         """A run of ``arm``: the workload's first ``gate.num_steps`` steps on a sample of as many documents."""
@@ -165,17 +162,9 @@ class PerfSuite:
         )
         return RunSpec(backend=arm.backend, workload=workload, overrides=overrides, plan_overrides=arm.plan)
 
-    def num_pairs(self, trial: str) -> int:
-        """Pairs of a trial, fixed before its first."""
-        planned = TRIALS[trial]
-        return planned.num_pairs or load_workload(planned.workload).gate.num_pairs
-
     def num_warmup_steps(self, workload: str) -> int:
         """Steps of a run that are not timed."""
         return load_workload(workload).gate.num_warmup_steps
-
-    # ----------------------------------------------------------------------------------------------------------------
-    # Measuring
 
     def measure_all(self) -> None:
         """Measure what ``--gate-only`` names, in its order, else all of :data:`ORDER`, as long as there is time.
@@ -183,9 +172,9 @@ class PerfSuite:
         An error ends the run, trial or probe that met it and nothing else.
         """
         for name in self.session.only or ORDER:
-            for measure_one in self._parts_of(name):
+            for measure_part in self._parts_of(name):
                 try:
-                    measure_one()
+                    measure_part()
                 except ForgeError as error:
                     self.session.announce(f"{name}: {error}")
 
@@ -206,25 +195,18 @@ class PerfSuite:
     def trial(self, name: str) -> Trial | None:
         """A trial as far as it could be measured; ``None`` also where the store's has other code, data or packages."""
         planned = TRIALS[name]
-        trial: Trial | None = self._once(
+        return self.session.limited_to(name).trial(
             name,
-            lambda: self.session.limited_to(name).trial(
-                name,
-                self.spec(planned.workload, planned.baseline),
-                self.spec(planned.workload, planned.candidate),
-                self.num_pairs(name),
-                expected_seconds=EXPECTED_SECONDS[planned.workload],
-            ),
+            self.spec(planned.workload, planned.baseline),
+            self.spec(planned.workload, planned.candidate),
+            planned.num_pairs,
+            expected_seconds=EXPECTED_SECONDS[planned.workload],
         )
-        return trial
 
     def single(self, workload: str, arm: Arm, item: str = "singles") -> Outcome | None:
         """A run beside the trials. ``item``: what of :data:`ORDER` measures it."""
-        spec, session = self.spec(workload, arm), self.session.limited_to(item)
-        outcome: Outcome | None = self._once(
-            spec, lambda: session.run(spec, expected_seconds=EXPECTED_SECONDS[workload])
-        )
-        return outcome
+        session = self.session.limited_to(item)
+        return session.run(self.spec(workload, arm), expected_seconds=EXPECTED_SECONDS[workload])
 
     def matmul_peak(self) -> dict[str, Any] | None:
         """The answer of :mod:`harness.perf.probes.matmul_peak`."""
@@ -247,47 +229,28 @@ class PerfSuite:
             work=work,
         )
 
-    def _once(self, asked: Any, measure_one: Callable[[], Any]) -> Any:
-        """What ``measure_one`` returned or raised when this was asked for the first time; "not measured" may change."""
-        if self._results.get(asked) is None:
-            try:
-                self._results[asked] = measure_one()
-            except ForgeError as error:
-                self._results[asked] = error
-        result = self._results[asked]
-        if isinstance(result, ForgeError):
-            raise result
-        return result
-
-    # ----------------------------------------------------------------------------------------------------------------
-    # What it says
-
     def why_missing(self, item: str) -> str:
         """Why something of an item of :data:`ORDER` was not measured, for people."""
         return self.session.limited_to(item).why_missing()
 
     def verdict(self, claim: Claim) -> Verdict:
         """The verdict on a claim by the pairs there are; what ended its trial, by the policy of all suites."""
-        planned, num_pairs = TRIALS[claim.trial], self.num_pairs(claim.trial)
+        planned = TRIALS[claim.trial]
         try:
             trial = self.trial(claim.trial)
         except ForgeError as error:
-            figures = {"claim": claim.model_dump(mode="json"), "num_pairs": 0, "num_pairs_planned": num_pairs}
-            return Verdict(
-                name=claim.name,
-                statement=claim.statement,
-                status=status_of_error(error),
-                reason=str(error),
-                figures={**figures, **dict.fromkeys(("estimate", "low", "high", "pairs_needed"))},
+            no_pairs = judge(
+                claim, [], [], num_pairs_planned=planned.num_pairs, baseline_statuses=[], candidate_statuses=[]
             )
+            return no_pairs.model_copy(update={"status": status_of_error(error), "reason": str(error)})
         pairs = trial.pairs if trial else []
         sides = [self.samples([pair[side] for pair in pairs], claim.metric, planned.workload) for side in (0, 1)]
-        verdict: Verdict = judge(
+        verdict = judge(
             claim,
             *sides,
-            num_pairs_planned=num_pairs,
-            baseline_statuses=trial.baseline_statuses if trial else [],
-            candidate_statuses=trial.candidate_statuses if trial else [],
+            num_pairs_planned=planned.num_pairs,
+            baseline_statuses=trial.statuses("baseline") if trial else [],
+            candidate_statuses=trial.statuses("candidate") if trial else [],
         )
         why = trial.stopped if trial else self.why_missing(claim.trial)
         reason = f"{verdict.reason} ({why})" if why and verdict.status == "INCOMPLETE" else verdict.reason

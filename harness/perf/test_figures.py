@@ -10,21 +10,8 @@ import pytest
 from forge.training.system.errors import ForgeError
 from harness.measurement.metrics import Metric, check_same_work, model_flops_per_second, training_steps
 from harness.measurement.results import Outcome
-from harness.perf.suite import (
-    ABLATION,
-    CONTEXT_ARMS,
-    CONTEXT_BUDGETS_GIB,
-    CONTEXT_WORKLOAD,
-    FP16,
-    ITEM_OF_ARM,
-    LEGACY,
-    METRICS,
-    TRL,
-    UNSLOTH,
-    Arm,
-    PerfSuite,
-    describe_runs,
-)
+from harness.perf import suite
+from harness.perf.suite import METRICS, Arm, PerfSuite, describe_runs
 from harness.recorder import CLOCK, record_facts, record_metric
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(0)]  # the first test waits for the measuring
@@ -69,9 +56,9 @@ def _complete(perf: PerfSuite, workload: str, arm: Arm) -> list[Outcome]:
 
 @pytest.mark.benchmark(group="arms", timer=CLOCK)
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize(("workload", "arm"), ITEM_OF_ARM, ids=_name)
+@pytest.mark.parametrize(("workload", "arm"), suite.ITEM_OF_ARM, ids=_name)
 def test_every_arm_is_measured(perf: PerfSuite, benchmark: Any, workload: str, arm: Arm, metric: Metric) -> None:
-    what, item = f"{arm.name} on {workload}", ITEM_OF_ARM[workload, arm]
+    what, item = f"{arm.name} on {workload}", suite.ITEM_OF_ARM[workload, arm]
     outcomes = _measured(benchmark, perf, item, what, lambda: perf.runs_of(workload, arm))
     for outcome in outcomes[1:]:
         check_same_work(outcomes[0], outcome)
@@ -80,7 +67,7 @@ def test_every_arm_is_measured(perf: PerfSuite, benchmark: Any, workload: str, a
 
 @pytest.mark.benchmark(group="ablation", timer=CLOCK)
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize(("workload", "arm"), ABLATION, ids=_name)
+@pytest.mark.parametrize(("workload", "arm"), suite.ABLATION, ids=_name)
 def test_every_arm_of_the_ablation_is_measured(
     perf: PerfSuite, benchmark: Any, workload: str, arm: Arm, metric: Metric
 ) -> None:
@@ -93,7 +80,7 @@ def test_every_arm_of_the_ablation_is_measured(
 
 @pytest.mark.benchmark(group="fp16", timer=CLOCK)
 def test_what_fp16_does_in_legacy_is_known(perf: PerfSuite, benchmark: Any) -> None:
-    workload, arm = FP16
+    workload, arm = suite.FP16
     what = f"{arm.name} on {workload}"
     outcome = _measured(benchmark, perf, "singles", what, lambda: perf.single(workload, arm))
     ends = outcome.message or "trains; not compared, because the other arms train in bf16"
@@ -107,8 +94,8 @@ _ANSWERED = ("predicted_tokens", "tokens_fits", "tokens_fails", "loaded_bytes", 
 
 
 @pytest.mark.benchmark(group="max_context", timer=CLOCK)
-@pytest.mark.parametrize("budget_gib", CONTEXT_BUDGETS_GIB, ids=lambda gib: f"{gib:g}GiB")
-@pytest.mark.parametrize("arm", CONTEXT_ARMS, ids=lambda arm: arm.name)
+@pytest.mark.parametrize("budget_gib", suite.CONTEXT_BUDGETS_GIB, ids=lambda gib: f"{gib:g}GiB")
+@pytest.mark.parametrize("arm", suite.CONTEXT_ARMS, ids=lambda arm: arm.name)
 def test_the_longest_context_in_a_budget_is_known(perf: PerfSuite, benchmark: Any, arm: Arm, budget_gib: float) -> None:
     what = f"context of {arm.name} in {budget_gib:g} GiB"
     answer = _measured(benchmark, perf, "max_context", what, lambda: perf.max_context(arm, budget_gib))
@@ -116,7 +103,7 @@ def test_the_longest_context_in_a_budget_is_known(perf: PerfSuite, benchmark: An
         benchmark,
         metric="tokens",
         record_kind="max_context",
-        workload=CONTEXT_WORKLOAD,
+        workload=suite.CONTEXT_WORKLOAD,
         backend=arm.backend,
         arm=arm.name,
         plan=answer["plan"],
@@ -134,7 +121,7 @@ def test_the_longest_context_in_a_budget_is_known(perf: PerfSuite, benchmark: An
 def test_the_use_of_the_gpus_arithmetic_is_known(perf: PerfSuite, benchmark: Any, workload: str) -> None:
     answer = _measured(benchmark, perf, "matmul_peak", "matrix-product peak", perf.matmul_peak)
     warmup, peak = perf.num_warmup_steps(workload), answer["tflops"] * 1e12
-    runs = {arm.name: run for arm in (LEGACY, TRL, UNSLOTH) for run in _complete(perf, workload, arm)}
+    runs = {arm.name: run for arm in (suite.LEGACY, suite.TRL, suite.UNSLOTH) for run in _complete(perf, workload, arm)}
     speeds = {
         name: model_flops_per_second(run.record, training_steps(run), warmup)
         for name, run in runs.items()
@@ -157,7 +144,7 @@ def test_the_use_of_the_gpus_arithmetic_is_known(perf: PerfSuite, benchmark: Any
 
 @pytest.mark.parametrize("workload", ["genome_full", "legacy_256", "genome_8k"])
 def test_all_arms_of_a_workload_did_the_same_work(perf: PerfSuite, workload: str) -> None:
-    outcomes = [run for name, arm in ITEM_OF_ARM if name == workload for run in _complete(perf, workload, arm)]
+    outcomes = [run for name, arm in suite.ITEM_OF_ARM if name == workload for run in _complete(perf, workload, arm)]
     assert len(outcomes) > 1, f"INCOMPLETE: {len(outcomes)} arms of {workload} measured"
     for outcome in outcomes[1:]:
         check_same_work(outcomes[0], outcome)

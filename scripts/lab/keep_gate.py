@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from forge.training.system.errors import ForgeError
+from forge.training.system.errors import CheckError, DataError, ForgeError, MachineError
 from forge.training.system.files import read_json_object, write_json
 from harness.compare import gpu_name, read_results
 
@@ -25,43 +25,35 @@ ROOT = Path(__file__).resolve().parents[2]
 MEASURED = ("runs", "probes")  # never change once they are there
 
 
-class KeepError(Exception):
-    """What is wrong, for people; ``exit_code`` as everywhere in Forge."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
 def unpack_store(archive: Path, folder: Path) -> Path:
-    """Unpack into ``folder``; returns the store. Raises :class:`KeepError` for what is no store's archive."""
+    """Unpack into ``folder``; returns the store. Raises :class:`DataError` for what is no store's archive."""
     try:
         with tarfile.open(archive) as packed:
             packed.extractall(folder, filter="data")
     except (OSError, tarfile.TarError) as error:
-        raise KeepError(f"{archive} cannot be unpacked: {error}", 3) from error
+        raise DataError(f"{archive} cannot be unpacked: {error}") from error
     if not any((folder / "store" / name).is_dir() for name in MEASURED):
-        raise KeepError(f"{archive} holds no store/runs", 3)
+        raise DataError(f"{archive} holds no store/runs")
     return folder / "store"
 
 
 def files_of(store: Path) -> dict[str, bytes]:
     """Content by relative name of everything but the lock."""
-    found = (path for path in sorted(store.rglob("*")) if path.is_file() and path.name != ".lock")
-    return {path.relative_to(store).as_posix(): path.read_bytes() for path in found}
+    paths = (path for path in sorted(store.rglob("*")) if path.is_file() and path.name != ".lock")
+    return {path.relative_to(store).as_posix(): path.read_bytes() for path in paths}
 
 
 def add_store(new: Path, kept: Path) -> int:
     """Add a store's files to the one kept; returns how many are new.
 
-    Raises :class:`KeepError`, changing nothing, where the new store lacks or contradicts a measurement of the other.
+    Raises :class:`DataError`, changing nothing, where the new store lacks or contradicts a measurement of the other.
     """
     ours, theirs = files_of(kept) if kept.is_dir() else {}, files_of(new)
     measured = [name for name in ours if name.startswith(MEASURED)]
     if lacking := [name for name in measured if name not in theirs]:
-        raise KeepError(f"{kept} holds {len(lacking)} that are not in the new store, as {lacking[0]}: an older one?", 3)
+        raise DataError(f"{kept} holds {len(lacking)} that are not in the new store, as {lacking[0]}: an older one?")
     if other := [name for name in measured if ours[name] != theirs[name]]:
-        raise KeepError(f"{other[0]} is another in {kept}: the two stores do not belong together", 3)
+        raise DataError(f"{other[0]} is another in {kept}: the two stores do not belong together")
     for name, content in theirs.items():
         (kept / name).parent.mkdir(parents=True, exist_ok=True)
         (kept / name).write_bytes(content)
@@ -73,14 +65,14 @@ def add_store(new: Path, kept: Path) -> int:
 def join_benchmarks(new: Path, kept: Path) -> list[str]:
     """Put a benchmark JSON's suites (folders of tests) into the kept one; returns those that stay as they were.
 
-    Raises, changing nothing, :class:`DataError` for what is no result of the gate, and :class:`KeepError` where the two
-    were made on different GPUs or with other torch.
+    Raises :class:`DataError`, changing nothing, for what is no result of the gate, and where the two were made on
+    different GPUs or with other torch.
     """
     made_with, content = _made_with(new), read_json_object(new)
     staying = []
     if kept.is_file():
         if made_with != _made_with(kept):
-            raise KeepError(f"{new} was made with {made_with}, {kept} with {_made_with(kept)}", 3)
+            raise DataError(f"{new} was made with {made_with}, {kept} with {_made_with(kept)}")
         judged = {_suite(entry) for entry in content["benchmarks"]}
         staying = [entry for entry in read_json_object(kept)["benchmarks"] if _suite(entry) not in judged]
         content["benchmarks"] += staying
@@ -101,17 +93,17 @@ def _made_with(benchmark: Path) -> str:
 def ignored(folder: Path) -> list[str]:
     """Files of a folder that git would leave out of a commit."""
     names = [str(path) for path in sorted(folder.rglob("*")) if path.is_file()]
-    asked = ["git", "-C", str(folder), "check-ignore", "--stdin"]
-    done = subprocess.run(asked, input="\n".join(names), capture_output=True, text=True, check=False)
+    command = ["git", "-C", str(folder), "check-ignore", "--stdin"]
+    done = subprocess.run(command, input="\n".join(names), capture_output=True, text=True, check=False)
     if done.returncode not in (0, 1):
-        raise KeepError(f"git does not say what it ignores: {done.stderr.strip()}", 4)
+        raise MachineError(f"git does not say what it ignores: {done.stderr.strip()}")
     return done.stdout.splitlines()
 
 
 def keep(out: Path, folder: Path) -> None:
-    """Everything; raises :class:`KeepError`."""
+    """Everything; raises :class:`ForgeError`."""
     if not (out / "store.tar.gz").is_file():
-        raise KeepError(f"{out} holds no store.tar.gz", 3)
+        raise DataError(f"{out} holds no store.tar.gz")
     with tempfile.TemporaryDirectory() as temporary:
         num_new = add_store(unpack_store(out / "store.tar.gz", Path(temporary)), folder / "store")
     print(f"{folder / 'store'}: {num_new} new files")
@@ -120,11 +112,11 @@ def keep(out: Path, folder: Path) -> None:
             print(f"as they were judged before: {', '.join(staying)}")
         report = [sys.executable, "-m", "harness.report", str((folder / "benchmark.json").absolute())]
         if subprocess.run([*report, "-o", str(folder.absolute())], cwd=ROOT, check=False).returncode:
-            raise KeepError("no report could be made of it (see above)", 3)
+            raise DataError("no report could be made of it (see above)")
     else:
         print("no benchmark.json: the next stretch records these runs as well")
     if left_out := ignored(folder):
-        raise KeepError(f"git ignores {len(left_out)} of its files, as {left_out[0]}: correct .gitignore", 8)
+        raise CheckError(f"git ignores {len(left_out)} of its files, as {left_out[0]}: correct .gitignore")
 
 
 def main() -> int:
@@ -135,7 +127,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         keep(arguments.out, arguments.folder)
-    except (KeepError, ForgeError) as error:
+    except ForgeError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     return 0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.parity.trajectory.recorded import Recorded, read_recorded
+from harness.parity.simulation import Recorded, read_recorded
 from tests.support.recorded_ladder import RECORDED, write_corpus
 
 

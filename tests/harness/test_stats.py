@@ -14,14 +14,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from harness.perf.simulation import SIZES, coverage, equivalence_rate
-from harness.stats import (
-    corpus_seconds,
-    pairs_needed,
-    ratio_interval,
-    tost,
-    tost_pairs_needed,
-    tost_power,
-)
+from harness.stats import corpus_seconds, pairs_needed, ratio_interval, tost, tost_pairs_needed, tost_power
 
 # Extra hours of sleep under two drugs, ten patients (Student 1908; `sleep` in R), drug 2 less drug 1.
 SLEEP = [1.2, 2.4, 1.3, 1.3, 0.0, 1.0, 1.8, 0.8, 4.6, 1.4]

@@ -18,53 +18,68 @@ from forge.training.system.errors import (
     LockedError,
     MachineError,
 )
-from harness.measurement.results import Store
+from harness.export.exports import Exports
+from harness.measurement.results import RunSpec, Store
+from harness.parity import rungs
+from harness.parity.session import Ladder
 from harness.perf.claims import CLAIMS
 from harness.perf.suite import PerfSuite
+from harness.reliability import claims as reliability
 from harness.session import Session
 from harness.verdict import Status, Verdict, by_faults, status_of_error, status_of_run, worst
 
 ACCIDENTS = {
-    "the GPU is in use": MachineError("in use"),
-    "the disk is full": DiskError("full"),
-    "another process holds the store": LockedError("locked"),
-    "an argument is wrong": ConfigurationError("no such key"),
+    "an argument is wrong (exit 2)": ConfigurationError("no such key"),
+    "the GPU is in use (exit 4)": MachineError("in use"),
+    "the disk is full (exit 6)": DiskError("full"),
+    "another process holds the store (exit 9)": LockedError("locked"),
     "a child found the GPU in use": ForgeError.of_child(4, "exit code 4"),
     "a child found the disk full": ForgeError.of_child(6, "exit code 6"),
+    "a child found the store locked": ForgeError.of_child(9, "exit code 9"),
     "a child was interrupted": ForgeError.of_child(-2, "SIGINT"),
 }
 FINDINGS = {
-    "a check failed": CheckError("other work"),
-    "the data cannot be used": DataError("damaged"),
-    "the memory does not suffice": GpuMemoryError("too small"),
+    "a check failed (exit 8)": CheckError("other work"),
+    "the data cannot be used (exit 3)": DataError("damaged"),
+    "the memory does not suffice (exit 5)": GpuMemoryError("too small"),
     "a child crashed": ForgeError.of_child(-11, "SIGSEGV"),
     "a child has a bug": ForgeError.of_child(1, "exit code 1"),
 }
 
+
+def parity_verdict(session: Session) -> Verdict:
+    """Rung 1 between the candidate and itself, so that the error is the candidate's."""
+    (session.store.directory.parent / "base").mkdir()
+    ladder = Ladder(session, base=str(session.store.directory.parent / "base"), baseline="unsloth", num_side_by_side=1)
+    return rungs.verdict(ladder, 1)
+
+
 # How each suite comes to a verdict while everything that it measures raises an error.
 SUITES: dict[str, Callable[[Session], Verdict]] = {
     "perf": lambda session: PerfSuite(session).verdict(CLAIMS[0]),
+    "parity": parity_verdict,
+    "export": lambda session: Exports(session, RunSpec(backend="trl", workload="smoke")).verdict("merge"),
+    "reliability": lambda session: reliability.verdict(session, "resume", "trl"),
 }
 
 
-def session_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: ForgeError) -> Session:
+def session_that_fails(folder: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, error: ForgeError) -> Session:
     def fail(*_: Any, **__: Any) -> NoReturn:
         raise error
 
     for measure in ("run_single", "run_trial", "run_probe"):
         monkeypatch.setattr(f"harness.session.{measure}", fail)
-    train = tmp_path / "train.jsonl"
-    train.write_text("{}\n")
-    return Session(Store(tmp_path / "store"), train)
+    monkeypatch.setattr(Exports, "exported", fail)  # training and exporting: commands, not runs of the store
+    return Session(Store(folder / "store"), corpus)
 
 
 @pytest.mark.parametrize("suite", SUITES)
 @pytest.mark.parametrize("what", [*ACCIDENTS, *FINDINGS])
 def test_an_error_means_the_same_in_every_suite(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suite: str, what: str
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, suite: str, what: str
 ) -> None:
     error = {**ACCIDENTS, **FINDINGS}[what]
-    verdict = SUITES[suite](session_that_fails(tmp_path, monkeypatch, error))
+    verdict = SUITES[suite](session_that_fails(tmp_path, corpus, monkeypatch, error))
     assert verdict.status == ("INCOMPLETE" if what in ACCIDENTS else "FAIL")
     assert error.message in verdict.reason
 

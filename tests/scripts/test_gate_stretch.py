@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from forge.training.system.environment import ROOT
+from forge.training.system.errors import CheckError, DataError
 from harness.measurement.results import Store
 
 sys.path.insert(0, str(ROOT / "scripts" / "lab"))
@@ -57,7 +58,7 @@ def test_a_store_that_lacks_or_contradicts_a_run_is_refused_and_changes_nothing(
     tmp_path: Path, new: dict[str, str], said: str
 ) -> None:
     kept = write_store(tmp_path / "kept", runs_a="1")
-    with pytest.raises(keep_gate.KeepError, match=said):
+    with pytest.raises(DataError, match=said):
         keep_gate.add_store(write_store(tmp_path / "new", **new), kept)
     assert keep_gate.files_of(kept) == {"runs/a.json": b"1"}
 
@@ -70,17 +71,17 @@ def test_records_that_git_would_leave_out_are_said(tmp_path: Path, capsys: pytes
     (tmp_path / ".gitignore").write_text((ROOT / ".gitignore").read_text())
     keep_gate.keep(tmp_path / "out", folder)
     (tmp_path / ".gitignore").write_text("runs/\n")
-    with pytest.raises(keep_gate.KeepError, match=r"git ignores 1 of its files, as .*runs/a\.json") as caught:
+    with pytest.raises(CheckError, match=r"git ignores 1 of its files, as .*runs/a\.json") as caught:
         keep_gate.keep(tmp_path / "out", folder)
     assert caught.value.exit_code == 8
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive"])
 def test_what_is_no_stretch_is_refused(tmp_path: Path, content: bytes) -> None:
-    with pytest.raises(keep_gate.KeepError, match=r"holds no store\.tar\.gz"):
+    with pytest.raises(DataError, match=r"holds no store\.tar\.gz"):
         keep_gate.keep(tmp_path, tmp_path / "kept")
     (tmp_path / "store.tar.gz").write_bytes(content)
-    with pytest.raises(keep_gate.KeepError, match="cannot be unpacked"):
+    with pytest.raises(DataError, match="cannot be unpacked"):
         keep_gate.keep(tmp_path, tmp_path / "kept")
 
 
@@ -151,7 +152,7 @@ def test_a_gate_carried_out_one_suite_at_a_time_keeps_every_suites_latest_verdic
     verdicts = {entry["fullname"]: entry["verdict"] for entry in json.loads(kept.read_bytes())["benchmarks"]}
     assert verdicts == {f"harness/{name}": "PASS" for name in first}
     other = write_benchmark(tmp_path / "other.json", {"perf/test_claims.py::test_fast": "FAIL"}, gpu="NVIDIA H100")
-    with pytest.raises(keep_gate.KeepError, match="made with NVIDIA H100, torch"):
+    with pytest.raises(DataError, match="made with NVIDIA H100, torch"):
         keep_gate.join_benchmarks(other, kept)
 
 

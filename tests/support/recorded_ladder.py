@@ -19,7 +19,7 @@ from harness.measurement.key import identify
 from harness.measurement.results import Outcome, RunSpec, Store
 from harness.parity.claims import verdict_on
 from harness.parity.session import Ladder
-from harness.parity.trajectory.recorded import Recorded
+from harness.parity.simulation import Recorded
 from harness.session import Session
 from tests.support.records import make_record
 

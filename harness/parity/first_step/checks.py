@@ -10,17 +10,8 @@ from typing import Any
 import numpy as np
 
 from harness.parity.claims import LEAST_COSINE, MOST_ERROR, MOST_UNSTEADINESS
-from harness.parity.first_step.compare import (
-    MeasuredStep,
-    check_same_step,
-    cosines,
-    difference,
-    document_errors,
-    loop_error,
-    noise,
-    over_matrices,
-    token_error,
-)
+from harness.parity.first_step import compare
+from harness.parity.first_step.compare import MeasuredStep, check_same_step
 
 
 @dataclass(frozen=True)
@@ -95,17 +86,12 @@ def first_step_checks(reference: MeasuredStep, baseline: MeasuredStep, candidate
     """Rung 2: errors against float32 at most :data:`MOST_ERROR` times the baseline's, the direction, no leak."""
     check_same_step(reference, baseline, candidate)
     name = candidate.name
-    errors, allowed = document_errors(candidate, reference), document_errors(baseline, reference)
+    errors, allowed = compare.document_errors(candidate, reference), compare.document_errors(baseline, reference)
     worst = max(errors, key=lambda matrix: errors[matrix] / allowed[matrix] if allowed[matrix] else math.inf)
-    overall, bar = (over_matrices(list(by_matrix), by_matrix.__getitem__) for by_matrix in (errors, allowed))
-    tokens, tokens_allowed = token_error(candidate, reference), token_error(baseline, reference)
+    overall, bar = (compare.root_mean_square(by_matrix.values()) for by_matrix in (errors, allowed))
+    token, token_bar = compare.token_error(candidate, reference), compare.token_error(baseline, reference)
     checks = [
-        Check(
-            f"{name}, error of a token's loss, nats",
-            tokens,
-            MOST_ERROR * tokens_allowed,
-            more={"baseline": tokens_allowed},
-        ),
+        Check(f"{name}, error of a token's loss, nats", token, MOST_ERROR * token_bar, more={"baseline": token_bar}),
         Check(
             f"{name}, error of the documents' gradients",
             overall,
@@ -122,7 +108,7 @@ def direction_check(reference: MeasuredStep, step: MeasuredStep) -> Check:
 
     Checked for the baseline too: the error of a baseline whose gradients point elsewhere is no bar for others.
     """
-    directions = cosines(step, reference)
+    directions = compare.cosines(step, reference)
     crooked = min(directions, key=directions.__getitem__)
     return Check(f"{step.name}, cosine of the gradient of {crooked}", directions[crooked], LEAST_COSINE, least=True)
 
@@ -150,14 +136,14 @@ def leak_checks(step: MeasuredStep) -> list[Check]:
 def layout_checks(reference: MeasuredStep, baseline: MeasuredStep, layouts: list[MeasuredStep]) -> list[Check]:
     """Rung 3: what the loop accumulated is the reference's gradient, and that of every other layout.
 
-    The bar is rounding (:func:`noise`), of both sides in quadrature where two are compared, with rung 2's factor.
+    The bar is rounding (``compare.noise``), of both sides in quadrature where two are compared, with rung 2's factor.
     """
     check_same_step(reference, baseline, *layouts)
-    noises = [noise(layout, baseline, reference) for layout in layouts]
+    noises = [compare.noise(layout, baseline, reference) for layout in layouts]
     checks = [
         Check(
             f"{layout.name}, the loop's gradient against float32",
-            loop_error(layout, reference),
+            compare.difference(layout, reference, reference),
             MOST_ERROR * own,
             more={"noise": own, "divisors": layout.facts["divisors"]},
         )
@@ -165,5 +151,5 @@ def layout_checks(reference: MeasuredStep, baseline: MeasuredStep, layouts: list
     ]
     for (first, first_noise), (second, second_noise) in combinations(list(zip(layouts, noises, strict=True)), 2):
         bar = MOST_ERROR * math.hypot(first_noise, second_noise)
-        checks.append(Check(f"{first.name} against {second.name}", difference(first, second, reference), bar))
+        checks.append(Check(f"{first.name} against {second.name}", compare.difference(first, second, reference), bar))
     return checks

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -53,12 +53,6 @@ class MeasuredStep:
         with self._open() as file:
             return sorted(name.removeprefix("step/") for name in file.keys() if name.startswith("step/"))  # noqa: SIM118
 
-    def tensor(self, name: str) -> np.ndarray:
-        """One tensor of the file."""
-        with self._open() as file:
-            tensor: np.ndarray = file.get_tensor(name)
-            return tensor
-
     @cached_property
     def small(self) -> dict[str, np.ndarray]:
         """Every tensor but the gradients, by name."""
@@ -67,7 +61,8 @@ class MeasuredStep:
 
     def gradient(self, matrix: str) -> np.ndarray:
         """What the loop accumulated: ``step/MATRIX`` as float64."""
-        return self.tensor(f"step/{matrix}").astype(np.float64)
+        with self._open() as file:
+            return np.asarray(file.get_tensor(f"step/{matrix}"), np.float64)
 
     def document_gradients(self, matrix: str) -> np.ndarray:
         """Each document's share: ``document/N/MATRIX`` as float64 of shape (D, ...)."""
@@ -109,9 +104,8 @@ def check_same_step(*steps: MeasuredStep) -> None:
     """Raise :class:`CheckError` with both values unless all are of one batch, one base and one adapter."""
     first = steps[0]
     for other in steps[1:]:
-        differing = [
-            f"  {key}: {first.facts[key]} | {other.facts[key]}" for key in _SAME if first.facts[key] != other.facts[key]
-        ]
+        pairs = {key: (first.facts[key], other.facts[key]) for key in _SAME}
+        differing = [f"  {key}: {a} | {b}" for key, (a, b) in pairs.items() if a != b]
         if first.matrices != other.matrices:
             differing.append(f"  matrices: {len(first.matrices)} | {len(other.matrices)}")
         if not differing and not np.array_equal(first.small["positions"], other.small["positions"]):
@@ -129,16 +123,12 @@ def token_error(step: MeasuredStep, reference: MeasuredStep) -> float:
     exact = reference.small["token_losses"][is_measured]
     error = step.small["token_losses"][is_measured] - exact
     resolution = ROUNDOFF["float32"] * float(np.sqrt(np.mean(exact**2)))
-    return _at_least(float(np.sqrt(np.mean(error**2))), resolution)
+    return float(np.maximum(np.sqrt(np.mean(error**2)), resolution))  # NaN stays NaN
 
 
-def _at_least(value: float, least: float) -> float:
-    return value if not value < least else least  # NaN stays NaN
-
-
-def over_matrices(matrices: list[str], relative: Callable[[str], float]) -> float:
-    """Root mean square over the adapter's matrices."""
-    return float(np.sqrt(np.mean([relative(matrix) ** 2 for matrix in matrices])))
+def root_mean_square(values: Iterable[float]) -> float:
+    """Of the values of all matrices."""
+    return float(np.sqrt(np.mean(np.square(list(values)))))
 
 
 def document_errors(step: MeasuredStep, reference: MeasuredStep) -> dict[str, float]:
@@ -152,23 +142,14 @@ def document_errors(step: MeasuredStep, reference: MeasuredStep) -> dict[str, fl
 
 def sum_error(step: MeasuredStep, reference: MeasuredStep) -> float:
     """Relative error of the documents' gradients added up: each token weighs the same, whatever the loop did."""
-    return over_matrices(
-        reference.matrices,
-        lambda m: _relative(step.document_gradients(m).sum(0) - reference.gradient(m), reference.gradient(m)),
-    )
-
-
-def loop_error(step: MeasuredStep, reference: MeasuredStep) -> float:
-    """Relative error of what the loop accumulated."""
-    return over_matrices(
-        reference.matrices, lambda m: _relative(step.gradient(m) - reference.gradient(m), reference.gradient(m))
-    )
+    exact = {matrix: reference.gradient(matrix) for matrix in reference.matrices}
+    return root_mean_square(_relative(step.document_gradients(m).sum(0) - exact[m], exact[m]) for m in exact)
 
 
 def difference(first: MeasuredStep, second: MeasuredStep, reference: MeasuredStep) -> float:
-    """Difference of two steps' accumulated gradients, relative to the reference."""
-    return over_matrices(
-        reference.matrices, lambda m: _relative(first.gradient(m) - second.gradient(m), reference.gradient(m))
+    """Difference of what two steps' loops accumulated, relative to the reference. ``second`` may be the reference."""
+    return root_mean_square(
+        _relative(first.gradient(m) - second.gradient(m), reference.gradient(m)) for m in reference.matrices
     )
 
 

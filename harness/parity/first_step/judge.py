@@ -3,13 +3,10 @@
 Each is measured by ``harness.parity.probes.first_step`` in processes of the arms' own (its docstring says how) and
 judged here from what they left. The tensors are beside the store. In it are their digests and what was found in them:
 files that are gone are measured again only where they have not been judged.
-
-    python -m harness.parity.first_step.judge REFERENCE BASELINE CANDIDATE [LAYOUT ...]    judges files at hand
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -21,7 +18,7 @@ from forge.training.system.files import read_json_object, sha256_json, write_jso
 from harness.measurement.key import code_sha256_of
 from harness.parity.claims import STEP_BARS, verdict_on
 from harness.parity.first_step.checks import Check, differing_inputs, direction_check, first_step_checks, layout_checks
-from harness.parity.first_step.compare import MeasuredStep, read_step
+from harness.parity.first_step.compare import MeasuredStep
 from harness.parity.first_step.measure import MeasuredSteps, WantedSteps, measure_inputs, measure_steps, own_steps
 from harness.parity.session import Ladder
 from harness.parity.suite import BASELINE_STEP_LAYOUT, OTHER_ARM, WORKLOAD
@@ -29,6 +26,10 @@ from harness.verdict import Status, Verdict
 
 _MOST_ATTEMPTS = 20  # one is lost wherever a machine is taken away before its steps are judged
 _JUDGES = ("compare.py", "checks.py")  # the checks of given files follow from this code and the bars
+_SHOWN = (  # of an arm's inputs
+    *("workload_sha256", "base_sha256", "train_examples_sha256", "labels_sha256", "order_sha256"),
+    *("weights_sha256", "adapter_sha256", "trainable_dtype", "settings"),
+)
 
 Checks = dict[str, list[Check]]  # by quantisation
 ChecksOf = Callable[[Ladder, MeasuredSteps, str], list[Check]]  # of one quantisation
@@ -36,40 +37,32 @@ ChecksOf = Callable[[Ladder, MeasuredSteps, str], list[Check]]  # of one quantis
 
 def judge_inputs(ladder: Ladder) -> Verdict:
     """Rung 1, of the ladder's workload as it is, dropout and all. Raises :class:`Unmeasured`."""
-    compared = (ladder.baseline, ladder.candidate)
-    others = () if OTHER_ARM in compared else (OTHER_ARM,)
-    arms = measure_inputs(ladder, (*compared, *others), ladder.base_dir)
+    backends = dict.fromkeys((ladder.baseline, ladder.candidate, OTHER_ARM))
+    arms = measure_inputs(ladder, [*backends], ladder.base_dir)
     now = load_workload(WORKLOAD, ladder.overrides).digest()
     if any(arm.get("workload_sha256") != now for arm in arms):
         # the store knows a probe by the workload's name
         changed = "the workload is another one than these inputs, and the steps of rungs 2 and 3, were measured with"
         return verdict_on(1, "INCOMPLETE", f"{changed}: put away the store's first_step probes")
     lines = differing_inputs(arms)
-    figures = {"differing": lines, "arms": {arm["backend"]: _described(arm) for arm in arms}}
+    figures = {"differing": lines, "arms": {arm["backend"]: {name: arm.get(name) for name in _SHOWN} for arm in arms}}
     if lines:
         return verdict_on(1, "FAIL", "; ".join(lines), figures)
     return verdict_on(1, "PASS", "the arms differ in no input and no setting", figures)
 
 
-def _described(arm: dict[str, Any]) -> dict[str, Any]:
-    kept = (
-        *("workload_sha256", "base_sha256", "train_examples_sha256", "labels_sha256", "order_sha256"),
-        *("weights_sha256", "adapter_sha256", "trainable_dtype", "settings"),
-    )
-    return {name: arm.get(name) for name in kept}
-
-
 def judge_first_step(ladder: Ladder) -> Verdict:
     """Rung 2, for each quantisation and each of the candidate's layouts. Raises as :func:`find_checks`."""
-    return _judge_checks(2, find_checks(ladder, first_steps, own_steps(ladder)))
+    return _judge_checks(ladder, 2, first_steps)
 
 
 def judge_step_equivalence(ladder: Ladder) -> Verdict:
     """Rung 3, for each quantisation: all of the candidate's layouts, padded and packed. Raises as above."""
-    return _judge_checks(3, find_checks(ladder, step_equivalence, own_steps(ladder)))
+    return _judge_checks(ladder, 3, step_equivalence)
 
 
-def _judge_checks(rung: int, checks: Checks) -> Verdict:
+def _judge_checks(ladder: Ladder, rung: int, checks_of: ChecksOf) -> Verdict:
+    checks = find_checks(ladder, checks_of, own_steps(ladder))
     status, reason = summed_up(checks)
     return verdict_on(rung, status, reason, {"checks": described_checks(checks)})
 
@@ -129,19 +122,3 @@ def summed_up(checks: Checks) -> tuple[Status, str]:
     if missed or not count:
         return "FAIL", "; ".join(missed) or "nothing was checked"
     return "PASS", f"all {count} checks hold"
-
-
-def main() -> int:
-    """Judge files that the probe wrote: exit code 0 if all checks hold, else 8."""
-    reference, *others = [read_step(Path(argument)) for argument in sys.argv[1:]]
-    baseline, candidate, *layouts = others
-    checks = first_step_checks(reference, baseline, candidate) + layout_checks(
-        reference, baseline, [candidate, *layouts]
-    )
-    for check in checks:
-        print(("holds  " if check.holds else "MISSED ") + check.sentence())
-    return 0 if all(check.holds for check in checks) else 8
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -15,7 +15,7 @@ from harness.parity.claims import Unmeasured
 from harness.parity.first_step.compare import MeasuredStep, read_step
 from harness.parity.session import Ladder, ProbeCall
 from harness.parity.suite import BASELINE_STEP_LAYOUT, QUANTIZATIONS
-from harness.verdict import status_of_error
+from harness.verdict import Role, status_of_error
 
 Measures = Backend | Literal["reference"]  # whose step a process takes
 
@@ -40,11 +40,6 @@ class Process:
     backend: Measures
     steps: tuple[str, ...] = ()
     inputs: bool = False
-
-    @property
-    def interpreter(self) -> Backend:
-        """The backend in whose interpreter it runs."""
-        return "trl" if self.backend == "reference" else self.backend
 
 
 @dataclass(frozen=True)
@@ -104,7 +99,7 @@ def measure_steps(ladder: Ladder, wanted: WantedSteps, attempt: int = 0) -> Meas
         for process, answer in zip(processes, answers, strict=True)
         for step, facts in zip(process.steps, answer["steps"], strict=True)
     }
-    return MeasuredSteps(wanted, _folder(ladder), facts)
+    return MeasuredSteps(wanted, ladder.folder / "steps", facts)
 
 
 def prefetch_steps(ladder: Ladder, wanted: Sequence[WantedSteps]) -> None:
@@ -138,18 +133,15 @@ def _processes(ladder: Ladder, wanted: WantedSteps) -> list[Process]:
     ]
 
 
-def _folder(ladder: Ladder) -> Path:
-    return ladder.folder / "steps"
-
-
 def _call(ladder: Ladder, process: Process, base: Path, attempt: int = 0) -> ProbeCall:
     overrides = (f"model.path={base}", f"data.train={ladder.documents[0]}", "data.validation=null", *ladder.overrides)
     # of documents and base: the store knows probes by their arguments, and those name files without their content
     content = [sha256_file(ladder.documents[0]), _base_digest(base), list(ladder.overrides)]
-    return process.interpreter, (
+    tag, out = sha256_json(content)[:12], ladder.folder / "steps"
+    return "trl" if process.backend == "reference" else process.backend, (
         *("parity", "--backend", process.backend),
         *(part for setting in overrides for part in ("--set", setting)),
-        *(f"--positions={ladder.num_positions}", f"--out={_folder(ladder)}", f"--tag={sha256_json(content)[:12]}"),
+        *(f"--positions={ladder.num_positions}", f"--out={out}", f"--tag={tag}"),
         *(part for step in process.steps for part in ("--step", step)),
         *(("--inputs",) if process.inputs else ()),
         *((f"--attempt={attempt}",) if attempt else ()),
@@ -161,7 +153,7 @@ def _ask(ladder: Ladder, processes: Sequence[Process], base: Path, attempt: int 
     answers = ladder.probes("first_step", [_call(ladder, process, base, attempt) for process in processes])
     for process, answer in zip(processes, answers, strict=True):
         if isinstance(answer, ForgeError):
-            role: Literal["baseline", "candidate"] = "candidate" if process.backend == ladder.candidate else "baseline"
+            role: Role = "candidate" if process.backend == ladder.candidate else "baseline"
             raise Unmeasured(status_of_error(answer, role), str(answer)) from answer
     missing = dict.fromkeys(process.backend for process, answer in zip(processes, answers, strict=True) if not answer)
     if missing:

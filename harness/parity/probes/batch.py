@@ -155,10 +155,8 @@ def adapter_gradients(model: Any, loss_scale: float = 1.0) -> dict[str, np.ndarr
     gradients = {}
     for name, parameter in model.named_parameters():
         matrix = matrix_name(name)
-        if matrix is not None:
-            gradient = parameter.grad
-            if gradient is None:
-                gradients[matrix] = np.zeros(tuple(parameter.shape), dtype=np.float32)
-            else:
-                gradients[matrix] = gradient.detach().float().cpu().numpy() / np.float32(loss_scale)
+        if matrix is not None and parameter.grad is None:
+            gradients[matrix] = np.zeros(tuple(parameter.shape), dtype=np.float32)
+        elif matrix is not None:
+            gradients[matrix] = parameter.grad.detach().float().cpu().numpy() / np.float32(loss_scale)
     return gradients

@@ -35,8 +35,8 @@ from forge.training.system.errors import ConfigurationError
 from forge.training.system.files import sha256_file
 from forge.training.train.run import base_directory
 from harness.measurement.probe_main import add_settings, probe_main
-from harness.parity.probes.batch import NUM_DOCUMENTS, NUM_POSITIONS, FrozenStep, freeze_step
-from harness.parity.probes.faults import FAULTS, plant
+from harness.parity.probes.batch import NUM_DOCUMENTS, NUM_POSITIONS, draw_adapter, freeze_step
+from harness.parity.probes.faults import plant
 
 LAYOUTS = {"8x1": 8, "4x2": 4, "1x8": 1}  # documents a micro-batch x micro-batches
 _FROZEN = (f"data.sample={NUM_DOCUMENTS}", f"training.effective_batch={NUM_DOCUMENTS}", "lora.dropout=0.0")
@@ -57,11 +57,14 @@ def measure(
     plan_overrides: list[str],
     *,
     fault: str | None = None,
-    replace: str = "first",
+    looks_for_leaks: bool = True,
     inputs_only: bool = False,
     num_positions: int = NUM_POSITIONS,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Tensors and facts of the frozen step. ``backend``: of :data:`BACKENDS`, or ``reference``."""
+    """Tensors and facts of the frozen step.
+
+    ``backend``: of :data:`BACKENDS`, or ``reference``. ``fault``: of ``faults.FAULTS``, planted in the trainer.
+    """
     if backend not in ("reference", *BACKENDS):
         raise ConfigurationError(f"no backend {backend!r}", remedy=f"take reference or {', '.join(BACKENDS)}")
     name: Any = "trl" if backend == "reference" else backend
@@ -100,7 +103,17 @@ def measure(
         else:
             if torch.cuda.is_available():
                 torch.backends.cuda.enable_cudnn_sdp(plan.attention == "default")
-            tensors, measured = _measure_backend(module, job, step, fault, replace, inputs_only)
+            from harness.parity.probes.loop import Done, Observer
+
+            trainer = module.build(job, StepObserver())
+            adapter = draw_adapter(trainer.model, workload.training.seed)
+            if fault is not None:
+                plant(fault, trainer)
+            observer = Observer(trainer, job, step, looks_for_leaks=looks_for_leaks, inputs_only=inputs_only)
+            trainer.training_step = observer
+            with suppress(Done):
+                trainer.train()
+            tensors, measured = observer.tensors, {"adapter_sha256": adapter, **observer.facts}
     if not inputs_only:
         facts |= {"num_trained_tokens": step.num_trained_tokens, "lengths": [len(i) for i in inputs.train.input_ids]}
         tensors |= {"positions": step.positions, "num_trained": step.num_trained}
@@ -108,23 +121,6 @@ def measure(
     if torch.cuda.is_available():
         facts["peak_allocated_bytes"] = torch.cuda.max_memory_allocated()
     return tensors, facts | measured
-
-
-def _measure_backend(
-    module: Any, job: TrainingJob, step: FrozenStep, fault: str | None, replace: str, inputs_only: bool
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    from harness.parity.probes.batch import draw_adapter
-    from harness.parity.probes.loop import Done, Observer
-
-    trainer = module.build(job, StepObserver())
-    adapter = draw_adapter(trainer.model, job.workload.training.seed)
-    if fault is not None:
-        plant(fault, trainer)
-    observer = Observer(trainer, job, step, replace=replace, inputs_only=inputs_only)
-    trainer.training_step = observer
-    with suppress(Done):
-        trainer.train()
-    return observer.tensors, {"adapter_sha256": adapter, **observer.facts}
 
 
 def write(tensors: dict[str, np.ndarray], facts: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -180,20 +176,12 @@ def answer(arguments: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {"backend": backend, "inputs": None, "steps": []}
     if arguments.inputs:
         workload = frozen_workload(arguments.workload, arguments.overrides, inputs_only=True)
-        _, result["inputs"] = measure(
-            workload, backend, arguments.plan_overrides, fault=arguments.fault, inputs_only=True
-        )
+        _, result["inputs"] = measure(workload, backend, arguments.plan_overrides, inputs_only=True)
         _release()
     for step, (quantization, layout, plan) in zip(arguments.steps, parsed, strict=True):
         workload = frozen_workload(arguments.workload, [*arguments.overrides, f"model.quantization={quantization}"])
-        tensors, facts = measure(
-            workload,
-            backend,
-            [*arguments.plan_overrides, *plan],
-            fault=arguments.fault,
-            replace=arguments.replace,
-            num_positions=arguments.positions,
-        )
+        plan = [*arguments.plan_overrides, *plan]
+        tensors, facts = measure(workload, backend, plan, num_positions=arguments.positions)
         path = arguments.out / f"{arguments.tag}-{backend}-{step.replace(':', '-')}.safetensors"
         result["steps"].append(write(tensors, {**facts, "layout": layout}, path))
         del tensors
@@ -211,9 +199,7 @@ def main() -> int:
     parser.add_argument("--attempt", type=int, default=0, help="tells repeated measurements apart, nothing else")
     parser.add_argument("--step", action="append", default=[], dest="steps", metavar="QUANTIZATION:LAYOUT:PADDING")
     parser.add_argument("--inputs", action="store_true", help="also the inputs and settings of the workload's own run")
-    parser.add_argument("--replace", choices=("first", "last", "none"), default="first")
     parser.add_argument("--positions", type=int, default=NUM_POSITIONS, help="tokens per document measured singly")
-    parser.add_argument("--fault", choices=FAULTS, help="plant a fault that the gate must catch")
     add_settings(parser)
     return probe_main(parser, answer)
 

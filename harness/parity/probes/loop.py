@@ -1,4 +1,7 @@
-"""Takes the place of a trainer's ``training_step`` for one optimizer step and measures inside its loop."""
+"""Takes the place of a trainer's ``training_step`` for one optimizer step and measures inside its loop.
+
+What a backend really runs with is read from its trainer's optimizer, scheduler and model, not from a file.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,9 @@ import torch
 from forge.training.backends.job import TrainingJob
 from forge.training.system.files import sha256_json
 from forge.training.train.metrics import document_labels
-from harness.parity.probes.batch import (
-    NUM_LEAK_POSITIONS,
-    FrozenStep,
-    adapter_gradients,
-    find_documents,
-    only_labels,
-    other_tokens,
-)
-from harness.parity.probes.settings import describe_settings, loaded_weights, weights_sha256
+from forge.training.train.record import describe_trainable
+from harness.parity.probes import batch as frozen
+from harness.parity.probes.batch import FrozenStep
 
 
 class Done(Exception):
@@ -30,9 +27,11 @@ class Done(Exception):
 class Observer:
     """Lets the loop take its first step's micro-batches, then measures and raises :class:`Done` before the update."""
 
-    def __init__(self, trainer: Any, job: TrainingJob, step: FrozenStep, *, replace: str, inputs_only: bool) -> None:
+    def __init__(
+        self, trainer: Any, job: TrainingJob, step: FrozenStep, *, looks_for_leaks: bool, inputs_only: bool
+    ) -> None:
         self.trainer, self.job, self.step = trainer, job, step
-        self.replace, self.inputs_only = replace, inputs_only
+        self.looks_for_leaks, self.inputs_only = looks_for_leaks, inputs_only
         self.real = trainer.training_step
         self.micro_batches = job.micro_batches[: job.accumulation]
         self.losses: list[float] = []
@@ -69,7 +68,7 @@ class Observer:
         size = self.job.accumulation
         order = [sorted(chain.from_iterable(steps[i : i + size])) for i in range(0, len(steps), size)]
         self.facts["order_sha256"] = sha256_json(order)
-        self.facts["weights_sha256"] = weights_sha256(weights)
+        self.facts["weights_sha256"] = sha256_json(sorted(weights.items()))
         if self.inputs_only:
             self.facts["weights"] = weights
 
@@ -89,18 +88,18 @@ class Observer:
             for document in documents:
                 row, column = places[document]
                 end = column + len(step.examples.input_ids[document])
-                masked = only_labels(batch, row, slice(column + 1, end))
+                masked = frozen.only_labels(batch, row, slice(column + 1, end))
                 losses[document] = self._take(model, masked, step.num_trained_tokens) * step.num_trained_tokens
                 self._keep(f"document/{document}", self._gradients(model))
             self._token_losses(model, documents, tokens)
         self.tensors |= {"token_losses": tokens, "document_losses": losses}
         first = self.micro_batches[0]
-        if self.replace != "none" and len(first) > 1:
-            replaced = first[0 if self.replace == "first" else -1]
-            other = {replaced: other_tokens(step, replaced, self.job.workload.training.seed)}
+        if self.looks_for_leaks and len(first) > 1:
+            replaced = first[0]
+            other = {replaced: frozen.other_tokens(step, replaced, self.job.workload.training.seed)}
             for name, exchanged in (("repeated_losses", None), ("replaced_losses", other)):
                 self.tensors[name] = np.full(step.positions.shape, np.nan)
-                self._token_losses(model, first, self.tensors[name], exchanged, NUM_LEAK_POSITIONS)
+                self._token_losses(model, first, self.tensors[name], exchanged, frozen.NUM_LEAK_POSITIONS)
             self.facts["replaced_document"] = replaced
 
     def _token_losses(
@@ -116,14 +115,14 @@ class Observer:
             row, column = places[document]
             for index, position in enumerate(self.step.positions[document][:most]):
                 if position >= 0:
-                    into[document, index] = self._take(model, only_labels(batch, row, column + int(position)), 1)
+                    into[document, index] = self._take(model, frozen.only_labels(batch, row, column + int(position)), 1)
 
     def _collate(
         self, documents: list[int], replaced: dict[int, np.ndarray] | None = None
     ) -> tuple[Any, dict[int, tuple[int, int]]]:
         rows = self.step.rows(documents, replaced)
         batch = self.trainer.data_collator(rows)
-        return batch, find_documents(batch, rows, documents)
+        return batch, frozen.find_documents(batch, rows, documents)
 
     def _take(self, model: Any, batch: dict[str, Any], divisor: int) -> float:
         """Forwards and backwards as the trainer does it; gradients are those of this call alone."""
@@ -134,12 +133,88 @@ class Observer:
 
     def _gradients(self, model: Any) -> dict[str, np.ndarray]:
         scaler = getattr(self.trainer.accelerator, "scaler", None)
-        return adapter_gradients(model, float(scaler.get_scale()) if scaler is not None else 1.0)
+        return frozen.adapter_gradients(model, float(scaler.get_scale()) if scaler is not None else 1.0)
 
     def _keep(self, prefix: str, gradients: dict[str, np.ndarray]) -> None:
         self.tensors |= {f"{prefix}/{name}": gradient for name, gradient in gradients.items()}
 
 
 def _dtype_of_adapter(model: Any) -> str:
-    found = {str(p.dtype).removeprefix("torch.") for name, p in model.named_parameters() if ".lora_" in name}
-    return ",".join(sorted(found))
+    dtypes = {str(p.dtype).removeprefix("torch.") for name, p in model.named_parameters() if ".lora_" in name}
+    return ",".join(sorted(dtypes))
+
+
+def describe_settings(trainer: Any) -> dict[str, Any]:
+    """Settings that must be the same in every backend. Call it inside the training loop, before the first update.
+
+    ``learning_rates``: of every step of the run, as the scheduler in place will give them.
+    """
+    args, model = trainer.args, trainer.model
+    trainable, lora = describe_trainable(model), [module for module in model.modules() if hasattr(module, "lora_A")]
+    return {
+        "optimizer": str(getattr(args.optim, "value", args.optim)),
+        "parameter_groups": _parameter_groups(trainer.optimizer),
+        "learning_rates": _learning_rates(trainer),
+        "max_grad_norm": args.max_grad_norm,
+        "effective_batch": args.per_device_train_batch_size * args.gradient_accumulation_steps,
+        "num_steps": trainer.state.max_steps,
+        "seed": args.seed,
+        "label_smoothing": args.label_smoothing_factor,
+        "mixed_precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "no",
+        "dropouts": _dropouts(model),
+        "lora_scalings": sorted({float(scaling) for module in lora for scaling in module.scaling.values()}),
+        "trainable_names_sha256": trainable.names_sha256,
+        "num_trainable_parameters": trainable.num_parameters,
+    }
+
+
+def _parameter_groups(optimizer: Any) -> list[dict[str, Any]]:
+    groups = []
+    for group in optimizer.param_groups:
+        count = sum(parameter.numel() for parameter in group["params"])
+        if count:
+            described = {name: float(group[name]) for name in ("eps", "weight_decay")}
+            described |= {"num_elements": count, "learning_rate": float(group.get("initial_lr", group["lr"]))}
+            groups.append({**described, "betas": [float(beta) for beta in group["betas"]]})
+    return sorted(groups, key=str)
+
+
+def _learning_rates(trainer: Any) -> dict[str, Any]:
+    """Of every step; the digest is over 12 digits, so that the last bit of a cosine makes no difference."""
+    scheduler = getattr(trainer.lr_scheduler, "scheduler", trainer.lr_scheduler)  # accelerate's wrapper, or not
+    steps = range(trainer.state.max_steps)
+    rates = [float(scheduler.base_lrs[0] * scheduler.lr_lambdas[0](step)) for step in steps]
+    return {
+        "num_steps": len(rates),
+        "highest": float(f"{max(rates):.12g}"),
+        "last": float(f"{rates[-1]:.12g}"),
+        "sha256": sha256_json([f"{rate:.12g}" for rate in rates]),
+    }
+
+
+def _dropouts(model: Any) -> list[float]:
+    """The shares that are dropped anywhere in the model while it trains; none is the empty list."""
+    shares = {float(module.p) for module in model.modules() if isinstance(module, torch.nn.Dropout) and module.p > 0}
+    shares |= {float(getattr(module, "attention_dropout", 0.0) or 0.0) for module in model.modules()}
+    return sorted(share for share in shares if share > 0)
+
+
+def loaded_weights(model: Any, dtype: str) -> dict[str, str]:
+    """A digest (16 hex digits) of every frozen tensor as it lies in memory, by its name in the base.
+
+    Quantised ones by their packed codes, others as ``dtype``: a stack may hold a norm in float32 and the same
+    numbers still. A head that shares the embedding's numbers is not listed.
+    """
+    digests = {}
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            continue
+        plain = name.removeprefix("base_model.model.").replace(".base_layer", "").replace("._orig_mod", "")
+        values = parameter.detach().as_subclass(torch.Tensor)  # bitsandbytes' own moves its state along with a copy
+        if values.is_floating_point():
+            values = values.to(getattr(torch, dtype))
+        flat = values.cpu().contiguous().view(torch.uint8).reshape(-1).numpy()
+        digests[plain] = hashlib.sha256(flat).hexdigest()[:16]
+    if digests.get("lm_head.weight") == digests.get("model.embed_tokens.weight"):
+        digests.pop("lm_head.weight", None)
+    return digests

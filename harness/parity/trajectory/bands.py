@@ -18,12 +18,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from harness.parity.claims import LARGER_ROUNDING, MOST_PEAK, NUM_SMOOTHED_STEPS, SHARE_OF_ALL_STEPS
+from harness.stats import t_quantile
 
 _FLOAT32, _BFLOAT16 = 2.0**-23, 2.0**-7  # spacing of numbers in [1, 2)
+
+Quantity = Literal["loss", "grad_norm"]  # nats per trained token; the logarithm of the gradient's norm
+QUANTITIES: tuple[Quantity, ...] = ("loss", "grad_norm")
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,13 @@ def resolution(values: np.ndarray) -> np.ndarray:
     return np.asarray(2.0**exponent * (_BFLOAT16 if is_short else _FLOAT32))
 
 
+def band_of(quantity: Quantity, runs: np.ndarray, alpha: float) -> Band:
+    """:func:`draw_band` of ``runs``, shape (runs, steps), with the spacing at which they were logged."""
+    if quantity == "loss":
+        return draw_band(runs, np.array([resolution(run) for run in runs]), alpha)
+    return draw_band(runs, np.array([resolution(np.exp(run)) / np.exp(run) for run in runs]), alpha)
+
+
 def draw_band(runs: np.ndarray, resolutions: np.ndarray, alpha: float) -> Band:
     """The band of ``runs``, shape (runs, steps), for one more run; each of its two limits is exceeded with ``alpha``.
 
@@ -77,9 +89,9 @@ def draw_band(runs: np.ndarray, resolutions: np.ndarray, alpha: float) -> Band:
         spread = _spread(others, spacing) * math.sqrt(1 + 1 / (num_runs - 1))
         peaks.append(float(np.max(np.abs(runs[left_out] - others.mean(axis=0)) / spread)))
     logs = np.log(np.maximum(peaks, 1e-12))
-    one_more_run = math.sqrt(1 + 1 / num_runs)
+    log_sd = float(logs.std(ddof=1)) * math.sqrt(1 + 1 / num_runs)  # of one more run
     factor = math.sqrt(LARGER_ROUNDING**2 + 1 / num_runs)
-    typical = math.exp(float(logs.mean()) + _quantile(1 - alpha, num_runs - 1) * float(logs.std(ddof=1)) * one_more_run)
+    typical = math.exp(float(logs.mean()) + t_quantile(1 - alpha, num_runs - 1) * log_sd)
     spread = _spread(runs, resolutions)
     means = runs.mean(axis=1)
     drift_sd = math.hypot(float(means.std(ddof=1)), float(np.sqrt((resolutions**2).mean() / 12 / num_steps)))
@@ -89,7 +101,7 @@ def draw_band(runs: np.ndarray, resolutions: np.ndarray, alpha: float) -> Band:
         spread=spread,
         half_width=peak_limit * spread,
         peak_limit=peak_limit,
-        drift_limit=_quantile(1 - alpha / 2, num_runs - 1) * drift_sd * factor,
+        drift_limit=t_quantile(1 - alpha / 2, num_runs - 1) * drift_sd * factor,
         num_runs=num_runs,
     )
 
@@ -121,9 +133,3 @@ def _spread(runs: np.ndarray, resolutions: np.ndarray) -> np.ndarray:
     pooled = np.convolve(variance, np.ones(width), mode="same") / weights
     pooled = (1 - SHARE_OF_ALL_STEPS) * pooled + SHARE_OF_ALL_STEPS * variance.mean()
     return np.asarray(np.sqrt(pooled + (resolutions**2).mean(axis=0) / 12))
-
-
-def _quantile(probability: float, degrees: int) -> float:
-    from scipy.special import stdtrit
-
-    return float(stdtrit(degrees, probability))

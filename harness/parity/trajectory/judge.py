@@ -8,7 +8,7 @@ logarithms. What a band is, and how often it is wrong: ``harness/parity/trajecto
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -19,11 +19,17 @@ from harness.measurement.results import Outcome, RunSpec
 from harness.parity.claims import FALSE_ALARM, FAULT, LEAST_RUNS, LEAST_STEPS, LIMIT_ALPHA, verdict_on
 from harness.parity.session import Ladder, check_same_run
 from harness.parity.suite import NO_DROPOUT, TRAJECTORY_SEED
-from harness.parity.trajectory.bands import Band, Deviation, compare_with_band, draw_band, num_distinct, resolution
+from harness.parity.trajectory.bands import (
+    QUANTITIES,
+    Band,
+    Deviation,
+    Quantity,
+    band_of,
+    compare_with_band,
+    num_distinct,
+)
 from harness.verdict import Verdict, status_of_run, why_not_completed
 
-Quantity = Literal["loss", "grad_norm"]
-QUANTITIES: tuple[Quantity, ...] = ("loss", "grad_norm")
 _ROUNDING = "rounding="
 
 
@@ -48,21 +54,12 @@ def trajectory(outcome: Outcome, quantity: Quantity) -> np.ndarray:
     return np.asarray(np.log(values) if quantity == "grad_norm" else values)
 
 
-def _resolutions(values: np.ndarray, quantity: Quantity) -> np.ndarray:
-    """Spacing of the logged numbers, in the unit in which they are compared."""
-    return resolution(np.exp(values)) / np.exp(values) if quantity == "grad_norm" else resolution(values)
-
-
 def measure_noise(outcomes: list[Outcome]) -> Noise:
     """Bands of runs that did the same work. Raises :class:`WorkMismatch` where they did not."""
     for other in outcomes[1:]:
         check_same_run(outcomes[0], other)
     values = {quantity: np.array([trajectory(outcome, quantity) for outcome in outcomes]) for quantity in QUANTITIES}
-    bands = {}
-    for quantity, runs in values.items():
-        spacing = np.array([_resolutions(run, quantity) for run in runs])
-        bands[quantity] = draw_band(runs, spacing, LIMIT_ALPHA)
-    return Noise(bands, values)
+    return Noise({quantity: band_of(quantity, runs, LIMIT_ALPHA) for quantity, runs in values.items()}, values)
 
 
 def deviations(noise: Noise, outcome: Outcome) -> dict[Quantity, Deviation]:
@@ -83,9 +80,8 @@ def _noise_spec(ladder: Ladder, layout: tuple[str, ...], *changes: str) -> RunSp
     """``layout``: plan overrides, and ``rounding=NAME`` among them."""
     plan = tuple(setting for setting in layout if not setting.startswith(_ROUNDING))
     rounding = tuple(setting.removeprefix(_ROUNDING) for setting in layout if setting.startswith(_ROUNDING))
-    spec = ladder.spec(
-        ladder.baseline, TRAJECTORY_SEED, plan=plan, changes=(NO_DROPOUT, *changes), float32_adapter=True
-    )
+    changes = (NO_DROPOUT, *changes)
+    spec = ladder.spec(ladder.baseline, TRAJECTORY_SEED, plan=plan, changes=changes, float32_adapter=True)
     return spec.model_copy(update={"rounding": rounding})
 
 
@@ -195,12 +191,8 @@ def _deviation(band: Band, run: Deviation) -> dict[str, Any]:
 
 
 def _described(band: Band) -> dict[str, Any]:
-    return {
-        "spread_rms": _rms(band.spread),
-        "peak_limit_spreads": band.peak_limit,
-        "drift_limit": band.drift_limit,
-        "num_runs": band.num_runs,
-    }
+    limits = {"peak_limit_spreads": band.peak_limit, "drift_limit": band.drift_limit}
+    return {"spread_rms": _rms(band.spread), **limits, "num_runs": band.num_runs}
 
 
 def _curves(noise: Noise, candidate: Outcome) -> dict[str, Any]:

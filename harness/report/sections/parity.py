@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from harness.parity.outcome.judge import ROLES
+from harness.parity.outcome import ROLES
 from harness.report.charts.bands import Difference, differences, within_band
 from harness.report.evidence import Entry, figures_of
 from harness.report.page.content import Chart, Row, Section, Table

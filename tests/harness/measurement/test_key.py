@@ -26,7 +26,8 @@ def closure_of(starts: list[str], without: tuple[str, ...] = ()) -> set[Path]:
         path = waiting.pop()
         closure.add(path)
         if path not in [TRAINING / name for name in ("cli.py", *without)]:  # a command that runs is in `starts`
-            waiting |= key.imports_of(path) - closure
+            imported, _ = key._modules_in(path.read_text(encoding="utf-8"))
+            waiting |= {file for name in imported for file in key._files_of(name)} - closure
     return closure
 
 

@@ -35,29 +35,12 @@ from harness.measurement.results import RunSpec, Store
             "an amount above 0",
         ),
         (
-            [
-                "harness.perf.probes.max_context",
-                "genome_full",
-                "--backend",
-                "trl",
-                "--budget",
-                "8",
-                "--lengths",
-                "8,x",
-            ],
+            ["harness.perf.probes.max_context", "genome_full", "--backend", "trl", "--budget", "8", "--lengths", "8,x"],
             2,
             "takes numbers",
         ),
-        (
-            ["harness.perf.probes.max_context", "nothing", "--backend", "trl", "--budget", "8"],
-            2,
-            "'nothing'",
-        ),
-        (
-            ["harness.perf.probes.max_context", "smoke", "--backend", "trl", "--budget", "8"],
-            4,
-            "CUDA GPU",
-        ),
+        (["harness.perf.probes.max_context", "nothing", "--backend", "trl", "--budget", "8"], 2, "'nothing'"),
+        (["harness.perf.probes.max_context", "smoke", "--backend", "trl", "--budget", "8"], 4, "CUDA GPU"),
     ],
 )
 def test_a_probe_says_what_is_wrong_in_one_line(arguments: list[str], code: int, said: str) -> None:

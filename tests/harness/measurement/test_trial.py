@@ -11,12 +11,7 @@ import pytest
 from forge.training.system.errors import ConfigurationError, DataError
 from harness.measurement.metrics import WorkMismatch
 from harness.measurement.results import Monitor, Store
-from harness.measurement.trial import (
-    _disturbance,
-    read_trial,
-    run_single,
-    run_trial,
-)
+from harness.measurement.trial import _disturbance, read_trial, run_single, run_trial
 from tests.support.fake_runs import OTHER as B
 from tests.support.fake_runs import SPEC as A
 from tests.support.fake_runs import Arms, gpu, ids, make_outcome, measure_trial
@@ -35,9 +30,9 @@ def test_pairs_alternate(store: Store) -> None:
     done = measure_trial(store, run, num_pairs=4)
     assert run.order == "ABBAABBA"
     assert ids(done) == ["01 02", "04 03", "05 06", "08 07"]
-    assert done.is_complete
+    assert done.stopped is None
     assert all(a.spec == A and b.spec == B for a, b in done.pairs)
-    assert (done.baseline_statuses, done.candidate_statuses) == (["completed"] * 4, ["completed"] * 4)
+    assert (done.statuses("baseline"), done.statuses("candidate")) == (["completed"] * 4, ["completed"] * 4)
     assert (done.set_aside, done.failure, done.stopped) == ([], None, None)
 
 
@@ -101,10 +96,10 @@ def test_a_failing_candidate_ends_the_trial_at_once_and_for_good(
     assert run.order == "ABB"
     assert done.failure is not None
     assert (done.failure.status, done.failed_role) == (status, "candidate")
-    assert done.candidate_statuses == ["completed", status]
-    assert done.baseline_statuses == ["completed"]
+    assert done.statuses("candidate") == ["completed", status]
+    assert done.statuses("baseline") == ["completed"]
     assert done.stopped == f"the candidate failed: {status}"
-    assert not done.is_complete
+    assert done.stopped is not None
     again = Arms()
     resumed = run_trial("speed", A, B, 3, store, run=again, time_limit_seconds=1.0)
     assert again.order == ""
@@ -114,23 +109,23 @@ def test_a_failing_candidate_ends_the_trial_at_once_and_for_good(
 def test_a_failing_baseline_is_told_from_a_failing_candidate_even_in_a_control(store: Store) -> None:
     done = run_trial("control", A, A, 2, store, run=Arms({1: {"exit_code": 5}}))
     assert done.failed_role == "baseline"
-    assert done.baseline_statuses == ["out_of_memory"]
-    assert done.candidate_statuses == []
+    assert done.statuses("baseline") == ["out_of_memory"]
+    assert done.statuses("candidate") == []
 
 
 def test_a_run_stopped_for_its_time_is_tried_again_with_more(store: Store) -> None:
     measure_trial(store, Arms({2: {"sleep": 60, "limit": 1.0}}), num_pairs=1)
     done = measure_trial(store, Arms(), num_pairs=1)
-    assert done.is_complete
+    assert done.stopped is None
     assert [reason for _, reason in done.set_aside] == ["stopped at a time limit that was raised since"]
 
 
 def test_a_refused_run_stops_the_trial_with_its_reason_until_the_next_session(store: Store) -> None:
     done = measure_trial(store, Arms({2: {"exit_code": 3}}), num_pairs=1)
     assert "micro_batch=2) was refused" in (done.stopped or "")
-    assert (done.pairs, done.failure, done.candidate_statuses) == ([], None, [])
+    assert (done.pairs, done.failure, done.statuses("candidate")) == ([], None, [])
     run = Arms()
-    assert measure_trial(store, run, num_pairs=1).is_complete
+    assert measure_trial(store, run, num_pairs=1).stopped is None
     assert run.order == "AB"
 
 
@@ -171,13 +166,13 @@ def test_a_pair_disturbed_three_times_stops_the_trial_with_the_reason(store: Sto
     assert run.order == "AAA"
     assert len(done.set_aside) == 3
     assert (done.stopped or "").startswith("pair 1 was disturbed 3 times, the last by a foreign process")
-    assert not done.is_complete
+    assert done.stopped is not None
     assert measure_trial(store, Arms(), num_pairs=1).stopped == done.stopped
 
 
 def test_a_candidate_that_fails_while_disturbed_has_not_failed(store: Store) -> None:
     run = Arms({2: gpu(num_other_processes=2) | {"exit_code": 5}})
-    assert measure_trial(store, run, num_pairs=1).is_complete
+    assert measure_trial(store, run, num_pairs=1).stopped is None
 
 
 # Deadline
@@ -191,11 +186,11 @@ def test_a_pair_that_cannot_end_before_the_deadline_is_not_started(store: Store)
     stopped = measure_trial(store, run, deadline=time.monotonic() + pair_seconds * 0.9)
     assert run.order == ""
     assert (stopped.stopped or "").startswith("no time left for pair 1, which takes about ")
-    assert not stopped.is_complete
+    assert stopped.stopped is not None
     # enough for one pair and not, by what a pair takes, for two
     some = measure_trial(store, slow, deadline=time.monotonic() + pair_seconds * 2.0)
     assert len(some.pairs) == 1
-    assert measure_trial(store, Arms(), deadline=time.monotonic() + 600).is_complete
+    assert measure_trial(store, Arms(), deadline=time.monotonic() + 600).stopped is None
 
 
 def test_what_was_never_measured_is_not_begun_when_it_is_not_expected_to_end(store: Store) -> None:
@@ -206,7 +201,8 @@ def test_what_was_never_measured_is_not_begun_when_it_is_not_expected_to_end(sto
     assert (run.order, stopped.stopped) == ("", "no time left for pair 1, which takes about 120 seconds")
     assert run_single(A, store, run=run, deadline=soon, unseen_seconds=100) is None
     assert run_single(A, store, run=run, deadline=soon, unseen_seconds=60) is not None
-    assert measure_trial(store, run, num_pairs=1, deadline=soon, unseen_seconds=60).is_complete, "now it knows better"
+    known = measure_trial(store, run, num_pairs=1, deadline=soon, unseen_seconds=60)
+    assert known.stopped is None, "now it knows better"
 
 
 def test_a_single_run_stopped_for_its_time_is_tried_again_with_more(store: Store) -> None:

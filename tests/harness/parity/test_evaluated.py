@@ -12,7 +12,7 @@ from harness.measurement.environment import train_command
 from harness.measurement.key import identify
 from harness.measurement.results import RunSpec, Store
 from harness.measurement.runner import run_once
-from harness.parity.outcome.evaluated import read_evaluation
+from harness.parity.outcome import read_evaluation
 from harness.parity.session import Ladder
 from harness.session import Session
 from tests.support.fake_runs import fake

@@ -53,8 +53,10 @@ class Bench:
             setting = f"training.{more}" if more.startswith("seed") else more
             workload = first_step.frozen_workload("smoke", overrides(self.base, self.folder / "train.jsonl", setting))
             plan = [f"micro_batch={first_step.LAYOUTS[layout]}", f"padding={padding}"]
-            replace = "first" if layout == "8x1" else "none"
-            tensors, facts = first_step.measure(workload, backend, plan, fault=fault, replace=replace, num_positions=3)
+            leaks = layout == "8x1"
+            tensors, facts = first_step.measure(
+                workload, backend, plan, fault=fault, looks_for_leaks=leaks, num_positions=3
+            )
             path = self.folder / f"{self.base.name}-{len(self.taken)}.safetensors"
             first_step.write(tensors, {**facts, "layout": layout}, path)
             self.taken[key] = read_step(path)
@@ -340,13 +342,13 @@ def test_stored_steps_are_known_without_a_process_and_fetch_no_other_architectur
         "harness.parity.architectures.make_base_as", lambda base, model_type, directory: made.append(model_type)
     )
     ladder = of_short_texts(Stored, tmp_path)
-    rungs.RUNGS[2].prefetch(ladder)
+    rungs.prefetch(ladder, 2)
     assert made == ["llama", "qwen3"]
     assert len(answers) > len({call for call in answers if str(tmp_path / "base") in "".join(call[1])}) > 0
     answers.clear()
     measure_steps(ladder, own_steps(ladder))
     num = len(answers)
-    rungs.RUNGS[2].prefetch(ladder)
+    rungs.prefetch(ladder, 2)
     assert (len(answers), len(made)) == (num, 2), "the store has the steps of the ladder's own base"
 
 

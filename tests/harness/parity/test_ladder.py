@@ -15,8 +15,8 @@ from forge.training.system.environment import ROOT
 from forge.training.system.errors import ForgeError
 from harness.parity.claims import LEAST_SEEDS, verdict_on
 from harness.parity.rungs import architecture_verdict, verdict
+from harness.parity.simulation import Recorded
 from harness.parity.suite import PILOT_SEEDS
-from harness.parity.trajectory.recorded import Recorded
 from tests.support.recorded_ladder import LAYOUTS, Runs, make_ladder
 
 

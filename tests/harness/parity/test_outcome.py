@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 
 from harness.parity.claims import MARGIN_NATS
-from harness.parity.outcome.judge import judge_differences, judge_no_worse, plan_seeds
+from harness.parity.outcome import judge_differences, judge_no_worse, plan_seeds
 from harness.parity.rungs import verdict
-from harness.parity.simulation import outcome_rates
-from harness.parity.trajectory.recorded import Recorded
+from harness.parity.simulation import Recorded, outcome_rates
 from harness.stats import tost_power
 from tests.support.recorded_ladder import Runs, make_ladder
 

@@ -18,17 +18,16 @@ from harness.parity.claims import LEAST_RUNS, LIMIT_ALPHA
 from harness.parity.probes.float32_adapter import ROUNDINGS
 from harness.parity.rungs import verdict
 from harness.parity.session import Ladder
-from harness.parity.simulation import NOISES, false_alarms, seen
+from harness.parity.simulation import NOISES, Recorded, false_alarms, seen
 from harness.parity.trajectory.bands import compare_with_band, draw_band, num_distinct, resolution
 from harness.parity.trajectory.judge import noise_specs
-from harness.parity.trajectory.recorded import Recorded
 from harness.session import Session
 from tests.support.recorded_ladder import Runs, make_ladder
 
 
 def test_the_band_of_real_rounding_holds_every_sound_run_that_it_was_not_drawn_from(recorded: Recorded) -> None:
-    assert recorded.num_runs >= 8
-    for left_out in range(recorded.num_runs):
+    assert len(recorded.sound) >= 8
+    for left_out in range(len(recorded.sound)):
         bands, sound = recorded.bands_without(left_out, LIMIT_ALPHA)
         assert all(compare_with_band(band, run).is_inside for band, run in zip(bands, sound, strict=True))
 
@@ -41,7 +40,7 @@ def test_every_fault_planted_in_a_real_run_leaves_the_band(recorded: Recorded, f
 
 def test_a_tenth_off_the_learning_rate_would_be_seen_at_a_fifth_of_its_strength(recorded: Recorded) -> None:
     effects = recorded.effects()["learning-rate"]
-    for left_out in range(recorded.num_runs):
+    for left_out in range(len(recorded.sound)):
         bands, sound = recorded.bands_without(left_out, LIMIT_ALPHA)
         assert seen(bands, sound, effects, 0.2)
         assert not seen(bands, sound, effects, 0.0)

@@ -15,15 +15,7 @@ from hypothesis import strategies as st
 
 from forge.training.system.environment import ROOT
 from harness.perf.claims import CLAIMS, Claim, judge
-from harness.perf.simulation import (
-    CONTROL,
-    MEMORY,
-    NOISES,
-    SPEED,
-    draw_trials,
-    judge_trial,
-    verdict_rates,
-)
+from harness.perf.simulation import CONTROL, MEMORY, NOISES, SPEED, draw_trials, judge_trial, verdict_rates
 from harness.verdict import CANNOT_RUN, Verdict
 
 GIB = 2**30

@@ -14,7 +14,7 @@ from harness.export.claims import KINDS
 from harness.parity.claims import verdict_on as rung_verdict
 from harness.parity.first_step.checks import Check
 from harness.parity.rungs import verdict as judged
-from harness.parity.trajectory.recorded import read_recorded
+from harness.parity.simulation import read_recorded
 from harness.report.__main__ import main
 from tests.support.export_answers import divergence_answer, verdict_on
 from tests.support.recorded_ladder import RECORDED, Runs, make_ladder

@@ -13,6 +13,8 @@ of seeds that a pilot of other seeds has fixed:
 from __future__ import annotations
 
 import math
+import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -22,13 +24,6 @@ from forge.training.system.files import read_json_object, sha256_json, write_jso
 from harness.measurement.key import identify
 from harness.measurement.results import Outcome, RunSpec
 from harness.parity.claims import ALPHA, LEAST_SEEDS, MARGIN_NATS, MOST_SEEDS, PILOT_CONFIDENCE, POWER, verdict_on
-from harness.parity.outcome.evaluated import (
-    AdapterEvaluation,
-    compare_documents,
-    judge_facts,
-    nats_per_token,
-    read_evaluation,
-)
 from harness.parity.session import Ladder, check_same_run
 from harness.parity.suite import FIRST_TEST_SEED, PILOT_SEEDS
 from harness.stats import Equivalence, tost, tost_pairs_needed
@@ -64,8 +59,7 @@ def plan_seeds(differences: Sequence[float]) -> SeedPlan:
     degrees = len(differences) - 1
     if degrees < 1:
         raise ValueError("one seed shows no spread")
-    mean = math.fsum(differences) / len(differences)
-    sd = math.sqrt(math.fsum((difference - mean) ** 2 for difference in differences) / degrees)
+    sd = statistics.stdev(differences)
     upper = sd * math.sqrt(degrees / float(chdtri(degrees, PILOT_CONFIDENCE)))
     needed = LEAST_SEEDS
     if upper > 0:
@@ -130,9 +124,13 @@ def judge_runs(runs: Sequence[Mapping[Role, Outcome]], seeds: Sequence[int], pla
     arms = {role: [read_evaluation(by_role[role]) for by_role in runs] for role in ROLES}
     baseline, candidate, stock = (arms[role] for role in ROLES)
     for of_seed in zip(baseline, candidate, stock, strict=True):
-        _check_same_judging(*of_seed)
+        if others := [run.judged_by for run in of_seed if run.judged_by != of_seed[0].judged_by]:
+            raise CheckError(f"two adapters were not judged alike: {of_seed[0].judged_by} | {others[0]}")
     for by_role in runs:
-        _check_same_precision(by_role["baseline"], by_role["candidate"])
+        kept = [adapter_dtype(by_role[role]) for role in PAIRED]
+        if kept[0] != kept[1]:
+            run_id = by_role["baseline"].run_id
+            raise CheckError(f"the adapters were not kept in one precision: {run_id} {kept[0]} | {kept[1]}")
     differences, to_stock = _differences(runs, "baseline"), _differences(runs, "stock")
     status, reason, equivalence = judge_differences(differences)
     stock_status, stock_reason, no_worse = judge_no_worse(to_stock)
@@ -212,24 +210,12 @@ def adapter_dtype(outcome: Outcome) -> str:
     return str(((outcome.record or {}).get("trainable") or {}).get("dtype"))
 
 
-def _check_same_precision(baseline: Outcome, candidate: Outcome) -> None:
-    kept = [adapter_dtype(outcome) for outcome in (baseline, candidate)]
-    if kept[0] != kept[1]:
-        raise CheckError(f"the adapters were not kept in one precision: {baseline.run_id} {kept[0]} | {kept[1]}")
-
-
 def _differences(runs: Sequence[Mapping[Role, Outcome]], reference: Role) -> list[float]:
     """Held-out loss of the candidate less the reference's by seed, nats per token."""
     return [
         nats_per_token(by_role["candidate"], "adapter") - nats_per_token(by_role[reference], "adapter")
         for by_role in runs
     ]
-
-
-def _check_same_judging(first: AdapterEvaluation, *others: AdapterEvaluation) -> None:
-    for other in others:
-        if first.judged_by != other.judged_by:
-            raise CheckError(f"two adapters were not judged alike: {first.judged_by} | {other.judged_by}")
 
 
 def _fix(ladder: Ladder, plan: dict[str, Any]) -> None:
@@ -255,4 +241,109 @@ def _fix(ladder: Ladder, plan: dict[str, Any]) -> None:
 
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
-    return math.fsum(known) / len(known) if known else None
+    return statistics.fmean(known) if known else None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What a run's evaluation says: losses by document, ROUGE, facts
+
+
+@dataclass(frozen=True)
+class AdapterEvaluation:
+    """One run's adapter, and its base, on the held-out documents; losses in nats per token, over all of them.
+
+    ``documents``: (name, tokens, nats of the adapter, nats of the base). ``judged_by``: what must be equal for two
+    evaluations to be compared.
+    """
+
+    adapter: float
+    base: float
+    documents: tuple[tuple[str, int, float, float], ...]
+    rouge_l: float | None
+    rouge_l_base: float | None
+    num_facts: int
+    num_facts_found: int
+    num_facts_found_by_base: int
+    judged_by: dict[str, Any]
+
+
+def read_evaluation(outcome: Outcome) -> AdapterEvaluation:
+    """Raises :class:`CheckError` where a run was not evaluated on held-out documents."""
+    evaluation = outcome.evaluation or {}
+    subjects = {row["subject"]: row for row in evaluation.get("subjects", [])}
+    if not {"base", "adapter"} <= set(subjects) or not evaluation.get("documents"):
+        raise CheckError(f"{outcome.spec.label()} [{outcome.run_id}] was not evaluated on held-out documents")
+    facts = evaluation["facts"]
+    recited = Counter(fact["subject"] for fact in facts if fact["found"])
+    return AdapterEvaluation(
+        adapter=nats_per_token(outcome, "adapter"),
+        base=nats_per_token(outcome, "base"),
+        documents=tuple(
+            (row["document"], row["num_tokens"], row["nats"]["adapter"], row["nats"]["base"])
+            for row in evaluation["documents"]
+        ),
+        rouge_l=subjects["adapter"]["rouge_l"],
+        rouge_l_base=subjects["base"]["rouge_l"],
+        num_facts=len({fact["question"] for fact in facts}),
+        num_facts_found=recited["adapter"],
+        num_facts_found_by_base=recited["base"],
+        judged_by={
+            **{name: evaluation[name] for name in ("base_sha256", "validation_examples_sha256", "device", "dtype")},
+            "packages": (evaluation.get("environment") or {}).get("packages"),
+        },
+    )
+
+
+def nats_per_token(outcome: Outcome, subject: str) -> float:
+    """Held-out loss of a subject. Raises :class:`CheckError` where there is none."""
+    for row in (outcome.evaluation or {}).get("subjects", []):
+        if row["subject"] == subject and row["nats_per_token"] is not None:
+            return float(row["nats_per_token"])
+    raise CheckError(f"{outcome.spec.label()} [{outcome.run_id}] has no held-out loss of the {subject}")
+
+
+def compare_documents(baseline: Sequence[AdapterEvaluation], candidate: Sequence[AdapterEvaluation]) -> dict[str, Any]:
+    """By document the mean over seeds of both arms, nats per token, and the whole with its error over documents.
+
+    The error is that of a ratio with documents as clusters (Cochran 1977, section 6.4): it says how far the answer
+    depends on which documents were held out, which the interval over seeds does not.
+    """
+    rows: list[dict[str, Any]] = []
+    for index, (name, num_tokens, _, base) in enumerate(baseline[0].documents):
+        means = [statistics.fmean(run.documents[index][2] for run in arm) for arm in (baseline, candidate)]
+        nats = {"base": base, "baseline": means[0], "candidate": means[1]}
+        per_token = {subject: value / num_tokens for subject, value in nats.items()}
+        rows.append({"document": name, "num_tokens": num_tokens, **per_token})
+    total = sum(row["num_tokens"] for row in rows)
+    changes = [(row["candidate"] - row["baseline"]) * row["num_tokens"] for row in rows]
+    mean = math.fsum(changes) / total
+    error = None
+    if len(rows) > 1:
+        squares = math.fsum((c - mean * row["num_tokens"]) ** 2 for c, row in zip(changes, rows, strict=True))
+        error = math.sqrt(len(rows) / (len(rows) - 1) * squares) / total
+    return {
+        "rows": rows,
+        "difference_nats_per_token": mean,
+        "standard_error_nats_per_token": error,
+        "num_documents_better": sum(1 for change in changes if change < 0),
+    }
+
+
+def judge_facts(baseline: Sequence[AdapterEvaluation], candidate: Sequence[AdapterEvaluation]) -> tuple[Status, str]:
+    """PASS: every run of both arms recites every planted fact, and the base none."""
+    num_facts = baseline[0].num_facts
+    if not num_facts:
+        return "FAIL", "no fact was asked for"
+    num_known = max(run.num_facts_found_by_base for run in (*baseline, *candidate))
+    if num_known:
+        return "INCONCLUSIVE", f"the base recites {num_known} of {num_facts} planted facts before it is trained"
+    num_short = {
+        name: sum(run.num_facts_found < num_facts for run in arm)
+        for name, arm in (("baseline", baseline), ("candidate", candidate))
+    }
+    if not any(num_short.values()):
+        return "PASS", "every run recites the planted fact and the base does not"
+    runs = " and ".join(f"{num} of {len(baseline)} runs of the {name}" for name, num in num_short.items() if num)
+    if num_short["candidate"] > num_short["baseline"]:
+        return "FAIL", f"the planted fact is not recited by {runs}"
+    return "INCONCLUSIVE", f"the planted fact is not recited by {runs}: the workload does not teach it"

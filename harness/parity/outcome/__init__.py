@@ -1,1 +1,0 @@
-"""Rung 6: held-out losses of finished adapters."""
