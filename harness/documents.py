@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from forge.training.data.overlap import find_overlap
+from forge.training.data.inputs import find_overlap
 from forge.training.data.records import Message, Record
 from forge.training.system.environment import ROOT
 from forge.training.system.errors import DataError

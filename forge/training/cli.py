@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
-from forge.training.backends import BACKENDS, choose_backend
+from forge.training.backends import Backend, choose_backend
 from forge.training.config.quantizations import GGUF_TYPES
 from forge.training.system.command import carry_out, print_json
 
@@ -27,29 +26,14 @@ app = typer.Typer(
 )
 
 
-# ``auto``: unsloth where a CUDA GPU and unsloth are present, else trl.
-BackendChoice = StrEnum("BackendChoice", ["auto", *BACKENDS])  # type: ignore[misc]
-AUTO = BackendChoice("auto")
-
-
-class OnOutOfMemory(StrEnum):
-    """``shrink``: a fresh process resumes with smaller micro-batches, the same mathematics; ``stop``: exit code 5."""
-
-    shrink = "shrink"
-    stop = "stop"
-
-
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a config key.")]
 PlanOption = Annotated[list[str] | None, typer.Option("--plan", metavar="KEY=VALUE", help="Override a plan key.")]
 ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or a name in workloads/.")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory written by `forge train`.")]
-Out = Annotated[
-    Path | None,
-    typer.Option("--out", "-o", help="Run directory; default runs/NAME-BACKEND."),
-]
-BackendOption = Annotated[BackendChoice, typer.Option("--backend", help="What trains.")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="Run directory; default runs/NAME-BACKEND.")]
+BackendOption = Annotated[Literal["auto", Backend], typer.Option("--backend", help="What trains.")]
 
 
 def logs() -> Console:
@@ -84,8 +68,7 @@ def dataset(
     from forge.training.data.corpus import build_corpus, print_report
 
     rules = load_workload(config).data.instructions if config else ()
-    more: dict[str, Any] = {"rules": rules} if rules else {}
-    report = build_corpus(root, output, validation_share=split, allow_secrets=allow_secrets, force=force, **more)
+    report = build_corpus(root, output, validation_share=split, rules=rules, allow_secrets=allow_secrets, force=force)
     print_json(report) if as_json else print_report(report, results())
 
 
@@ -98,8 +81,7 @@ def base(
     """Make or find a base model and print its directory."""
     from forge.training.models.base import resolve_base
 
-    console = logs()
-    directory = resolve_base(path, offline=offline, revision=revision, progress=lambda line: console.print(line))
+    directory = resolve_base(path, offline=offline, revision=revision, progress=logs().print)
     sys.stdout.write(f"{directory}\n")
 
 
@@ -124,10 +106,7 @@ def preview(
 
 @app.command()
 def check(
-    workload: ConfigArgument,
-    backend: BackendOption = AUTO,
-    overrides: Set = None,
-    as_json: Json = False,
+    workload: ConfigArgument, backend: BackendOption = "auto", overrides: Set = None, as_json: Json = False
 ) -> None:
     """Check everything that can be known before hours are spent: ok, warning or error, and what to do."""
     from dataclasses import asdict
@@ -135,7 +114,7 @@ def check(
     from forge.training.checks.check import check_workload, exit_code, print_findings
     from forge.training.config.workload import load_workload
 
-    findings = check_workload(load_workload(workload, overrides or []), choose_backend(backend.value))
+    findings = check_workload(load_workload(workload, overrides or []), choose_backend(backend))
     print_json([asdict(f) for f in findings]) if as_json else print_findings(findings, results())
     raise typer.Exit(exit_code(findings))
 
@@ -143,7 +122,7 @@ def check(
 @app.command()
 def context(
     workload: ConfigArgument,
-    backend: BackendOption = AUTO,
+    backend: BackendOption = "auto",
     budget: Annotated[float | None, typer.Option("--budget", help="GiB; default: all of this GPU.")] = None,
     lengths: Annotated[
         str, typer.Option("--lengths", help="Rising numbers of tokens to measure first.")
@@ -159,7 +138,7 @@ def context(
     answer = measure_context(
         workload,
         overrides or [],
-        choose_backend(backend.value),
+        choose_backend(backend),
         plan or [],
         budget_gib=budget,
         lengths=lengths.split(","),
@@ -171,14 +150,14 @@ def context(
 @app.command()
 def train(
     workload: ConfigArgument,
-    backend: BackendOption = AUTO,
+    backend: BackendOption = "auto",
     overrides: Set = None,
     plan: PlanOption = None,
     out: Out = None,
     resume: Annotated[bool, typer.Option("--resume", help="Insist that there is a run to resume.")] = False,
     on_oom: Annotated[
-        OnOutOfMemory, typer.Option("--on-oom", help="Out of GPU memory: smaller micro-batches, or stop.")
-    ] = OnOutOfMemory.shrink,
+        Literal["shrink", "stop"], typer.Option("--on-oom", help="Out of GPU memory: smaller micro-batches, or stop.")
+    ] = "shrink",
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -191,7 +170,7 @@ def train(
     from forge.training.train.run import Listener
     from forge.training.train.run import train as train_run
 
-    loaded, chosen = load_workload(workload, overrides or []), choose_backend(backend.value)
+    loaded, chosen = load_workload(workload, overrides or []), choose_backend(backend)
     run_dir = (out or Path("runs") / f"{loaded.name}-{chosen}").absolute()
     with TrainingDisplay(logs()) as display:
         listener = Listener(display.announce, display.show_plan, display.show_step)
@@ -200,7 +179,7 @@ def train(
         except GpuMemoryError as error:
             current = load_plan(loaded, chosen, plan or []).micro_batch
             smaller = smaller_micro_batch(current, loaded.training.effective_batch)
-            if on_oom == OnOutOfMemory.stop or smaller is None:
+            if on_oom == "stop" or smaller is None:
                 raise
             display.announce(f"{error.message}\nresuming in a fresh process with plan.micro_batch={smaller}")
             restart_with_plan(f"micro_batch={smaller}")
@@ -213,8 +192,8 @@ def status(run: RunArgument, as_json: Json = False) -> None:
     from forge.training.train.display import describe_status_line
     from forge.training.train.status import describe_status
 
-    state = describe_status(run)
-    print_json(state) if as_json else results().print(describe_status_line(state), markup=False)
+    where = describe_status(run)
+    print_json(where) if as_json else results().print(describe_status_line(where), markup=False)
 
 
 @app.command()
@@ -231,14 +210,13 @@ def evaluate(
     """Held-out loss by document, facts and ROUGE of base, adapter and merged model."""
     from forge.training.evaluation.evaluate import evaluate_run, print_evaluation
 
-    console = logs()
     evaluation = evaluate_run(
         run,
         subjects=tuple(s.strip() for s in subjects.split(",") if s.strip()),
         device=device,
         max_documents=max_documents,
         force=force,
-        progress=lambda line: console.print(line),
+        progress=logs().print,
     )
     print_json(evaluation) if as_json else print_evaluation(evaluation, results())
 
@@ -259,22 +237,23 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Merge, convert, quantise and verify: GGUF files, Modelfile, model card, SHA256SUMS."""
-    from forge.training.export.export import export_run, print_export
+    from forge.training.export.card import print_export
+    from forge.training.export.export import export_run
     from forge.training.train.record import completed_record
 
-    console = logs()
-    asked = tuple(q.strip() for q in quantizations.split(",") if q.strip()) if quantizations else None
-    if asked is None:
-        asked = tuple(completed_record(run).workload["export"]["quantizations"])
+    if quantizations is None:
+        chosen = completed_record(run).workload["export"]["quantizations"]
+    else:
+        chosen = [name.strip() for name in quantizations.split(",") if name.strip()]
     record = export_run(
         run,
-        quantizations=asked,
+        quantizations=chosen,
         lora=lora,
         out_dir=out,
         force=force,
         keep_merged=keep_merged,
         allow_fallback=allow_fallback,
-        progress=lambda line: console.print(line),
+        progress=logs().print,
     )
     print_json(record) if as_json else print_export(record, results())
 
@@ -299,7 +278,7 @@ def chat(
 @app.command()
 def run(
     workload: ConfigArgument,
-    backend: BackendOption = AUTO,
+    backend: BackendOption = "auto",
     overrides: Set = None,
     plan: PlanOption = None,
     out: Out = None,
@@ -310,17 +289,10 @@ def run(
     from forge.training.config.workload import load_workload
     from forge.training.pipeline import print_outcome, run_pipeline
 
-    loaded, chosen = load_workload(workload, overrides or []), choose_backend(backend.value)
+    loaded, chosen = load_workload(workload, overrides or []), choose_backend(backend)
     run_dir = (out or Path("runs") / f"{loaded.name}-{chosen}").absolute()
     outcome = run_pipeline(
-        loaded,
-        workload,
-        chosen,
-        run_dir,
-        overrides=overrides or [],
-        plan=plan or [],
-        force=force,
-        console=logs(),
+        loaded, workload, chosen, run_dir, overrides=overrides or [], plan=plan or [], force=force, console=logs()
     )
     print_json(outcome) if as_json else print_outcome(outcome, results())
 

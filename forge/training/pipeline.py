@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from forge.training.backends import Backend
 from forge.training.config.workload import Workload, changed_keys, load_workload
+from forge.training.export.chat import answer
 from forge.training.system.errors import CheckError, ConfigurationError, ForgeError
 from forge.training.system.files import write_json
 from forge.training.system.signals import run_following
@@ -70,19 +71,8 @@ def run_pipeline(
 
     step("base", False, "base", workload.model.path)
     step("check", False, "check", source, "--backend", backend, *arguments)
-    trained = _is_completed(run_dir)
-    step(
-        "train",
-        trained,
-        "train",
-        source,
-        "--backend",
-        backend,
-        "--out",
-        str(run_dir),
-        *arguments,
-        *planned,
-    )
+    trained = (run_dir / "run.json").is_file() and read_record(run_dir).status == "completed"
+    step("train", trained, "train", source, "--backend", backend, "--out", str(run_dir), *arguments, *planned)
     step("evaluate", (run_dir / "evaluation.json").is_file(), "evaluate", str(run_dir))
     step("export", (run_dir / "export" / "SHA256SUMS").is_file(), "export", str(run_dir))
     started = time.perf_counter()
@@ -106,23 +96,14 @@ def _refuse_other_work(workload: Workload, run_dir: Path) -> None:
         )
 
 
-def _is_completed(run_dir: Path) -> bool:
-    return (run_dir / "run.json").is_file() and read_record(run_dir).status == "completed"
-
-
 def _ask_all(workload: Workload, run_dir: Path) -> list[dict[str, Any]]:
-    from forge.training.export.chat import answer
-
     rows = []
     for model in sorted((run_dir / "export").glob("*.gguf")):
         if model.stem.endswith("-lora"):
             continue
         for fact in workload.evaluation.facts:
             text = answer(
-                model,
-                fact.question,
-                system=workload.data.system_prompt,
-                max_tokens=workload.evaluation.max_new_tokens,
+                model, fact.question, system=workload.data.system_prompt, max_tokens=workload.evaluation.max_new_tokens
             )
             rows.append({"model": model.name, "question": fact.question, "answer": text, "found": fact.answer in text})
     return rows

@@ -24,7 +24,8 @@ from harness.parity import rungs
 from harness.parity.session import Ladder
 from harness.perf.claims import CLAIMS
 from harness.perf.suite import PerfSuite
-from harness.reliability import claims as reliability
+from harness.reliability.claims import CLAIMS as SURVIVAL
+from harness.reliability.suite import verdict as survival_verdict
 from harness.session import Session
 from harness.verdict import Status, Verdict, by_faults, status_of_error, status_of_run, worst
 
@@ -59,7 +60,7 @@ SUITES: dict[str, Callable[[Session], Verdict]] = {
     "perf": lambda session: PerfSuite(session).verdict(CLAIMS[0]),
     "parity": parity_verdict,
     "export": lambda session: Exports(session, RunSpec(backend="trl", workload="smoke")).verdict("merge"),
-    "reliability": lambda session: reliability.verdict(session, "resume", "trl"),
+    "reliability": lambda session: survival_verdict(session, SURVIVAL[0], "trl"),
 }
 
 

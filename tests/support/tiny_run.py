@@ -34,6 +34,8 @@ def write_run(run_dir: Path, base_dir: Path, **workload: Any) -> RunRecord:
     digests = {"base_sha256": base_sha256(base_dir), "tokenizer_sha256": tokenizer_sha256(base_dir)}
     digests |= {"corpus_sha256": "c" * 64, "train_examples_sha256": "e" * 64}
     record = make_record(
+        num_steps=7,
+        num_planned_steps=7,
         workload=parsed.model_dump(mode="json"),
         workload_sha256=parsed.digest(),
         base_path=str(base_dir),

@@ -304,7 +304,7 @@ def survives(child: Survivor, content: bytes) -> None:
     except CheckError as error:
         is_one_error(error)
         return
-    found = child.ask("verify", path=str(path), architecture=None, adapter=False, base=None)
+    found = child.ask("verify", path=str(path), adapter=False, base=None)
     if isinstance(found, ForgeError):
         is_one_error(found)
     else:
@@ -352,7 +352,7 @@ def test_fuzzed_gguf_adapters_are_applied_or_are_one_error(child: Survivor, cont
     except CheckError as error:
         is_one_error(error)
         return
-    found = child.ask("verify", path=str(path), architecture=None, adapter=True, base=str(gguf_file("q8_0")))
+    found = child.ask("verify", path=str(path), adapter=True, base=str(gguf_file("q8_0")))
     if isinstance(found, ForgeError):
         is_one_error(found)
 
@@ -368,6 +368,6 @@ def test_the_fuzzed_adapter_begins_as_a_good_one() -> None:
 def test_the_fuzzed_file_begins_as_a_good_one(child: Survivor) -> None:
     path = scratch() / "good-again.gguf"
     path.write_bytes(layout().content)
-    found = child.ask("verify", path=str(path), architecture=None, adapter=False, base=None)
+    found = child.ask("verify", path=str(path), adapter=False, base=None)
     assert isinstance(found, dict)
     assert found["file_type"] == "q8_0"

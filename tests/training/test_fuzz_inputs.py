@@ -27,9 +27,8 @@ from forge.training.data.examples import encode_records
 from forge.training.data.records import read_both
 from forge.training.evaluation.evaluate import evaluate_run
 from forge.training.evaluation.record import Evaluation
-from forge.training.export.card import read_evaluation, write_card
+from forge.training.export.card import ExportRecord, read_evaluation, write_card
 from forge.training.export.export import export_run
-from forge.training.export.export_record import ExportRecord
 from forge.training.system.environment import ROOT
 from forge.training.system.errors import ConfigurationError, DataError
 from forge.training.train.record import completed_record

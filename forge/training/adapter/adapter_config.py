@@ -39,14 +39,8 @@ def _ending(pattern: str) -> str:
     return rf"(.*\.)?({pattern})$"
 
 
-def _is_plain(value: str) -> str:
-    if not value:
-        raise ValueError("empty")
-    return value
-
-
-_Name = Annotated[StrictStr, AfterValidator(_is_plain)]
-_Pattern = Annotated[StrictStr, AfterValidator(_is_plain), AfterValidator(_compiles)]
+_Name = Annotated[StrictStr, Field(min_length=1)]
+_Pattern = Annotated[_Name, AfterValidator(_compiles)]
 _Rank = Annotated[StrictInt, Field(gt=0, le=1 << 20)]
 _Alpha = Annotated[float, Field(strict=True, gt=0, le=1e9, allow_inf_nan=False)]
 _Layer = Annotated[StrictInt, Field(ge=0)]

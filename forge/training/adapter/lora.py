@@ -51,32 +51,17 @@ class Factors:
 
 
 @dataclass(frozen=True)
-class InspectedAdapter:
+class Adapter:
     """A checked adapter: ``factors`` by the name of the base tensor they change."""
 
     directory: Path
     config: AdapterConfig
     factors: Mapping[str, Factors]
 
-
-@dataclass(frozen=True)
-class Pair:
-    """:class:`Factors` with their values (torch, CPU)."""
-
-    module: str
-    rank: int
-    scale: float
-    a: Any  # torch.Tensor
-    b: Any
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """A checked adapter in memory: ``pairs`` by the name of the base tensor they change."""
-
-    directory: Path
-    config: AdapterConfig
-    pairs: Mapping[str, Pair]
+    def read(self, factors: Factors) -> tuple[Any, Any]:
+        """The values of A and B (torch, CPU)."""
+        with open(self.directory / WEIGHTS, "rb") as stream:
+            return read_tensor(stream, factors.a), read_tensor(stream, factors.b)
 
 
 def check_adapter(adapter_dir: Path, base_dir: Path) -> dict[str, tuple[int, float]]:
@@ -101,7 +86,7 @@ def describe_adapter(adapter_dir: str, base_dir: str) -> dict[str, Any]:
     return {"modules": {factors.module: [factors.rank, factors.scale] for factors in inspected.factors.values()}}
 
 
-def inspect_adapter(adapter_dir: Path, base: ModelWeights) -> InspectedAdapter:
+def inspect_adapter(adapter_dir: Path, base: ModelWeights) -> Adapter:
     """Check an adapter against its base, holding one stretch of a tensor in memory at a time.
 
     Raises :class:`DataError` for everything that plain LoRA, rsLoRA and rank or alpha patterns
@@ -117,29 +102,12 @@ def inspect_adapter(adapter_dir: Path, base: ModelWeights) -> InspectedAdapter:
         sides = _find_factors(path, stream, tensors, base)
         _check_complete(adapter_dir, config, sides, base)
         factors = {}
-        for module, found in sorted(sides.items()):
-            factor = Factors(module, config.rank(module), config.scale(module), found["A"], found["B"])
+        for module, pair in sorted(sides.items()):
+            factor = Factors(module, config.rank(module), config.scale(module), pair["A"], pair["B"])
             _check_shapes(adapter_dir, factor, base)
             factors[factor.weight_name] = factor
         _check_values(path, stream, factors)
-    return InspectedAdapter(directory=adapter_dir, config=config, factors=factors)
-
-
-def read_adapter(adapter_dir: Path, base: ModelWeights) -> Adapter:
-    """:func:`inspect_adapter`, and the values."""
-    found = inspect_adapter(adapter_dir, base)
-    with open(adapter_dir / WEIGHTS, "rb") as stream:
-        pairs = {
-            name: Pair(
-                factors.module,
-                factors.rank,
-                factors.scale,
-                read_tensor(stream, factors.a),
-                read_tensor(stream, factors.b),
-            )
-            for name, factors in found.factors.items()
-        }
-    return Adapter(directory=adapter_dir, config=found.config, pairs=pairs)
+    return Adapter(directory=adapter_dir, config=config, factors=factors)
 
 
 def write_canonical_adapter(adapter_dir: Path, base_dir: Path, out_dir: Path) -> None:
@@ -149,13 +117,14 @@ def write_canonical_adapter(adapter_dir: Path, base_dir: Path, out_dir: Path) ->
     """
     from safetensors.torch import save
 
-    adapter = read_adapter(adapter_dir, read_weights(base_dir))
+    adapter = inspect_adapter(adapter_dir, read_weights(base_dir))
     alpha = adapter.config.lora_alpha
     tensors = {}
-    for pair in adapter.pairs.values():
-        prefix = f"base_model.model.{pair.module}"
-        tensors[f"{prefix}.lora_A.weight"] = pair.a.float().contiguous()
-        tensors[f"{prefix}.lora_B.weight"] = (pair.b.float() * (pair.scale * pair.rank / alpha)).contiguous()
+    for factors in adapter.factors.values():
+        a, b = adapter.read(factors)
+        prefix = f"base_model.model.{factors.module}"
+        tensors[f"{prefix}.lora_A.weight"] = a.float().contiguous()
+        tensors[f"{prefix}.lora_B.weight"] = (b.float() * (factors.scale * factors.rank / alpha)).contiguous()
     with atomic_file(out_dir / WEIGHTS, "wb") as stream:
         stream.write(save(tensors))
     folded = {"use_rslora": False, "alpha_pattern": {}, "rank_pattern": {}}
@@ -212,7 +181,7 @@ def _check_complete(
         raise DataError(
             message + f" ({len(foreign)} of {len(sides)} modules)", remedy="name the base it was trained on"
         )
-    halves = sorted(module for module, found in sides.items() if set(found) != {"A", "B"})
+    halves = sorted(module for module, pair in sides.items() if set(pair) != {"A", "B"})
     if halves:
         raise DataError(f"{adapter_dir} is incomplete: {halves[0]} has only one of lora_A and lora_B")
     expected = {module for module in modules if config.targets(module)}

@@ -16,8 +16,18 @@ from pathlib import Path
 from typing import IO, Any
 
 from forge.training.adapter.adapter_config import read_adapter_config
-from forge.training.adapter.lora import WEIGHTS, Adapter, Pair, read_adapter
-from forge.training.models.weights import FLOAT_DTYPES, INDEX, ModelWeights, Shard, Tensor, read_tensor, read_weights
+from forge.training.adapter.lora import WEIGHTS, Adapter, Factors, inspect_adapter
+from forge.training.adapter.provenance import require_own_base
+from forge.training.models.weights import (
+    FLOAT_DTYPES,
+    INDEX,
+    ModelWeights,
+    Shard,
+    Tensor,
+    read_exactly,
+    read_tensor,
+    read_weights,
+)
 from forge.training.system.errors import DataError
 from forge.training.system.files import (
     read_json_object,
@@ -62,10 +72,6 @@ class MergeRecord:
     rounding_norm: float
     device: str
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
-
 
 def merge_adapter(
     base_dir: Path | str,
@@ -84,15 +90,19 @@ def merge_adapter(
     Raises :class:`DataError` if base and adapter do not belong together or the adapter cannot be
     merged (see :mod:`~forge.training.adapter.lora`), :class:`DiskError`. Nothing is left behind then.
     """
+    import torch
+
     base_dir, adapter_dir, out_dir = Path(base_dir), Path(adapter_dir), Path(out_dir)
     base = read_weights(base_dir)
     _check_base(base, expected_base_sha256)
-    adapter = read_adapter(adapter_dir, base)
-    for name in adapter.pairs:
+    adapter = inspect_adapter(adapter_dir, base)
+    for name in adapter.factors:
         if base.tensors[name].dtype not in FLOAT_DTYPES:
             raise DataError(f"{base_dir}: {name} is {base.tensors[name].dtype}; only 16- and 32-bit weights are merged")
     require_free_bytes(out_dir.absolute().parent, base.num_bytes, "the merge", "free space, or choose another place")
-    merger = _Merger(adapter, _choose_device(device))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    merger = _Merger(adapter, device)
     with staged_directory(out_dir, force=force) as staging, memory_errors("the merge"):
         for name in _COMPANIONS:
             if (base_dir / name).is_file():
@@ -105,7 +115,7 @@ def merge_adapter(
         if merger.without_effect:
             raise DataError(
                 f"{adapter_dir} has no effect on {merger.without_effect[0]} ({len(merger.without_effect)} of "
-                f"{len(adapter.pairs)} tensors): its change is lost in the rounding to the base's data type",
+                f"{len(adapter.factors)} tensors): its change is lost in the rounding to the base's data type",
                 remedy="train longer, or with a higher learning rate",
             )
         record = MergeRecord(
@@ -114,14 +124,14 @@ def merge_adapter(
             base_sha256=expected_base_sha256,
             merged_sha256=sha256_json(digests),
             shard_sha256=digests,
-            num_changed_tensors=len(adapter.pairs),
-            num_copied_tensors=len(base.tensors) - len(adapter.pairs),
+            num_changed_tensors=len(adapter.factors),
+            num_copied_tensors=len(base.tensors) - len(adapter.factors),
             num_bytes=base.num_bytes,
             delta_norm=math.sqrt(merger.delta_squares),
             rounding_norm=math.sqrt(merger.rounding_squares),
             device=merger.device,
         )
-        write_json(staging / RECORD, record.to_json())
+        write_json(staging / RECORD, asdict(record))
     return record
 
 
@@ -150,10 +160,10 @@ def usable_merge(
     return record if same and record.get("merged_sha256") == sha256_json(digests) else None
 
 
-def _same_file(wanted: Path, found: Path) -> bool:
-    if not wanted.is_file() or not found.is_file():
-        return wanted.is_file() == found.is_file()
-    return wanted.read_bytes() == found.read_bytes()
+def _same_file(wanted: Path, present: Path) -> bool:
+    if not wanted.is_file() or not present.is_file():
+        return wanted.is_file() == present.is_file()
+    return wanted.read_bytes() == present.read_bytes()
 
 
 def _check_base(base: ModelWeights, expected_sha256: str | None) -> None:
@@ -163,15 +173,7 @@ def _check_base(base: ModelWeights, expected_sha256: str | None) -> None:
             remedy="name the original 16-bit model of the same name",
         )
     if expected_sha256 is not None:
-        from forge.training.adapter.provenance import require_own_base
-
         require_own_base(base.directory, expected_sha256)
-
-
-def _choose_device(device: str) -> str:
-    import torch
-
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 class _Merger:
@@ -195,19 +197,19 @@ class _Merger:
 
             _copy(source, shard.preamble_bytes, write)
             for tensor in shard.tensors:
-                pair = self.adapter.pairs.get(tensor.name)
-                if pair is None:
+                factors = self.adapter.factors.get(tensor.name)
+                if factors is None:
                     _copy(source, tensor.end - tensor.begin, write)
                 else:
-                    write(self._merge(source, tensor, pair))
+                    write(self._merge(source, tensor, factors))
         return digest.hexdigest()
 
-    def _merge(self, source: IO[bytes], tensor: Tensor, pair: Pair) -> Any:
+    def _merge(self, source: IO[bytes], tensor: Tensor, factors: Factors) -> Any:
         import torch
 
         original = read_tensor(source, tensor).to(self.device)
-        delta = pair.b.to(self.device, torch.float32) @ pair.a.to(self.device, torch.float32)
-        delta *= pair.scale
+        a, b = (values.to(self.device, torch.float32) for values in self.adapter.read(factors))
+        delta = (b @ a).mul_(factors.scale)
         exact = original.float() + delta  # never in place: a float32 weight is its own .float()
         merged = exact.to(original.dtype)
         if not bool(merged.isfinite().all()):
@@ -226,9 +228,5 @@ def _square_sum(tensor: Any) -> float:
 
 
 def _copy(source: IO[bytes], num_bytes: int, write: Callable[[bytes], None]) -> None:
-    while num_bytes:
-        chunk = source.read(min(num_bytes, _COPY_BYTES))
-        if not chunk:
-            raise DataError(f"{source.name} became shorter while it was read")
-        write(chunk)
-        num_bytes -= len(chunk)
+    for begin in range(0, num_bytes, _COPY_BYTES):
+        write(read_exactly(source, min(_COPY_BYTES, num_bytes - begin)))

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from forge.training.adapter.adapter_config import CONFIG, AdapterConfig
 from forge.training.adapter.lora import WEIGHTS, check_adapter
-from forge.training.config.workload import LoraSection
+from forge.training.config.workload import Workload
 from forge.training.models.base import refuse_unsafe_files
 from forge.training.models.digests import base_sha256, tokenizer_sha256
 from forge.training.models.weights import ModelWeights, read_weights
@@ -24,10 +22,10 @@ def read_own_base(run: RunRecord) -> ModelWeights:
     """
     base = read_weights(Path(run.base_path))
     refuse_unsafe_files(base.directory)
-    found, expected = tokenizer_sha256(base.directory), run.inputs.tokenizer_sha256
-    if found != expected:
+    actual, expected = tokenizer_sha256(base.directory), run.inputs.tokenizer_sha256
+    if actual != expected:
         raise DataError(
-            f"the tokenizer in {base.directory} is not the run's: SHA-256 {found}, the run had {expected}",
+            f"the tokenizer in {base.directory} is not the run's: SHA-256 {actual}, the run had {expected}",
             remedy="put the tokenizer that was trained with back, unchanged",
         )
     return base
@@ -35,10 +33,10 @@ def read_own_base(run: RunRecord) -> ModelWeights:
 
 def require_own_base(directory: Path, expected_sha256: str) -> None:
     """Raise :class:`DataError` unless a base's weights are, by content, those that were trained on."""
-    found = base_sha256(directory)
-    if found != expected_sha256:
+    actual = base_sha256(directory)
+    if actual != expected_sha256:
         raise DataError(
-            f"{directory} is not the base that was trained on: SHA-256 {found}, the run had {expected_sha256}",
+            f"{directory} is not the base that was trained on: SHA-256 {actual}, the run had {expected_sha256}",
             remedy="put the run's base back, unchanged",
         )
 
@@ -52,10 +50,10 @@ def require_own_adapter(run: RunRecord, run_dir: Path, base: ModelWeights) -> in
     path = adapter_dir / WEIGHTS
     if not path.is_file():
         raise DataError(f"{path} is missing", remedy="train again, or name a run with its adapter")
-    found = sha256_file(path)
-    if found != run.adapter_sha256:
+    actual = sha256_file(path)
+    if actual != run.adapter_sha256:
         raise DataError(
-            f"{path} is not the adapter that this run trained: SHA-256 {found}, the run had {run.adapter_sha256}",
+            f"{path} is not the adapter that this run trained: SHA-256 {actual}, the run had {run.adapter_sha256}",
             remedy="put the run's own adapter back, or train again",
         )
     _require_trained_scale(run, adapter_dir, check_adapter(adapter_dir, base.directory), base)
@@ -63,13 +61,10 @@ def require_own_adapter(run: RunRecord, run_dir: Path, base: ModelWeights) -> in
 
 
 def _require_trained_scale(
-    run: RunRecord, adapter_dir: Path, found: dict[str, tuple[int, float]], base: ModelWeights
+    run: RunRecord, adapter_dir: Path, actual: dict[str, tuple[int, float]], base: ModelWeights
 ) -> None:
     """The configuration beside the weights is in no digest: an edited alpha would scale what was learned."""
-    try:
-        lora = LoraSection.model_validate(run.workload.get("lora"))
-    except ValidationError as error:
-        raise DataError(f"the run's config is of another version of Forge: {str(error).splitlines()[0]}") from error
+    lora = Workload.model_validate(run.workload).lora  # which completed_record has checked
     trained = AdapterConfig(
         peft_type="LORA",
         r=lora.rank,
@@ -79,11 +74,11 @@ def _require_trained_scale(
     )
     modules = (name.removesuffix(".weight") for name in base.tensors if name.endswith(".weight"))
     wanted = {name: (trained.rank(name), trained.scale(name)) for name in modules if trained.targets(name)}
-    differing = sorted(name for name in wanted | found if wanted.get(name) != found.get(name))
+    differing = sorted(name for name in wanted | actual if wanted.get(name) != actual.get(name))
     if differing:
         name = differing[0]
         raise DataError(
-            f"{adapter_dir / CONFIG} is not what the run trained with: {name} has {_described(found.get(name))}, "
+            f"{adapter_dir / CONFIG} is not what the run trained with: {name} has {_described(actual.get(name))}, "
             f"the run's config {_described(wanted.get(name))} ({len(differing)} of {len(wanted)} modules)",
             remedy="put the run's own adapter_config.json back (lora_alpha, r, use_rslora, target_modules)",
         )

@@ -65,10 +65,10 @@ def load_backend(name: Backend) -> BackendModule:
     return cast(BackendModule, import_module(f"{__name__}.{name}"))
 
 
-def choose_backend(name: str) -> Backend:
+def choose_backend(name: Literal["auto", Backend]) -> Backend:
     """``auto`` is unsloth where it is installed and a CUDA GPU answers, else trl. Imports no torch."""
     if name != "auto":
-        return cast(Backend, name)  # the command line has checked it
+        return name
     from forge.training.system.environment import has_cuda_gpu
 
     return "unsloth" if find_spec("unsloth") is not None and has_cuda_gpu() else "trl"

@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from forge.training.backends import Backend
 from forge.training.config.plan import Plan
 from forge.training.config.workload import Workload
 from forge.training.data.batching import all_micro_batches, num_steps
@@ -22,7 +21,7 @@ class TrainingJob:
 
     workload: Workload
     plan: Plan
-    backend: Backend
+    backend: str
     base_dir: Path
     run_dir: Path
     train: Examples

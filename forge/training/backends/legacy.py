@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping
 from typing import Any
 
 from forge.training.backends import trl as modern
 from forge.training.backends.job import StepObserver, TrainingJob
+from forge.training.backends.sft_config import make_sft_config
 from forge.training.config.plan import Plan
 from forge.training.config.workload import Workload
+from forge.training.system.environment import package_version
 from forge.training.system.errors import ConfigurationError, MachineError
 
 PINS = {
@@ -20,7 +22,7 @@ PINS = {
     "bitsandbytes": "0.49.0",
 }
 # Fixed: the claims' bars are set against this layout.
-DEFAULT_PLAN = {"micro_batch": 1, "gradient_checkpointing": "full", "padding": "longest"}
+DEFAULT_PLAN: Mapping[str, Any] = {"micro_batch": 1, "gradient_checkpointing": "full", "padding": "longest"}
 NEEDS_GPU = True
 PACKAGES: tuple[str, ...] = ()
 PINNED_BY: str | None = "requirements-legacy.txt"
@@ -38,14 +40,8 @@ def refuse(workload: Workload, plan: Plan) -> None:
 def prepare(plan: Plan) -> None:
     """Raise :class:`MachineError` for any other version than the pinned one: a baseline that drifts proves nothing."""
     modern.prepare(plan)
-    wrong = []
-    for name, wanted in PINS.items():
-        try:
-            installed = version(name)
-        except PackageNotFoundError:
-            installed = "not installed"
-        if installed != wanted:
-            wrong.append(f"  {name}: {installed}, pinned {wanted}")
+    installed = {name: package_version(name) or "not installed" for name in PINS}
+    wrong = [f"  {name}: {installed[name]}, pinned {pin}" for name, pin in PINS.items() if installed[name] != pin]
     if wrong:
         raise MachineError(
             "this interpreter is not the legacy stack:\n" + "\n".join(wrong),
@@ -55,10 +51,11 @@ def prepare(plan: Plan) -> None:
 
 def build(job: TrainingJob, observer: StepObserver) -> Any:
     """The trainer for ``job``."""
+    import torch
     from trl import SFTConfig, SFTTrainer
 
     from forge.training.backends.trainer import forge_trainer
 
-    config = modern.make_config(SFTConfig, job)
+    config = make_sft_config(SFTConfig, job, use_cpu=not torch.cuda.is_available())
     model = modern.load_model(job)
     return forge_trainer(SFTTrainer)(job, observer, model, config, peft_config=modern.lora_config(job))

@@ -91,20 +91,14 @@ def make_sft_config(config_class: Any, job: TrainingJob, **changes: Any) -> Any:
     release introduced; ``changes`` must be known (``TypeError`` otherwise).
     """
     original = next(c for c in config_class.__mro__ if c.__name__ == "SFTConfig" and c.__module__.startswith("trl."))
-    known = {f.name: f for f in dataclasses.fields(original) if f.init}
-    values = {name: _default(f) for name, f in known.items() if _has_default(f)}
-    ours = {name: value for name, value in sft_fields(job).items() if name in known}
+    values = {
+        f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        for f in dataclasses.fields(original)
+        if f.init
+    }
+    ours = {name: value for name, value in sft_fields(job).items() if name in values}
     unknown = set(changes) - {f.name for f in dataclasses.fields(config_class)}
     if unknown:
         raise TypeError(f"SFTConfig has no field {sorted(unknown)}")
-    return config_class(**{**values, **ours, **changes})
-
-
-def _has_default(field: dataclasses.Field[Any]) -> bool:
-    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return field.default
+    values |= ours | changes
+    return config_class(**{name: value for name, value in values.items() if value is not dataclasses.MISSING})

@@ -71,7 +71,7 @@ def forge_trainer(base: Any) -> Callable[..., Any]:
     """A subclass of a backend's SFTTrainer, taking ``(job, observer, model, config, **sft_trainer_arguments)``."""
 
     class ForgeTrainer(base):  # type: ignore[misc]
-        def __init__(self, job: TrainingJob, observer: StepObserver, model: Any, config: Any, **more: Any) -> None:
+        def __init__(self, job: TrainingJob, observer: StepObserver, model: Any, config: Any, **arguments: Any) -> None:
             self.job, self.observer = job, observer
             self._has_begun = False
             length = job.workload.data.max_length
@@ -82,7 +82,7 @@ def forge_trainer(base: Any) -> Callable[..., Any]:
                 train_dataset=to_dataset(job.train, length),
                 eval_dataset=to_dataset(job.validation, length) if evaluates and job.validation else None,
                 processing_class=load_tokenizer(job.base_dir),
-                **more,
+                **arguments,
             )
             self.remove_callback(PrinterCallback)
             initialise_adapter(self.model, job.workload.training.seed)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from forge.training.backends.job import StepObserver, TrainingJob
+from forge.training.backends.sft_config import make_sft_config
 from forge.training.config.plan import Plan
 from forge.training.config.workload import Workload
+from forge.training.models.base import load_causal_model
 from forge.training.system.errors import ConfigurationError, MachineError
 
-DEFAULT_PLAN = {"gradient_checkpointing": "full", "padding": "longest", "grouping": "length"}
+DEFAULT_PLAN: Mapping[str, Any] = {"gradient_checkpointing": "full", "padding": "longest", "grouping": "length"}
 NEEDS_GPU = False
 PACKAGES: tuple[str, ...] = ()
 PINNED_BY: str | None = None
@@ -47,7 +50,7 @@ def build(job: TrainingJob, observer: StepObserver) -> Any:
     from forge.training.backends.trainer import forge_trainer
 
     trainer_class = SFTTrainer if torch.cuda.is_available() else _with_models_own_loss(SFTTrainer)
-    config = make_config(SFTConfig, job)
+    config = make_sft_config(SFTConfig, job, use_cpu=not torch.cuda.is_available())
     return forge_trainer(trainer_class)(job, observer, load_model(job), config, peft_config=lora_config(job))
 
 
@@ -65,58 +68,36 @@ def _with_models_own_loss(base: Any) -> Any:
     return CpuTrainer
 
 
-def make_config(config_class: Any, job: TrainingJob) -> Any:
-    """SFTConfig for TRL, on the GPU if there is one."""
-    import torch
-
-    from forge.training.backends.sft_config import make_sft_config
-
-    return make_sft_config(config_class, job, use_cpu=not torch.cuda.is_available())
-
-
 def load_model(job: TrainingJob) -> Any:
-    """The frozen base: 16 or 32 bits, or NF4 with double quantisation (Dettmers et al. 2023)."""
+    """The frozen base: 16 or 32 bits, or NF4. Raises :class:`MachineError` for NF4 without a GPU."""
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    dtype = getattr(torch, job.workload.model.dtype)
-    cuda = torch.cuda.is_available()
-    quantization = None
-    if job.workload.model.quantization == "nf4":
-        if not cuda:
-            raise MachineError(
-                "model.quantization=nf4 needs a CUDA GPU and this machine shows none",
-                remedy="train on a GPU, or set model.quantization=none for a small model",
-            )
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
+    has_gpu = torch.cuda.is_available()
+    nf4 = job.workload.model.quantization == "nf4"
+    if nf4 and not has_gpu:
+        raise MachineError(
+            "model.quantization=nf4 needs a CUDA GPU and this machine shows none",
+            remedy="train on a GPU, or set model.quantization=none for a small model",
         )
-    return AutoModelForCausalLM.from_pretrained(
-        job.base_dir,
-        dtype=dtype,
-        quantization_config=quantization,
-        device_map={"": 0} if cuda else None,
-        attn_implementation="sdpa",
-        local_files_only=True,
-        trust_remote_code=False,
-        use_safetensors=True,
-    )
+    device_map = {"": 0} if has_gpu else None
+    return load_causal_model(job.base_dir, job.workload.model.dtype, nf4=nf4, device_map=device_map)
+
+
+def lora_arguments(job: TrainingJob) -> dict[str, Any]:
+    """What the config says of the run's adapter, in PEFT's words."""
+    lora = job.workload.lora
+    return {
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": list(lora.targets),
+        "use_rslora": lora.use_rslora,
+        "bias": "none",
+    }
 
 
 def lora_config(job: TrainingJob) -> Any:
     """PEFT's configuration of the run's adapter."""
     from peft import LoraConfig
 
-    lora = job.workload.lora
-    return LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=list(lora.targets),
-        use_rslora=lora.use_rslora,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
+    return LoraConfig(**lora_arguments(job), task_type="CAUSAL_LM")

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
 from forge.training.backends.job import StepObserver, TrainingJob
+from forge.training.backends.sft_config import make_sft_config
+from forge.training.backends.trl import lora_arguments
 from forge.training.config.plan import Plan
 from forge.training.config.workload import Workload
 from forge.training.system.errors import ConfigurationError, MachineError
 from forge.training.system.files import cache_dir
 
-DEFAULT_PLAN = {
+DEFAULT_PLAN: Mapping[str, Any] = {
     "gradient_checkpointing": "offload",
     "padding": "none",
     "attention": "mixed",
@@ -68,7 +71,6 @@ def build(job: TrainingJob, observer: StepObserver) -> Any:
     from trl import SFTConfig, SFTTrainer
     from unsloth import FastLanguageModel
 
-    from forge.training.backends.sft_config import make_sft_config
     from forge.training.backends.trainer import forge_trainer
 
     workload, plan = job.workload, job.plan
@@ -85,15 +87,9 @@ def build(job: TrainingJob, observer: StepObserver) -> Any:
         trust_remote_code=False,
         local_files_only=True,
     )
-    lora = workload.lora
     model = FastLanguageModel.get_peft_model(
         model,
-        r=lora.rank,
-        target_modules=list(lora.targets),
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        bias="none",
-        use_rslora=lora.use_rslora,
+        **lora_arguments(job),
         use_gradient_checkpointing=checkpointing,
         random_state=workload.training.seed,
     )

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
-from forge.training.backends import Backend
-from forge.training.checks.configuration import check_configuration
+from forge.training.backends import Backend, load_backend, load_plan
 from forge.training.checks.data import check_data
-from forge.training.checks.finding import Finding, exit_code, failure, guarded, print_findings
+from forge.training.checks.finding import Finding, exit_code, failure, guarded, ok, print_findings, warning
 from forge.training.checks.machine import check_disk, check_gpu, check_llama_cpp, check_memory, check_wsl
 from forge.training.checks.model import check_export, check_fit, check_tokenizer, find_base, is_made
 from forge.training.checks.packages import check_attention, check_packages
 from forge.training.config.workload import Workload
 from forge.training.system.environment import describe_gpu
-from forge.training.system.errors import ForgeError
+from forge.training.system.errors import ConfigurationError, ForgeError, MachineError
 
 __all__ = ["Finding", "check_workload", "exit_code", "print_findings"]
 
@@ -33,8 +33,8 @@ def _findings(workload: Workload, backend: Backend, directory: Path) -> Iterator
     yield from guarded("configuration", partial(check_configuration, workload, backend))
     yield from guarded("data", partial(check_data, workload))
     try:
-        base, found = find_base(workload, gpu is not None)
-        yield from found
+        base, findings = find_base(workload, gpu is not None)
+        yield from findings
     except ForgeError as error:
         base = None
         yield failure("model", error)
@@ -50,3 +50,39 @@ def _findings(workload: Workload, backend: Backend, directory: Path) -> Iterator
     yield from guarded("attention", partial(check_attention, gpu is not None))
     yield from guarded("WSL2", partial(check_wsl, gpu))
     yield from guarded("llama.cpp", check_llama_cpp)
+
+
+def check_configuration(workload: Workload, backend: Backend) -> Iterator[Finding]:
+    """The plan, what the backend cannot do, and the trackers. Raises :class:`ConfigurationError`."""
+    plan = load_plan(workload, backend)
+    training = workload.training
+    yield ok(
+        "plan",
+        f"{backend}: {plan.micro_batch} x {plan.accumulation(workload)} examples per step, padding {plan.padding}, "
+        f"checkpointing {plan.gradient_checkpointing}",
+    )
+    module = load_backend(backend)
+    try:
+        module.refuse(workload, plan)
+    except ConfigurationError as error:
+        yield failure("backend", error)
+    is_4_bit = workload.model.quantization == "nf4"
+    if module.CASTS_ADAPTER_TO_BFLOAT16 and workload.model.dtype == "float16" and is_4_bit:
+        yield warning(
+            "model.dtype",
+            "TRL keeps a QLoRA adapter in bfloat16, whose gradients float16's scaler cannot handle",
+            "use bfloat16 on Ampere or newer",
+        )
+    if not (training.evaluate_every_steps or training.save_every_steps or training.save_every_minutes):
+        yield warning(
+            "training",
+            "no save_every_steps, save_every_minutes or evaluate_every_steps: an interrupted run begins anew",
+            "set training.save_every_minutes for a run of hours",
+        )
+    for tracker in workload.report_to:
+        names = ("tensorboard", "tensorboardX") if tracker == "tensorboard" else (tracker,)
+        if not any(find_spec(name) for name in names):
+            yield failure(
+                "report_to",
+                MachineError(f"the tracker {tracker} is not installed", remedy="install it, or --set report_to=[]"),
+            )

@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from forge.training.checks.finding import Finding, ok, warning
 from forge.training.config.workload import Workload
+from forge.training.data.corpus import embedded_documents
+from forge.training.data.discovery import Candidate, discover
+from forge.training.data.inputs import (
+    describe_overlap,
+    find_overlap,
+    refuse_evaluation_of_nothing,
+    refuse_unusable_sources,
+)
+from forge.training.data.records import Record, read_both, several
 from forge.training.system.errors import DataError
-
-if TYPE_CHECKING:
-    from forge.training.data.records import Record
+from forge.training.system.secrets import find_secrets
 
 
 def check_data(workload: Workload) -> Iterator[Finding]:
@@ -21,25 +27,17 @@ def check_data(workload: Workload) -> Iterator[Finding]:
     holds_out = workload.data.validation or (workload.data.documents and workload.data.validation_share)
     if holds_out:
         return
-    if workload.training.evaluate_every_steps:
-        raise DataError(
-            "training.evaluate_every_steps is set and there is no validation set",
-            remedy="give data.validation, or a data.validation_share with data.documents",
-        )
+    refuse_evaluation_of_nothing(workload)
     lost = "" if workload.evaluation.facts else " and has no facts to ask: `forge evaluate` will refuse it"
     yield warning("data", f"the config holds nothing out{lost}", "give data.validation or data.validation_share")
 
 
 def _check_documents(workload: Workload) -> Iterator[Finding]:
-    from forge.training.data.corpus import embedded_documents
-    from forge.training.data.discovery import Candidate, discover
-    from forge.training.data.inputs import refuse_unusable_sources
-
     assert workload.data.documents is not None
     is_embedded = workload.data.documents == "embedded"
     root = (embedded_documents() if is_embedded else Path(workload.data.documents)).resolve()
     refuse_unusable_sources(workload)
-    num_files = sum(isinstance(found, Candidate) for found in discover(root, exclude=lambda _: False))
+    num_files = sum(isinstance(entry, Candidate) for entry in discover(root, exclude=lambda _: False))
     needed = 2 if workload.data.validation_share else 1
     if num_files < needed:
         raise DataError(f"data.documents: {root} holds {num_files} files to read, {needed} are needed")
@@ -47,9 +45,6 @@ def _check_documents(workload: Workload) -> Iterator[Finding]:
 
 
 def _check_records(workload: Workload) -> Iterator[Finding]:
-    from forge.training.data.overlap import describe_overlap, find_overlap
-    from forge.training.data.records import read_both
-
     data = workload.data
     assert data.train is not None
     train, held_out = read_both(Path(data.train), Path(data.validation) if data.validation else None)
@@ -64,12 +59,9 @@ def _check_records(workload: Workload) -> Iterator[Finding]:
 
 def _check_secrets(records: Sequence[Record], path: str) -> Iterator[Finding]:
     """What `forge dataset` would have left out; a model can recite it. The legacy environment has no detector."""
-    from forge.training.system.secrets import find_secrets
-
     if find_spec("detect_secrets") is None:
         return
-    found = [(r.line, secret.rule) for r in records for m in r.messages for secret in find_secrets("", m.content)]
-    if found:
-        shown = ", ".join(f"line {line}: {rule}" for line, rule in found[:5])
-        more = f" and {len(found) - 5:,} more" if len(found) > 5 else ""
-        yield warning("secrets", f"{path} holds what looks like credentials: {shown}{more}", "take them out")
+    secrets = [(r.line, secret.rule) for r in records for m in r.messages for secret in find_secrets("", m.content)]
+    if secrets:
+        where = several([f"line {line}: {rule}" for line, rule in secrets])
+        yield warning("secrets", f"{path} holds what looks like credentials: {where}", "take them out")

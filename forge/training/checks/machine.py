@@ -14,14 +14,17 @@ from forge.training.backends import Backend, load_backend
 from forge.training.checks.finding import Finding, failure, ok, warning
 from forge.training.checks.model import is_made
 from forge.training.config.workload import Workload
+from forge.training.export.disk_space import peak_disk_bytes
+from forge.training.llamacpp.install import COMMIT, VERSION, load_llama_cpp
 from forge.training.models.weights import ModelWeights
 from forge.training.system.environment import available_ram_bytes, is_wsl
-from forge.training.system.errors import DiskError, GpuMemoryError, MachineError
-from forge.training.system.files import cache_dir
+from forge.training.system.errors import CheckError, DiskError, GpuMemoryError, MachineError
+from forge.training.system.files import cache_dir, existing_folder
+from forge.training.train.checkpoint import KEPT, size_bytes
 
 _GIB = 2**30
 _ALARMING = ("hardware slowdown", "thermal, software", "thermal, hardware", "power brake")
-_ROOM_FOR_ACTIVATIONS = 0.85  # of the free memory; a plan with little beside the floor is a tight one
+_MOST_OF_FREE_MEMORY = 0.85  # of the free memory; a plan with little beside the floor is a tight one
 
 
 def check_gpu(workload: Workload, backend: Backend, gpu: dict[str, Any] | None) -> Iterator[Finding]:
@@ -29,7 +32,7 @@ def check_gpu(workload: Workload, backend: Backend, gpu: dict[str, Any] | None) 
     if gpu is None:
         reasons = [f"the {backend} backend"] if load_backend(backend).NEEDS_GPU else []
         reasons += ["model.quantization=nf4"] if workload.model.quantization == "nf4" else []
-        reasons += [f"optimizer.name={workload.optimizer.name}"] if "8bit" in workload.optimizer.name else []
+        reasons += [f"optimizer.name={workload.optimizer.name}"] if workload.optimizer.is_8bit else []
         if reasons:
             raise MachineError(
                 f"{', '.join(reasons)} need{'s' * (len(reasons) == 1)} a CUDA GPU and none is visible on this machine",
@@ -48,20 +51,11 @@ def check_gpu(workload: Workload, backend: Backend, gpu: dict[str, Any] | None) 
     slowed = [reason for reason in gpu["throttle_reasons"] or () if reason in _ALARMING]
     if slowed:
         yield warning("GPU", f"it is slowed down: {', '.join(slowed)}", "look at its cooling and power")
-    yield from _check_capability(workload, gpu)
-    yield from _check_cuda_build(gpu)
-
-
-def _check_capability(workload: Workload, gpu: dict[str, Any]) -> Iterator[Finding]:
     capability = gpu["compute_capability"]
     if workload.model.dtype == "bfloat16" and capability and float(capability) < 8.0:
-        yield failure(
-            "GPU",
-            MachineError(
-                f"{gpu['name']} (compute capability {capability}) has no bfloat16: that came with Ampere, 8.0",
-                remedy="--set model.dtype=float16 --backend unsloth",
-            ),
-        )
+        message = f"{gpu['name']} (compute capability {capability}) has no bfloat16: that came with Ampere, 8.0"
+        yield failure("GPU", MachineError(message, remedy="--set model.dtype=float16 --backend unsloth"))
+    yield from _check_cuda_build(gpu)
 
 
 def _check_cuda_build(gpu: dict[str, Any]) -> Iterator[Finding]:
@@ -74,8 +68,7 @@ def _check_cuda_build(gpu: dict[str, Any]) -> Iterator[Finding]:
     build = match[1].strip().strip("'\"") if match else "None"
     if build == "None":
         yield failure(
-            "PyTorch",
-            MachineError("this PyTorch is built without CUDA", remedy="install requirements-gpu.txt's torch"),
+            "PyTorch", MachineError("this PyTorch is built without CUDA", remedy="install requirements-gpu.txt's torch")
         )
     elif gpu["driver_cuda"] and int(build.split(".")[0]) > int(gpu["driver_cuda"].split(".")[0]):
         yield failure(
@@ -118,8 +111,7 @@ def memory_floor_bytes(workload: Workload, config: dict[str, Any]) -> int:
     embeddings = tied * vocabulary * hidden * element
     rank = workload.lora.rank
     adapter = layers * sum(rank * (a + b) for name, (a, b) in shapes.items() if name in workload.lora.targets)
-    state = 2 if "8bit" in workload.optimizer.name else 8
-    return int(linear + embeddings + adapter * (4 + 4 + state))
+    return int(linear + embeddings + adapter * (4 + 4 + workload.optimizer.state_bytes_per_parameter))
 
 
 def check_memory(workload: Workload, base: ModelWeights, gpu: dict[str, Any] | None) -> Iterator[Finding]:
@@ -140,28 +132,26 @@ def check_memory(workload: Workload, base: ModelWeights, gpu: dict[str, Any] | N
     if floor > (total or free):
         kind = GpuMemoryError if gpu else MachineError
         raise kind(message, remedy=remedy)
-    if floor > free * _ROOM_FOR_ACTIVATIONS:
+    if floor > free * _MOST_OF_FREE_MEMORY:
         yield warning("memory", f"{message}: nothing is left for activations", "free some, or " + remedy)
     else:
         yield ok("memory", f"{message}; activations come on top")
 
 
 def check_disk(workload: Workload, base: ModelWeights, directory: Path) -> Iterator[Finding]:
-    """Room for the run and its export beside ``directory``, and for the base where it must be made yet."""
-    from forge.training.export.disk_space import peak_disk_bytes
-    from forge.training.train.checkpoint import KEPT, size_bytes
-
+    """Disk space for the run and its export beside ``directory``, and for the base where it must be made yet."""
     adapter = _adapter_bytes(workload, base)
     export = peak_disk_bytes(
         base, workload.export.quantizations, adapter_bytes=adapter, writes_merged=True, keeps_merged=False
     )
-    checkpoints = (KEPT + 1) * size_bytes(adapter // 4, workload.optimizer.name)  # one more is being written
+    checkpoints = (KEPT + 1) * size_bytes(adapter // 4, workload.optimizer)  # one more is being written
     needed = {directory: adapter + checkpoints + export}
     if not is_made(base):
         needed[cache_dir()] = base.num_bytes
     by_device: dict[int, list[tuple[Path, int]]] = {}
     for place, num_bytes in needed.items():
-        by_device.setdefault(_existing(place).stat().st_dev, []).append((_existing(place), num_bytes))
+        folder = existing_folder(place)
+        by_device.setdefault(folder.stat().st_dev, []).append((folder, num_bytes))
     what = "run and export" if is_made(base) else "base, run and export"
     for rows in by_device.values():
         place, num_bytes = rows[0][0], sum(row[1] for row in rows)
@@ -173,10 +163,6 @@ def check_disk(workload: Workload, base: ModelWeights, directory: Path) -> Itera
             yield ok("disk", message)
     if is_wsl() and directory.absolute().is_relative_to("/mnt"):
         yield warning("disk", f"{directory} lies on a Windows drive, which WSL2 reads slowly", "work below your home")
-
-
-def _existing(path: Path) -> Path:
-    return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
 
 
 def _adapter_bytes(workload: Workload, base: ModelWeights) -> int:
@@ -201,9 +187,9 @@ def check_wsl(gpu: dict[str, Any] | None) -> Iterator[Finding]:
 
 def check_llama_cpp() -> Iterator[Finding]:
     """Raises :class:`MachineError` where the export could not work."""
-    from forge.training.llamacpp.install import llama_cpp_status
-
-    status = llama_cpp_status()
-    if status.problem is not None:
-        raise MachineError(f"llama.cpp: {status.problem}", remedy="run `make setup`; training works without it")
-    yield ok("llama.cpp", f"llama-cpp-python {status.version}, converter of commit {status.commit}")
+    try:
+        load_llama_cpp()
+    except (CheckError, MachineError) as error:
+        message = f"llama.cpp: {error.message}"
+        raise MachineError(message, remedy="run `make setup`; training works without it") from error
+    yield ok("llama.cpp", f"llama-cpp-python {VERSION}, converter of commit {COMMIT}")

@@ -20,19 +20,24 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from forge.training.backends import Backend, load_backend, load_plan
-from forge.training.checks.bracket import GRAIN, bracket, measure, predict
+from forge.training.backends.job import StepObserver, TrainingJob
 from forge.training.config.workload import load_workload
+from forge.training.data.inputs import prepare_inputs
 from forge.training.system.errors import ConfigurationError, MachineError
 from forge.training.system.files import read_json_object
 from forge.training.system.oom import memory_that_ran_out
 from forge.training.train.run import base_directory
 
+GRAIN = 64  # tokens
+MOST_TRIES = 12
+_GAP = 0.03  # of the length: how far apart the longest that fits and the shortest that does not may end
+_LEAST_GAIN = 1.1  # a length that the time allows instead of the predicted one must be so much longer than what fits
 _GIB = 1 << 30
 _ALONE = (  # two steps are planned, the probe ends the run after the first, and nothing else is done
     *("training.max_steps=2", "training.evaluate_every_steps=null", "training.early_stopping_patience=null"),
@@ -40,25 +45,41 @@ _ALONE = (  # two steps are planned, the probe ends the run after the first, and
     *("data.documents=null", "data.validation=null", "data.sample=null"),
 )
 
+Step = Callable[[int], tuple[int, float] | None]
+"""Takes a document of so many tokens through a training step: peak bytes and seconds; ``None``: it does not fit."""
+
 
 class _Done(Exception):
     """The probe has what it wants of the training loop."""
 
 
 class Card:
-    """A GPU of ``budget_bytes`` within the real one, CUDA's context and what others hold included.
+    """While it lasts, this process has a GPU of ``budget_bytes`` within the real one, and PyTorch says so.
 
-    ``None``: all of it.
+    CUDA's context and what others hold are included. ``None``: all of it.
     """
 
     def __init__(self, budget_bytes: int | None) -> None:
         import torch
 
-        self._real = torch.cuda.mem_get_info
+        self._real, self._real_fraction = torch.cuda.mem_get_info, torch.cuda.get_per_process_memory_fraction
         self.total_bytes = self._real()[1]
         self.budget_bytes = budget_bytes or self.total_bytes
         self.is_real = self.budget_bytes <= self.total_bytes
+
+    def __enter__(self) -> Card:
+        import torch
+
         self.limit()
+        torch.cuda.mem_get_info = self.free_and_total
+        torch.cuda.get_per_process_memory_fraction = lambda device=None: 1.0  # of what mem_get_info says there is
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import torch
+
+        torch.cuda.mem_get_info, torch.cuda.get_per_process_memory_fraction = self._real, self._real_fraction
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
     def limit(self) -> None:
         """Cap the allocator at what CUDA's context, which grows as kernels are loaded, leaves of the budget."""
@@ -75,22 +96,6 @@ class Card:
 
         free = max(0, self.cap_bytes - torch.cuda.memory_reserved())
         return min(free, self._real(device)[0]), min(self.budget_bytes, self.total_bytes)
-
-
-@contextmanager
-def card_of(budget_bytes: int | None) -> Iterator[Card]:
-    """While it lasts, this process has such a card, and PyTorch says so to whoever asks."""
-    import torch
-
-    real = torch.cuda.mem_get_info, torch.cuda.get_per_process_memory_fraction
-    card = Card(budget_bytes)
-    torch.cuda.mem_get_info = card.free_and_total
-    torch.cuda.get_per_process_memory_fraction = lambda device=None: 1.0  # of what mem_get_info says there is
-    try:
-        yield card
-    finally:
-        torch.cuda.mem_get_info, torch.cuda.get_per_process_memory_fraction = real
-        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 class Prober:
@@ -155,6 +160,92 @@ class Prober:
         torch.cuda.empty_cache()
 
 
+def measure(step: Step, lengths: list[int], seconds: float) -> tuple[list[tuple[int, int, float]], int | None]:
+    """(tokens, peak bytes, seconds) of each of the rising ``lengths`` that fits, and the first that does not, if any.
+
+    From the third on none is begun that, at the square of the pace before it, might take longer than ``seconds``.
+    """
+    measured: list[tuple[int, int, float]] = []
+    for length in lengths:
+        if len(measured) >= 2 and measured[-1][2] * (length / measured[-1][0]) ** 2 > seconds:
+            break
+        peak_and_seconds = step(length)
+        if peak_and_seconds is None:
+            return measured, length
+        measured.append((length, *peak_and_seconds))
+    return measured, None
+
+
+def predict(points: list[tuple[int, int, float]], cap: int) -> float:
+    """The length whose peak is ``cap`` bytes, on the line through the last two ``points``, the nearest to it.
+
+    A peak is no single line: up to a tile's length the MLPs are whole, and short documents fill no chunk of the loss.
+    """
+    (t0, b0, _), (t1, b1, _) = points[-2:]
+    return t0 + (cap - b0) * (t1 - t0) / max(1, b1 - b0)
+
+
+def bracket(step: Step, predicted: float, seconds: float, result: dict[str, Any], *, pace: tuple[int, float]) -> None:
+    """Search around the prediction until one length fits and one longer by :data:`_GAP`, or by a grain, does not.
+
+    ``result`` holds what is known before, ``tokens_fits`` and ``tokens_fails``, and receives what is found. In one
+    direction the stride doubles from try to try; once a try ended otherwise than the one before, the middle is next.
+
+    ``pace``: a length and its seconds. A longer one takes at most the square of that, as attention does, and is not
+    begun where that is more than is left: the probe's limit would take all its answers with it. The longest that the
+    time allows is tried instead.
+    """
+    started = time.perf_counter()
+    stride = max(GRAIN, _whole(predicted * _GAP))
+    tokens, is_between = _whole(predicted - stride / 2), False
+    before: bool | None = None  # whether the try before fitted
+    for _ in range(MOST_TRIES):
+        if _is_bracketed(result) or result["tokens_fails"] == GRAIN:
+            break
+        fits, fails = result["tokens_fits"] or 0, result["tokens_fails"] or math.inf
+        middle = max(fits + GRAIN, _whole((fits + fails) / 2)) if fails < math.inf else math.inf
+        if is_between:
+            tokens = int(middle)
+        elif tokens <= fits:
+            tokens = int(min(fits + stride, middle))
+        elif tokens >= fails:
+            tokens = int(max(fails - stride, middle))
+        left = seconds - (time.perf_counter() - started)
+        needed = pace[1] * max(1.0, tokens / pace[0]) ** 2
+        if needed > left:
+            allowed = _whole(pace[0] * math.sqrt(max(0.0, left) / pace[1]))
+            if allowed < _LEAST_GAIN * max(fits, GRAIN):
+                result["why"] = (
+                    f"stopped: a step of {tokens:,} tokens may take {needed:,.0f} s and {left:.0f} s were left"
+                )
+                return
+            tokens = allowed
+        begun = time.perf_counter()
+        peak_and_seconds = step(tokens)
+        fits_now = peak_and_seconds is not None
+        peak_bytes = peak_and_seconds[0] if peak_and_seconds else None
+        result["tries"].append({"tokens": tokens, "fits": fits_now, "peak_bytes": peak_bytes})
+        result["tokens_fits" if fits_now else "tokens_fails"] = tokens
+        if fits_now:
+            pace = tokens, 1.3 * (time.perf_counter() - begun)  # no two steps take the same
+        is_between |= before not in (None, fits_now)
+        before = fits_now
+        tokens += stride if fits_now else -stride
+        stride *= 2
+    if not _is_bracketed(result):
+        result["why"] = f"{len(result['tries'])} tries did not bracket it"
+
+
+def _is_bracketed(result: dict[str, Any]) -> bool:
+    fits, fails = result["tokens_fits"], result["tokens_fails"]
+    return bool(fits and fails) and fails - fits <= max(GRAIN, _GAP * fails)
+
+
+def _whole(tokens: float) -> int:
+    """In grains, one at least."""
+    return max(1, int(tokens) // GRAIN) * GRAIN
+
+
 def longest_within(prober: Prober, card: Card, lengths: list[int], seconds: float) -> dict[str, Any]:
     """Peaks at ``lengths`` and the longest length that fits on ``card``, with the shortest seen not to.
 
@@ -166,28 +257,28 @@ def longest_within(prober: Prober, card: Card, lengths: list[int], seconds: floa
     started = time.perf_counter()
     card.limit()
     embedding = prober.model.get_input_embeddings().weight
-    answer: dict[str, Any] = {
+    result: dict[str, Any] = {
         "loaded_bytes": torch.cuda.memory_allocated(),
         "is_embedding_on_host": embedding.device.type == "cpu",
     }
-    measured, fails = measure(prober, lengths, seconds / 2)
+    measured, fails = measure(prober.step, lengths, seconds / 2)
     prober.clear()
     card.limit()  # long documents have kernels of their own
     points = [point for point in measured if point[1] <= card.cap_bytes]
     if len(points) < len(measured):
         fails = measured[len(points)][0]
-    answer |= {"cap_bytes": card.cap_bytes, "points": [list(point) for point in points], "tries": []}
-    answer |= {"tokens_fits": points[-1][0] if points else None, "tokens_fails": fails}
+    result |= {"cap_bytes": card.cap_bytes, "points": [list(point) for point in points], "tries": []}
+    result |= {"tokens_fits": points[-1][0] if points else None, "tokens_fails": fails}
     if not points:
-        return answer | {"why": f"not even {lengths[0]} tokens fit"}
+        return result | {"why": f"not even {lengths[0]} tokens fit"}
     predicted = predict(points, card.cap_bytes) if len(points) > 1 else points[0][0]
-    answer["predicted_tokens"] = int(predicted)
+    result["predicted_tokens"] = int(predicted)
     if not card.is_real:
-        return answer | {"why": f"not confirmed: this GPU has {card.total_bytes / _GIB:.1f} GiB in all"}
+        return result | {"why": f"not confirmed: this GPU has {card.total_bytes / _GIB:.1f} GiB in all"}
     longest, _, longest_seconds = points[-1]
     left = seconds - (time.perf_counter() - started)
-    bracket(prober, predicted, left, answer, pace=(longest, longest_seconds))
-    return answer
+    bracket(prober.step, predicted, left, result, pace=(longest, longest_seconds))
+    return result
 
 
 def _rising(lengths: Sequence[str | int]) -> list[int]:
@@ -231,21 +322,18 @@ def measure_context(
             raise MachineError("context is measured on a CUDA GPU and none is visible on this machine")
         base = base_directory(workload)
         module.prepare(plan)  # as a run does: before anything of CUDA begins
-        with card_of(int(budget_gib * _GIB) if budget_gib is not None else None) as card:
+        with Card(int(budget_gib * _GIB) if budget_gib is not None else None) as card:
             from transformers import TrainerCallback
-
-            from forge.training.backends.job import StepObserver, TrainingJob
-            from forge.training.data.inputs import prepare_inputs
 
             inputs = prepare_inputs(workload, base, folder / "run")
             vocabulary = int(read_json_object(base / "config.json")["vocab_size"])
             job = TrainingJob(workload, plan, backend, base, folder / "run", inputs.train, None)
-            answer: dict[str, Any] = {}
+            result: dict[str, Any] = {}
 
             class Probe(TrainerCallback):  # type: ignore[misc]
                 def on_step_end(self, *_: Any, model: Any, **__: Any) -> None:
                     prober = Prober(trainer, model, vocabulary * 9 // 10)  # below the specials
-                    answer.update(longest_within(prober, card, tokens, seconds))
+                    result.update(longest_within(prober, card, tokens, seconds))
                     raise _Done
 
             try:
@@ -256,13 +344,13 @@ def measure_context(
             except RuntimeError as error:
                 if memory_that_ran_out(error) != "GPU":
                     raise
-                answer = {"cap_bytes": card.cap_bytes, "points": [], "tries": []}
-                answer["why"] = "the weights and a first step of short documents do not fit"
-    return {"backend": backend, "plan": plan.model_dump(), "budget_gib": card.budget_bytes / _GIB, **answer}
+                result = {"cap_bytes": card.cap_bytes, "points": [], "tries": []}
+                result["why"] = "the weights and a first step of short documents do not fit"
+    return {"backend": backend, "plan": plan.model_dump(), "budget_gib": card.budget_bytes / _GIB, **result}
 
 
 def describe_context(answer: dict[str, Any]) -> str:
-    """What :func:`measure_context` measured, in one line."""
+    """One line about what :func:`measure_context` answer."""
     card = f"{answer['backend']} on {answer['budget_gib']:.1f} GiB"
     if not answer.get("tokens_fits"):
         return f"{card}: {answer.get('why', 'nothing was measured')}"

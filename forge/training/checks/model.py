@@ -11,17 +11,15 @@ from typing import Any
 
 from forge.training.checks.finding import Finding, failure, ok, warning
 from forge.training.config.workload import Workload
-from forge.training.models.base import QWEN2_7B, SMALL, STANDINS, TINY, require_gpu_to_make, resolve_base
+from forge.training.data.conversation import require_chat_template
+from forge.training.data.inputs import refuse_too_long
+from forge.training.export.chat_template import read_chat_template
+from forge.training.export.disk_space import check_architecture, check_row_sizes
+from forge.training.models.base import STANDINS, require_gpu_to_make, resolve_base
+from forge.training.models.qwen2 import config_json, tensor_shapes
 from forge.training.models.weights import ModelWeights, Shard, Tensor, read_weights
 from forge.training.system.errors import ConfigurationError, DataError, MachineError
 from forge.training.system.files import cache_dir
-
-_SHAPES = {"tiny": TINY, "small": SMALL, "qwen2-7b": QWEN2_7B}
-_MAKING = {  # measured: two CPU cores; one H200
-    "tiny": "in about two minutes",
-    "small": "on the GPU in a few minutes",
-    "qwen2-7b": "with random weights, 15 GB, in under a minute on a GPU",
-}
 
 
 def find_base(workload: Workload, has_gpu: bool) -> tuple[ModelWeights | None, list[Finding]]:
@@ -36,7 +34,7 @@ def find_base(workload: Workload, has_gpu: bool) -> tuple[ModelWeights | None, l
         if made:
             return read_weights(made[-1].parent), [ok("model", f"the stand-in {path}")]
         require_gpu_to_make(path, lambda: has_gpu)
-        return _planned_standin(path), [ok("model", f"the stand-in {path} will be made {_MAKING[path]}, once")]
+        return _planned_standin(path), [ok("model", f"the stand-in {path} will be made {STANDINS[path].making}, once")]
     if Path(path).is_dir():
         base = read_weights(resolve_base(path))
         return base, [ok("model", f"{base.num_parameters / 1e9:.2f} billion parameters in {path}")]
@@ -51,12 +49,9 @@ def find_base(workload: Workload, has_gpu: bool) -> tuple[ModelWeights | None, l
 
 
 def _planned_standin(name: str) -> ModelWeights:
-    from forge.training.models.qwen2 import config_json, tensor_shapes
-
-    config = config_json(_SHAPES[name], {"<|endoftext|>": 0, "<|im_end|>": 0})
-    tensors = {
-        tensor: Tensor(tensor, "BF16", shape, 0, 2 * math.prod(shape)) for tensor, shape in tensor_shapes(_SHAPES[name])
-    }
+    shape = STANDINS[name].shape
+    config = config_json(shape, {"<|endoftext|>": 0, "<|im_end|>": 0})
+    tensors = {tensor: Tensor(tensor, "BF16", size, 0, 2 * math.prod(size)) for tensor, size in tensor_shapes(shape)}
     directory = cache_dir() / "models" / name
     shard = Shard(directory / "model.safetensors", sum(tensor.end for tensor in tensors.values()), 0, ())
     return ModelWeights(directory, config, (shard,), tensors)
@@ -69,12 +64,7 @@ def is_made(base: ModelWeights) -> bool:
 
 def check_fit(workload: Workload, base: ModelWeights) -> Iterator[Finding]:
     """Lengths and LoRA targets against the model. Raises :class:`ConfigurationError`."""
-    limit = base.config.get("max_position_embeddings")
-    if limit and workload.data.max_length > limit:
-        raise ConfigurationError(
-            f"data.max_length={workload.data.max_length} exceeds the base model's {limit} positions",
-            remedy=f"set data.max_length to at most {limit}",
-        )
+    refuse_too_long(workload, base.config)
     modules = {name.removesuffix(".weight").rpartition(".")[2] for name in base.tensors}
     unknown = [target for target in workload.lora.targets if target not in modules]
     if unknown:
@@ -87,14 +77,13 @@ def check_fit(workload: Workload, base: ModelWeights) -> Iterator[Finding]:
             "lora.targets names lm_head or embed_tokens, which share their weights in this base: no merge can hold it",
             remedy="leave them out",
         )
-    yield ok("model", f"documents of {workload.data.max_length:,} tokens fit into its {limit or 'unlimited'} positions")
+    limit = base.config.get("max_position_embeddings") or "unlimited"
+    yield ok("model", f"documents of {workload.data.max_length:,} tokens fit into its {limit} positions")
 
 
 def check_tokenizer(base: ModelWeights) -> Iterator[Finding]:
     """The tokenizer against the model: every id has a row, turns have an end, a template is there."""
     from tokenizers import Tokenizer
-
-    from forge.training.export.chat_template import read_chat_template
 
     path = base.directory / "tokenizer.json"
     try:
@@ -108,11 +97,7 @@ def check_tokenizer(base: ModelWeights) -> Iterator[Finding]:
             f"the tokenizer has an id {largest} and the model only {rows} rows of embeddings",
             remedy="tokenizer and model do not belong together: take both from one place",
         )
-    if read_chat_template(base.directory) is None:
-        raise ConfigurationError(
-            "the base model's tokenizer has no chat template",
-            remedy="use an instruction-tuned base, or add chat_template.jinja to its directory",
-        )
+    require_chat_template(read_chat_template(base.directory))
     settings = json.loads((base.directory / "tokenizer_config.json").read_text(encoding="utf-8"))
     end, padding = (_token(settings.get(f"{kind}_token")) for kind in ("eos", "pad"))
     for kind, token in (("eos", end), ("pad", padding)):
@@ -135,16 +120,14 @@ def _token(value: Any) -> str | None:
 
 def check_export(workload: Workload, base: ModelWeights) -> Iterator[Finding]:
     """Whether llama.cpp knows the architecture and can hold its matrices in the types asked for."""
-    from forge.training.export.disk_space import check_architecture, check_row_sizes
-
     check_architecture(base)
-    asked = workload.export.quantizations
+    quantizations = workload.export.quantizations
     bad = []
-    for quantization in asked:
+    for quantization in quantizations:
         try:
             check_row_sizes(base, [quantization])
         except ConfigurationError as error:
             bad.append(failure("export", error))
     yield from bad
     if not bad:
-        yield ok("export", f"{base.config['architectures'][0]} as {', '.join(asked)}")
+        yield ok("export", f"{base.config['architectures'][0]} as {', '.join(quantizations)}")

@@ -34,7 +34,7 @@ def check_packages(workload: Workload, backend: Backend, has_gpu: bool) -> Itera
     module = load_backend(backend)
     installed = {name: package_version(name) for name in (*_STACK, *module.PACKAGES)}
     needed = {*_NEEDED, *module.PACKAGES}
-    if workload.model.quantization == "nf4" or "8bit" in workload.optimizer.name:
+    if workload.model.quantization == "nf4" or workload.optimizer.is_8bit:
         needed.add("bitsandbytes")
     file = module.PINNED_BY or f"requirements-{'gpu' if has_gpu or module.NEEDS_GPU else 'cpu'}.txt"
     missing = [name for name, version in installed.items() if name in needed and version is None]
@@ -68,8 +68,8 @@ def _read_pins(file: str) -> dict[str, str]:
     if not path.is_file():
         return {}
     lines = path.read_text(encoding="utf-8").splitlines()
-    found = (re.match(r"([A-Za-z0-9_.-]+)==([^\s;#]+)", line) for line in lines)
-    return {match[1]: match[2] for match in found if match}
+    matches = (re.match(r"([A-Za-z0-9_.-]+)==([^\s;#]+)", line) for line in lines)
+    return {match[1]: match[2] for match in matches if match}
 
 
 def _check_floors(backend: Backend, *, is_pinned: bool) -> Iterator[Finding]:

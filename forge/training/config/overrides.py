@@ -101,13 +101,9 @@ def _readable(model: type[BaseModel], error: Any) -> str:
     if error["type"] == "missing":
         return f"{where}: required, and not given"
     value = error["input"]
-    given = "" if error["type"].startswith("value_error") else f" (given: {shown(_quoted(value))})"
+    quoted = repr(value) if isinstance(value, str) else value  # the text '1' and the number 1 look different
+    given = "" if error["type"].startswith("value_error") else f" (given: {shown(quoted)})"
     return f"{where}: {message}{given}" if where else message
-
-
-def _quoted(value: Any) -> Any:
-    """Text in quotes, so that the text '1' and the number 1 look different; anything else as it is."""
-    return repr(value) if isinstance(value, str) else value
 
 
 def _keys_beside(model: Any, location: tuple[Any, ...]) -> list[str]:

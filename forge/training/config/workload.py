@@ -107,6 +107,16 @@ class OptimizerSection(_Section):
     warmup_ratio: Share = 0.03
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
 
+    @property
+    def is_8bit(self) -> bool:
+        """Whether its state is quantised: by bitsandbytes, on a CUDA GPU."""
+        return "8bit" in self.name
+
+    @property
+    def state_bytes_per_parameter(self) -> float:
+        """Of AdamW's two moments: float32, or a byte each and a float32 scale per block of 256."""
+        return 2 * (1 + 4 / 256) if self.is_8bit else 8.0
+
 
 class TrainingSection(_Section):
     """One optimizer step trains on ``effective_batch`` examples. ``max_steps`` overrides ``epochs``."""

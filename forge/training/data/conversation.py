@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,17 +18,22 @@ from forge.training.system.errors import ConfigurationError, DataError
 IGNORED = -100  # torch's ignore_index: a label that carries no loss
 
 
+def require_chat_template(template: str | None) -> None:
+    """Raise :class:`ConfigurationError` for a tokenizer without one."""
+    if not template:
+        raise ConfigurationError(
+            "the base model's tokenizer has no chat template",
+            remedy="use an instruction-tuned base, or add chat_template.jinja to its directory",
+        )
+
+
 class Encoder:
     """The tokenizer twice: as it is, and with its added tokens taken out."""
 
     def __init__(self, tokenizer: Any) -> None:
         from tokenizers import Tokenizer
 
-        if not tokenizer.chat_template:
-            raise ConfigurationError(
-                "the base model's tokenizer has no chat template",
-                remedy="use an instruction-tuned base, or add chat_template.jinja to its directory",
-            )
+        require_chat_template(tokenizer.chat_template)
         self.tokenizer = tokenizer
         text = tokenizer.backend_tokenizer.to_str()
         self.full = Tokenizer.from_str(text)
@@ -42,6 +46,7 @@ class Encoder:
             each.no_truncation()
             each.no_padding()
         self.num_bytes = _token_bytes(tokenizer)
+        self._skeletons: dict[tuple[tuple[str, ...], bool], tuple[str, ...]] = {}
         unsafe = [token for token in self.control if self.num_control(self.ids_and_ends(token, plain=True)[0])]
         if unsafe:
             raise ConfigurationError(
@@ -49,12 +54,9 @@ class Encoder:
                 remedy="use a base with a byte-level tokenizer, such as Qwen2's",
             )
         try:
-            _skeleton(tokenizer.chat_template, ("user", "assistant"), _Render(tokenizer))
+            self.skeleton(("user", "assistant"), asks=False)
         except DataError as error:
             raise ConfigurationError(error.message, remedy="use an instruction-tuned base") from error
-
-    def has_control(self, text: str) -> bool:
-        return any(token in text for token in self.control)
 
     def num_control(self, ids: np.ndarray) -> int:
         """How many of ``ids`` are control tokens."""
@@ -66,6 +68,32 @@ class Encoder:
         offsets = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
         return np.asarray(encoding.ids, dtype=np.int32), offsets[:, 0], offsets[:, 1]
 
+    def render(self, messages: Sequence[Message], *, asks: bool) -> str:
+        """A conversation by the chat template; ``asks``: up to where an answer begins."""
+        from jinja2 import TemplateError
+
+        rows = [{"role": m.role, "content": m.content} for m in messages]
+        try:
+            return str(self.tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=asks))
+        except (TemplateError, TypeError, ValueError, LookupError) as error:  # what a template does is its author's
+            problem = str(error).partition("\n")[0]
+            raise DataError(f"the base model's chat template refuses the conversation: {problem:.200}") from error
+
+    def skeleton(self, roles: tuple[str, ...], *, asks: bool) -> tuple[str, ...]:
+        """The template's own text around each message's content; ``len(roles) + 1`` pieces, kept for the next time."""
+        if (roles, asks) not in self._skeletons:
+            marks = [f"\ue000{index}\ue001" for index in range(len(roles))]
+            rest, pieces = self.render([Message(r, m) for r, m in zip(roles, marks, strict=True)], asks=asks), []
+            for mark in marks:
+                piece, separator, rest = rest.partition(mark)
+                if not separator or mark in rest:
+                    raise ConfigurationError(
+                        "the chat template drops, repeats or reorders messages; Forge cannot mask it"
+                    )
+                pieces.append(piece)
+            self._skeletons[roles, asks] = (*pieces, rest)
+        return self._skeletons[roles, asks]
+
 
 def _token_bytes(tokenizer: Any) -> np.ndarray:
     """UTF-8 bytes each id stands for; in byte-level BPE a token's characters are its bytes."""
@@ -75,19 +103,6 @@ def _token_bytes(tokenizer: Any) -> np.ndarray:
     for token, index in vocabulary.items():
         sizes[index] = len(token.encode()) if token in added else len(token)
     return sizes
-
-
-@lru_cache(maxsize=64)
-def _skeleton(template: str, roles: tuple[str, ...], render: Any) -> tuple[str, ...]:
-    """The template's own text around each message's content; ``len(roles) + 1`` pieces."""
-    marks = [f"\ue000{index}\ue001" for index in range(len(roles))]
-    rest, pieces = render([{"role": r, "content": m} for r, m in zip(roles, marks, strict=True)]), []
-    for mark in marks:
-        piece, found, rest = rest.partition(mark)
-        if not found or mark in rest:
-            raise ConfigurationError("the chat template drops, repeats or reorders messages; Forge cannot mask it")
-        pieces.append(piece)
-    return (*pieces, rest)
 
 
 def encode_conversation(
@@ -104,7 +119,7 @@ def encode_conversation(
     contaminated = _is_contaminated(encoder, pieces, contents, ids)
     if contaminated:
         parts = []
-        for index, part in enumerate(_encode_apart(encoder, pieces, contents)):
+        for index, part in enumerate(_encode_by_parts(encoder, pieces, contents)):
             message, is_content = divmod(index, 2)
             trained = np.full(len(part), bool(is_content) and roles[message] == "assistant")
             ends_answer = index and not is_content and roles[message - 1] == "assistant"
@@ -136,16 +151,15 @@ def encode_question(encoder: Encoder, messages: Sequence[Message]) -> np.ndarray
     pieces, contents, rendered = _rendered(encoder, messages, asks=True)
     ids = encoder.ids_and_ends(rendered, plain=False)[0]
     if _is_contaminated(encoder, pieces, contents, ids):
-        return np.concatenate(_encode_apart(encoder, pieces, contents))
+        return np.concatenate(_encode_by_parts(encoder, pieces, contents))
     return ids
 
 
 def _rendered(encoder: Encoder, messages: Sequence[Message], *, asks: bool) -> tuple[tuple[str, ...], list[str], str]:
     """The template's pieces, the contents as it gives them, and both together."""
-    render = _Render(encoder.tokenizer, asks)
-    pieces = _skeleton(encoder.tokenizer.chat_template, tuple(m.role for m in messages), render)
+    pieces = encoder.skeleton(tuple(m.role for m in messages), asks=asks)
     contents = [m.content for m in messages]
-    rendered = render([{"role": m.role, "content": m.content} for m in messages])
+    rendered = encoder.render(messages, asks=asks)
     if _join(pieces, contents) != rendered:
         contents = [c.strip() for c in contents]  # some templates trim
         if _join(pieces, contents) != rendered:
@@ -155,44 +169,19 @@ def _rendered(encoder: Encoder, messages: Sequence[Message], *, asks: bool) -> t
 
 def _is_contaminated(encoder: Encoder, pieces: Sequence[str], contents: Sequence[str], ids: np.ndarray) -> bool:
     """Whether a content holds a control token: literally, or once the tokenizer has normalised it."""
-    if any(encoder.has_control(content) for content in contents):
+    if any(token in content for token in encoder.control for content in contents):
         return True
     own = sum(encoder.num_control(encoder.ids_and_ends(piece, plain=False)[0]) for piece in pieces)
     return encoder.num_control(ids) != own
 
 
-def _encode_apart(encoder: Encoder, pieces: Sequence[str], contents: Sequence[str]) -> list[np.ndarray]:
+def _encode_by_parts(encoder: Encoder, pieces: Sequence[str], contents: Sequence[str]) -> list[np.ndarray]:
     """The ids of piece, content, piece, ... in turn, the contents' as text."""
     parts = [encoder.ids_and_ends(pieces[0], plain=False)[0]]
     for content, piece in zip(contents, pieces[1:], strict=True):
         parts.append(encoder.ids_and_ends(content, plain=True)[0])
         parts.append(encoder.ids_and_ends(piece, plain=False)[0])
     return parts
-
-
-class _Render:
-    """A hashable renderer, so that skeletons can be cached for each tokenizer. ``asks``: up to an answer's begin."""
-
-    def __init__(self, tokenizer: Any, asks: bool = False) -> None:
-        self.tokenizer = tokenizer
-        self.asks = asks
-
-    def __call__(self, conversation: list[dict[str, str]]) -> str:
-        from jinja2 import TemplateError
-
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=self.asks)
-            )
-        except (TemplateError, TypeError, ValueError, LookupError) as error:  # what a template does is its author's
-            problem = str(error).partition("\n")[0]
-            raise DataError(f"the base model's chat template refuses the conversation: {problem:.200}") from error
-
-    def __hash__(self) -> int:
-        return hash((id(self.tokenizer), self.asks))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Render) and other.tokenizer is self.tokenizer and other.asks == self.asks
 
 
 def _join(pieces: Sequence[str], contents: Sequence[str]) -> str:

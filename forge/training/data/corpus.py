@@ -1,4 +1,4 @@
-"""A repository's documents as instruction/input/output JSONL, one record per document.
+"""A repository's documents as instruction/input/output JSONL, one record per document, and what became of each file.
 
 Documents stay whole: whether they are cut or divided is decided by the config, when examples are made.
 """
@@ -9,79 +9,96 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from forge.training.config.workload import InstructionRule
-from forge.training.data.corpus_report import CorpusReport, Folder, MarkerCount, Output, print_report, reasons
 from forge.training.data.discovery import Skipped, discover, read_text
-from forge.training.data.duplicates import deduplicate
+from forge.training.data.duplicates import Duplicate, deduplicate
+from forge.training.system.command import printable, rows_table
 from forge.training.system.errors import ConfigurationError, DataError, DiskError
 from forge.training.system.files import atomic_file, refuse_existing, sha256_file
 from forge.training.system.secrets import Secret, find_secrets
 
-__all__ = [
-    "DEFAULT_RULES",
-    "CorpusReport",
-    "build_corpus",
-    "embedded_documents",
-    "hold_out",
-    "print_report",
-    "reasons",
-    "render_document",
-]
+if TYPE_CHECKING:
+    from rich.console import Console
 
 MAX_FILE_BYTES = 4 << 20
+_NUM_LINES_SHOWN = 10
 _SALT = b"forge held-out documents 1\0"
-DEFAULT_RULES = (InstructionRule(prefix="", text="Set out the ideas, facts and principles of the document `{path}`"),)
+_DEFAULT_RULE = InstructionRule(prefix="", text="Set out the ideas, facts and principles of the document `{path}`")
 
 _CONTROL_MARKER = re.compile(r"<\|[A-Za-z0-9_]{1,40}\|>")
 _BACKTICKS = re.compile(r"`{3,}")
 _MARKDOWN_SUFFIXES = frozenset({".md", ".markdown", ".mdown", ".mkd", ".mdx"})
-_LANGUAGES = {
-    suffix: language
-    for language, suffixes in {
-        "bash": ".sh .bash",
-        "c": ".c .h",
-        "cmake": ".cmake cmakelists.txt",
-        "cpp": ".cc .cpp .cxx .hpp .hh",
-        "csharp": ".cs",
-        "css": ".css .scss",
-        "csv": ".csv",
-        "cuda": ".cu .cuh",
-        "dockerfile": "dockerfile",
-        "go": ".go",
-        "hcl": ".tf",
-        "html": ".html .htm",
-        "ini": ".ini .cfg",
-        "java": ".java",
-        "javascript": ".js .mjs .cjs .jsx",
-        "json": ".json .jsonl .ipynb",
-        "julia": ".jl",
-        "kotlin": ".kt",
-        "latex": ".tex",
-        "lua": ".lua",
-        "makefile": "makefile .mk",
-        "php": ".php",
-        "powershell": ".ps1",
-        "protobuf": ".proto",
-        "python": ".py .pyi",
-        "r": ".r",
-        "ruby": ".rb",
-        "rust": ".rs",
-        "scala": ".scala",
-        "sql": ".sql",
-        "swift": ".swift",
-        "toml": ".toml",
-        "typescript": ".ts .tsx",
-        "xml": ".xml .svg",
-        "yaml": ".yaml .yml",
-        "zsh": ".zsh",
-    }.items()
-    for suffix in suffixes.split()
-}
+# How Markdown names the language of a fence: the name, then suffixes and whole names of files.
+_FENCES = """
+bash .sh .bash, c .c .h, cmake .cmake cmakelists.txt, cpp .cc .cpp .cxx .hpp .hh, csharp .cs, css .css .scss,
+csv .csv, cuda .cu .cuh, dockerfile dockerfile, go .go, hcl .tf, html .html .htm, ini .ini .cfg, java .java,
+javascript .js .mjs .cjs .jsx, json .json .jsonl .ipynb, julia .jl, kotlin .kt, latex .tex, lua .lua,
+makefile makefile .mk, php .php, powershell .ps1, protobuf .proto, python .py .pyi, r .r, ruby .rb, rust .rs,
+scala .scala, sql .sql, swift .swift, toml .toml, typescript .ts .tsx, xml .xml .svg, yaml .yaml .yml, zsh .zsh
+"""
+_LANGUAGES = {name: language for entry in _FENCES.split(",") for language, *names in [entry.split()] for name in names}
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Kept documents under a top-level folder, ``.`` for the root itself."""
+
+    name: str
+    num_documents: int
+    num_characters: int
+
+
+@dataclass(frozen=True)
+class MarkerCount:
+    """Literal chat markers such as ``<|im_end|>`` in a kept document; tokenisation makes them plain text."""
+
+    path: str
+    num_markers: int
+
+
+@dataclass(frozen=True)
+class Output:
+    """A file that was written."""
+
+    path: str
+    num_records: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class CorpusReport:
+    """``num_files``: kept and skipped ones, not what lies in skipped folders (their names end in ``/``).
+
+    ``num_bytes`` and ``megabytes_per_second`` are of all text read, duplicates included; a megabyte
+    is 10^6 bytes. Secrets stand in skipped documents, or in kept ones where ``secrets_allowed``. Fewer
+    than ``validation_share`` are held out where large families of related documents stay together.
+    """
+
+    root: str
+    num_files: int
+    num_kept: int
+    num_characters: int
+    num_bytes: int
+    num_train: int
+    num_validation: int
+    validation_share: float
+    folders: list[Folder]
+    skipped: list[Skipped]
+    duplicates: list[Duplicate]
+    control_markers: list[MarkerCount]
+    secrets: list[Secret]
+    secrets_allowed: bool
+    outputs: list[Output]
+    seconds: float
+    megabytes_per_second: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +117,7 @@ def build_corpus(
     output: Path,
     *,
     validation_share: float = 0.0,
-    rules: Sequence[InstructionRule] = DEFAULT_RULES,
+    rules: Sequence[InstructionRule] = (),
     max_file_bytes: int = MAX_FILE_BYTES,
     allow_secrets: bool = False,
     force: bool = False,
@@ -109,7 +126,7 @@ def build_corpus(
 
     With a ``validation_share``, ``NAME.train.jsonl`` and ``NAME.validation.jsonl`` are written instead
     of ``NAME.jsonl``, both or neither. The first of ``rules`` whose prefix a path begins with words
-    its instruction, and :data:`DEFAULT_RULES` where none does. Raises :class:`DataError` where there is
+    its instruction, a default where none does. Raises :class:`DataError` where there is
     nothing to use, :class:`DiskError` where an output exists (unless ``force``) or cannot be written.
     """
     started = time.perf_counter()
@@ -128,11 +145,11 @@ def build_corpus(
     root = root.resolve()
     exclude = _own_files([output, *sides])
     documents, skipped, secrets = _read_documents(root, exclude, max_file_bytes, allow_secrets)
-    found = deduplicate([d.path for d in documents], [d.text for d in documents])
-    for duplicate in found.duplicates:
+    unique = deduplicate([d.path for d in documents], [d.text for d in documents])
+    for duplicate in unique.duplicates:
         reason = "exact duplicate" if duplicate.exact else "near duplicate"
         skipped.append(Skipped(duplicate.path, reason, f"of {duplicate.kept}"))
-    kept = [documents[index] for index in found.kept]
+    kept = [documents[index] for index in unique.kept]
     if not kept:
         why = reasons(skipped)
         raise DataError(
@@ -142,7 +159,7 @@ def build_corpus(
 
     held: set[int] = set()
     if validation_share:
-        held = hold_out([d.path for d in kept], [d.text for d in kept], found.groups, validation_share)
+        held = hold_out([d.path for d in kept], [d.text for d in kept], unique.groups, validation_share)
     lines = [_record_line(document, rules) for document in kept]
     train, validation = ([line for i, line in enumerate(lines) if (i in held) == side] for side in (False, True))
     outputs = _write(targets, [train, validation])
@@ -152,7 +169,7 @@ def build_corpus(
     markers = [MarkerCount(d.path, num) for d in kept if (num := len(_CONTROL_MARKER.findall(d.text)))]
     return CorpusReport(
         root=str(root),
-        num_files=len(documents) - len(found.duplicates) + sum(not s.path.endswith("/") for s in skipped),
+        num_files=len(documents) - len(unique.duplicates) + sum(not s.path.endswith("/") for s in skipped),
         num_kept=len(kept),
         num_characters=sum(len(document.text) for document in kept),
         num_bytes=num_bytes,
@@ -161,7 +178,7 @@ def build_corpus(
         validation_share=validation_share,
         folders=_by_folder(kept),
         skipped=sorted(skipped, key=lambda s: s.path),
-        duplicates=found.duplicates,
+        duplicates=unique.duplicates,
         control_markers=markers,
         secrets=secrets,
         secrets_allowed=allow_secrets,
@@ -185,17 +202,17 @@ def _read_documents(
     documents: list[_Document] = []
     skipped: list[Skipped] = []
     secrets: list[Secret] = []
-    for found in discover(root, exclude=exclude):
-        text = found if isinstance(found, Skipped) else read_text(found, max_bytes=max_file_bytes)
+    for entry in discover(root, exclude=exclude):
+        text = entry if isinstance(entry, Skipped) else read_text(entry, max_bytes=max_file_bytes)
         if isinstance(text, Skipped):
             skipped.append(text)
             continue
-        leaked = find_secrets(found.path, text)
+        leaked = find_secrets(entry.path, text)
         secrets.extend(leaked)
         if leaked and not allow_secrets:
-            skipped.append(Skipped(found.path, "secret", f"line {leaked[0].line}: {leaked[0].rule}"))
+            skipped.append(Skipped(entry.path, "secret", f"line {leaked[0].line}: {leaked[0].rule}"))
         else:
-            documents.append(_Document(found.path, text))
+            documents.append(_Document(entry.path, text))
     documents.sort(key=lambda document: document.path)
     return documents, skipped, sorted(secrets, key=lambda s: (s.path, s.line, s.rule))
 
@@ -213,7 +230,7 @@ def render_document(path: str, text: str) -> str:
 
 
 def _record_line(document: _Document, rules: Sequence[InstructionRule]) -> str:
-    rule = next(rule for rule in (*rules, *DEFAULT_RULES) if document.path.startswith(rule.prefix))
+    rule = next(rule for rule in (*rules, _DEFAULT_RULE) if document.path.startswith(rule.prefix))
     record = {
         "instruction": rule.text.replace("{path}", document.path),
         "input": "",
@@ -287,3 +304,63 @@ def hold_out(paths: Sequence[str], texts: Sequence[str], groups: Sequence[int], 
 
 def _split_key(path: str, text: str) -> bytes:
     return hashlib.sha256(_SALT + path.encode("utf-8") + b"\0" + text.encode("utf-8")).digest()
+
+
+def reasons(skipped: list[Skipped]) -> str:
+    """The number of skipped paths by reason, most frequent first, on one line."""
+    counted = sorted(Counter(s.reason for s in skipped).items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{count:,} {reason}" for reason, count in counted)
+
+
+def print_report(report: CorpusReport, console: Console) -> None:
+    """Print files, characters, what was kept, what was skipped and why, and the next command."""
+    from rich.table import Table
+    from rich.text import Text
+
+    near = [d for d in report.duplicates if not d.exact]
+    rows = [
+        ("files", f"{report.num_files:,}"),
+        ("kept", f"{report.num_kept:,} documents, {report.num_characters:,} characters"),
+        ("skipped", f"{len(report.skipped):,}" + (f": {reasons(report.skipped)}" if report.skipped else "")),
+        ("duplicates", f"{len(report.duplicates) - len(near):,} exact, {len(near):,} near (dropped)"),
+        ("secrets", f"{len(report.secrets):,}" + (" (kept: --allow-secrets)" if report.secrets_allowed else "")),
+        ("chat markers as text", f"{sum(m.num_markers for m in report.control_markers):,}"),
+        ("speed", f"{report.megabytes_per_second:.1f} MB/s: {report.num_bytes / 1e6:.1f} MB, {report.seconds:.2f} s"),
+    ]
+    if report.num_validation:
+        few = report.num_validation < 0.8 * report.validation_share * report.num_kept
+        why = ", fewer than asked: related documents stay on one side" if few else ""
+        rows.insert(2, ("split", f"{report.num_train:,} to train, {report.num_validation:,} held out{why}"))
+    console.print(rows_table(f"dataset: {printable(report.root)}", rows))
+    folders = Table(title="kept by folder", title_justify="left")
+    folders.add_column("folder")
+    folders.add_column("documents", justify="right")
+    folders.add_column("characters", justify="right")
+    for folder in report.folders:
+        folders.add_row(Text(printable(folder.name)), f"{folder.num_documents:,}", f"{folder.num_characters:,}")
+    console.print(folders)
+    usual = {"ignored by .gitignore", "tool folder", "exact duplicate", "near duplicate", "secret"}
+    listed = [s for s in report.skipped if s.reason not in usual]
+    _print_lines(console, "skipped", [f"{s.path}: {s.reason}" + (f", {s.detail}" if s.detail else "") for s in listed])
+    _print_lines(console, "secrets", [f"{s.path}:{s.line}: {s.rule}" for s in report.secrets])
+    _print_lines(console, "near duplicates", [f"{d.path} is {d.similarity:.0%} {d.kept}" for d in near])
+    _print_lines(console, "chat markers", [f"{m.path}: {m.num_markers:,}" for m in report.control_markers])
+    for output in report.outputs:
+        console.print(Text(f"wrote {output.path}: {output.num_records:,} records, sha256 {output.sha256[:16]}"))
+    console.print(Text(f"next: forge preview CONFIG {_settings(report.outputs)}"))
+
+
+def _settings(outputs: list[Output]) -> str:
+    names = ("data.train", "data.validation")
+    return " ".join(f"--set {shlex.quote(f'{n}={o.path}')}" for n, o in zip(names, outputs, strict=False))
+
+
+def _print_lines(console: Console, title: str, lines: list[str]) -> None:
+    from rich.text import Text
+
+    if lines:
+        console.print(f"{title}:")
+    for line in lines[:_NUM_LINES_SHOWN]:
+        console.print(Text(f"  {printable(line)}"))
+    if len(lines) > _NUM_LINES_SHOWN:
+        console.print(f"  and {len(lines) - _NUM_LINES_SHOWN:,} more (--json lists all)")

@@ -77,9 +77,9 @@ def discover(root: Path, *, exclude: Callable[[str], bool]) -> Iterator[Candidat
         if tool:
             yield Skipped(prefix, "tool folder", tool)
             continue
-        found = _read_ignore(Path(folder, ".gitignore"), prefix)
-        if found:
-            ignores = (*ignores, found)
+        own = _read_ignore(Path(folder, ".gitignore"), prefix)
+        if own:
+            ignores = (*ignores, own)
         for entry in entries:
             path = prefix + entry.name
             if exclude(entry.path):
@@ -159,10 +159,7 @@ def _read_ignore(location: Path, prefix: str) -> _Ignore | None:
         return None
     from pathspec import GitIgnoreSpec
 
-    try:
-        return _Ignore(prefix, GitIgnoreSpec.from_lines(lines))
-    except ValueError:
-        return _Ignore(prefix, GitIgnoreSpec.from_lines([line for line in lines if _is_pattern(line)]))
+    return _Ignore(prefix, GitIgnoreSpec.from_lines(line for line in lines if _is_pattern(line)))
 
 
 def _is_pattern(line: str) -> bool:

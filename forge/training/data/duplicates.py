@@ -68,7 +68,7 @@ def deduplicate(paths: Sequence[str], texts: Sequence[str]) -> Deduplicated:
     near = _Index(shingles, num_single, DUPLICATE_SIMILARITY)
     kept = []
     for i in longest_first:
-        match = near.first_match(i)
+        match = next(near.matches(i), None)
         if match is None:
             near.add(i)
             kept.append(i)
@@ -94,7 +94,7 @@ def similar_pairs(texts: Sequence[str], others: Sequence[str], threshold: float)
     pairs = []
     for i in sorted(range(len(shingles)), key=lambda i: -len(shingles[i])):
         is_other = i >= len(texts)
-        for match, similarity in sides[not is_other]._matches(i):
+        for match, similarity in sides[not is_other].matches(i):
             text, other = (match, i) if is_other else (i, match)
             pairs.append((text, other - len(texts), round(similarity, 4)))
         sides[is_other].add(i)
@@ -182,15 +182,11 @@ class _Index:
                 runs.append(_Run(group, []))
             runs[-1].entries.append((size, index, position))
 
-    def first_match(self, index: int) -> tuple[int, float] | None:
-        """The first similar document found, the same on every run, and its similarity."""
-        return next(self._matches(index), None)
-
     def join_matches(self, index: int) -> None:
         """Put a document and all that are similar to it into one group."""
-        for other, _ in self._matches(index):
-            one, two = sorted((self.group_of(index), self.group_of(other)))
-            self._parent[two] = one
+        for other, _ in self.matches(index):
+            lower, higher = sorted((self.group_of(index), self.group_of(other)))
+            self._parent[higher] = lower
 
     def _prefix(self, index: int, length: int) -> Iterator[tuple[int, int]]:
         """Positions and ranks of a document's rarest shingles, those without a second document left out."""
@@ -198,7 +194,8 @@ class _Index:
         start = int(np.searchsorted(row, self._num_single))
         return enumerate(row[start:length].tolist(), start)
 
-    def _matches(self, index: int) -> Iterator[tuple[int, float]]:
+    def matches(self, index: int) -> Iterator[tuple[int, float]]:
+        """Similar documents and their similarity, in an order that is the same on every run."""
         mine, t = self._shingles[index], self._threshold
         size, needed = len(mine), t / (1 + t)  # needed: share of |x| + |y| that must be common
         seen = set()

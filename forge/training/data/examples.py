@@ -112,21 +112,25 @@ def encode_records(
             f"{source}: none of {len(records)} records has a token to train within data.max_length={data.max_length}",
             remedy="raise data.max_length or shorten the instructions",
         )
-    return _examples(
-        kept,
-        encoder,
-        ExamplesReport(
+    all_ids, all_labels = [row[0] for row in kept], [row[1] for row in kept]
+    return Examples(
+        input_ids=all_ids,
+        labels=all_labels,
+        document_ids=[row[2] for row in kept],
+        num_trained_bytes=[int(encoder.num_bytes[row[row != IGNORED]].sum()) for row in all_labels],
+        sha256=_digest(all_ids, all_labels),
+        report=ExamplesReport(
             num_records=len(records),
             num_examples=len(kept),
-            num_tokens=sum(len(row[0]) for row in kept),
-            num_trained_tokens=sum(int((row[1] != IGNORED).sum()) for row in kept),
+            num_tokens=sum(map(len, all_ids)),
+            num_trained_tokens=sum(int((row != IGNORED).sum()) for row in all_labels),
             num_cut=cut,
             num_tokens_cut=tokens_cut,
             num_divided=divided,
             num_parts=parts,
             num_with_control_tokens=with_control,
             dropped=dropped,
-            lengths=[len(row[0]) for row in kept],
+            lengths=list(map(len, all_ids)),
         ),
     )
 
@@ -134,11 +138,11 @@ def encode_records(
 def _divided(encoder: Encoder, messages: Sequence[Message], data: DataSection) -> list[tuple[np.ndarray, np.ndarray]]:
     """Divide a document so that every part fits with its prompt; every character is in one part."""
     *prompt, answer = messages
-    asked = prompt[-1]
+    question = prompt[-1]
 
     def encode(text: str, part: int, of: int) -> tuple[np.ndarray, np.ndarray]:
-        question = Message(asked.role, f"{asked.content} (part {part} of {of})")
-        conversation = [*prompt[:-1], question, Message(answer.role, text)]
+        numbered = Message(question.role, f"{question.content} (part {part} of {of})")
+        conversation = [*prompt[:-1], numbered, Message(answer.role, text)]
         return encode_conversation(encoder, conversation, data.loss_on)[:2]
 
     overhead = len(encode("", 999, 999)[0]) + 1
@@ -152,7 +156,7 @@ def _divided(encoder: Encoder, messages: Sequence[Message], data: DataSection) -
         budget -= excess  # a part can need a token or two more by itself than inside its document
     least = overhead + MIN_ANSWER_TOKENS
     raise DataError(
-        f"data.max_length={data.max_length} leaves no room for an answer: its prompt takes {overhead} tokens; "
+        f"data.max_length={data.max_length} leaves no tokens for an answer: its prompt takes {overhead} tokens; "
         f"set it to at least {least}, or data.long_documents to cut"
     )
 
@@ -215,17 +219,6 @@ def divide(text: str, token_starts: np.ndarray, max_tokens: int) -> list[str]:
         begin = end
 
 
-def _examples(rows: list[tuple[np.ndarray, np.ndarray, str]], encoder: Encoder, report: ExamplesReport) -> Examples:
-    return Examples(
-        input_ids=[row[0] for row in rows],
-        labels=[row[1] for row in rows],
-        document_ids=[row[2] for row in rows],
-        num_trained_bytes=[int(encoder.num_bytes[row[1][row[1] != IGNORED]].sum()) for row in rows],
-        sha256=_digest([row[0] for row in rows], [row[1] for row in rows]),
-        report=report,
-    )
-
-
 def _digest(input_ids: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> str:
     digest = hashlib.sha256()
     for ids, labs in zip(input_ids, labels, strict=True):
@@ -280,11 +273,7 @@ def save_examples(examples: Examples, directory: Path, *, force: bool = False) -
         }
         save_file(tensors, staging / "examples.safetensors")
         (staging / "examples.safetensors").chmod(0o644)
-        meta = {
-            "sha256": examples.sha256,
-            "document_ids": examples.document_ids,
-            "report": asdict(examples.report),
-        }
+        meta = {"sha256": examples.sha256, "document_ids": examples.document_ids, "report": asdict(examples.report)}
         write_json(staging / "examples.json", meta)
 
 

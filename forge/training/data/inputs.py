@@ -1,7 +1,8 @@
-"""From a config's data section to the two sets of examples a run trains and is judged on."""
+"""From a config's data section to the two sets of examples a run trains and is judged on, and what stands in both."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from forge.training.config.workload import Workload
 from forge.training.data.conversation import Encoder
+from forge.training.data.corpus import build_corpus, embedded_documents, reasons
+from forge.training.data.duplicates import DUPLICATE_SIMILARITY, similar_pairs
 from forge.training.data.examples import Examples, encode_records, sample_examples, save_examples
-from forge.training.data.overlap import describe_overlap, find_overlap
+from forge.training.data.records import Record, read_both, several
+from forge.training.models.digests import base_sha256, tokenizer_sha256
 from forge.training.models.tokenizers import load_tokenizer
 from forge.training.system.errors import ConfigurationError, DataError
 from forge.training.system.files import read_json_object, sha256_file
@@ -49,13 +53,29 @@ class PreparedInputs:
     described: Inputs
 
 
+@dataclass(frozen=True)
+class NearPair:
+    """Two records by their lines. ``similarity``: Jaccard's, of 5-word shingles, from 0.8 to 1."""
+
+    held_out_line: int
+    train_line: int
+    similarity: float
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Held-out records whose answer is trained, and those that are nearly the same as a trained one."""
+
+    num_held_out: int
+    equal_lines: list[int]
+    near: list[NearPair]  # the most similar trained record of each
+
+
 def refuse_unusable_sources(workload: Workload) -> None:
     """Raise :class:`DataError` for documents that are not there or records that cannot be read.
 
     For what is known in a second and would else be found only after a base model was made or fetched.
     """
-    from forge.training.data.records import read_both
-
     data = workload.data
     if data.train is not None:
         read_both(Path(data.train), Path(data.validation) if data.validation else None)
@@ -63,24 +83,41 @@ def refuse_unusable_sources(workload: Workload) -> None:
         raise DataError(f"data.documents: no directory {data.documents}", remedy="name the folder of your documents")
 
 
+def refuse_too_long(workload: Workload, base_config: dict[str, Any]) -> None:
+    """Raise :class:`ConfigurationError` where ``max_length`` exceeds the positions in a base's ``config.json``."""
+    limit = base_config.get("max_position_embeddings")
+    if limit and workload.data.max_length > limit:
+        raise ConfigurationError(
+            f"data.max_length={workload.data.max_length} exceeds the base model's {limit} positions",
+            remedy=f"set data.max_length to at most {limit}",
+        )
+
+
+def refuse_evaluation_of_nothing(workload: Workload) -> None:
+    """Raise :class:`DataError` for a config that evaluates while it trains, where nothing is held out."""
+    if workload.training.evaluate_every_steps:
+        raise DataError(
+            "training.evaluate_every_steps is set and there is no validation set",
+            remedy="give data.validation, or a data.validation_share with data.documents",
+        )
+
+
 def corpus_paths(workload: Workload, run_dir: Path) -> tuple[Path, Path | None, list[str]]:
     """The corpus files, and what became of the documents where they are built from ``data.documents``."""
     data = workload.data
     if data.train is not None:
         return Path(data.train), Path(data.validation) if data.validation else None, []
-    from forge.training.data.corpus import build_corpus, embedded_documents, reasons
-
     assert data.documents is not None
     root = embedded_documents() if data.documents == "embedded" else Path(data.documents)
-    more: dict[str, Any] = {"rules": data.instructions} if data.instructions else {}
-    report = build_corpus(root, run_dir / "corpus.jsonl", validation_share=data.validation_share, force=True, **more)
+    report = build_corpus(
+        root, run_dir / "corpus.jsonl", validation_share=data.validation_share, rules=data.instructions, force=True
+    )
     notes = [f"documents: {report.num_kept:,} kept, {len(report.skipped):,} skipped"]
     if report.skipped:
         notes[0] += f" ({reasons(report.skipped)})"
     if report.secrets:
-        notes.append(
-            f"left out for what looks like credentials: {_first([f'{s.path}:{s.line}' for s in report.secrets])}"
-        )
+        where = several([f"{secret.path}:{secret.line}" for secret in report.secrets])
+        notes.append(f"left out for what looks like credentials: {where}")
     if data.validation_share:
         return run_dir / "corpus.train.jsonl", run_dir / "corpus.validation.jsonl", notes
     return run_dir / "corpus.jsonl", None, notes
@@ -92,15 +129,7 @@ def prepare_inputs(workload: Workload, base_dir: Path, run_dir: Path) -> Prepare
     Raises :class:`ConfigurationError` where ``max_length`` exceeds what the base can attend to and
     :class:`DataError` for unusable data.
     """
-    from forge.training.data.records import read_both
-    from forge.training.models.digests import base_sha256, tokenizer_sha256
-
-    limit = read_json_object(base_dir / "config.json").get("max_position_embeddings")
-    if limit and workload.data.max_length > limit:
-        raise ConfigurationError(
-            f"data.max_length={workload.data.max_length} exceeds the base model's {limit} positions",
-            remedy=f"set data.max_length to at most {limit}",
-        )
+    refuse_too_long(workload, read_json_object(base_dir / "config.json"))
     train_path, validation_path, notes = corpus_paths(workload, run_dir)
     records, held_out = read_both(train_path, validation_path)
     encoder = Encoder(load_tokenizer(base_dir))
@@ -113,11 +142,8 @@ def prepare_inputs(workload: Workload, base_dir: Path, run_dir: Path) -> Prepare
         validation = encode_records(held_out, encoder, workload.data, validation_path)
         notes += _notes(validation_path, validation) + describe_overlap(find_overlap(records, held_out))
         save_examples(validation, run_dir / "examples" / "validation", force=True)
-    elif workload.training.evaluate_every_steps:
-        raise DataError(
-            "training.evaluate_every_steps is set and there is no validation set",
-            remedy="give data.validation, or a data.validation_share with data.documents",
-        )
+    else:
+        refuse_evaluation_of_nothing(workload)
     described = Inputs(
         base_sha256=base_sha256(base_dir),
         tokenizer_sha256=tokenizer_sha256(base_dir),
@@ -137,12 +163,41 @@ def prepare_inputs(workload: Workload, base_dir: Path, run_dir: Path) -> Prepare
     return PreparedInputs(train, validation, described)
 
 
+def find_overlap(train: Sequence[Record], held_out: Sequence[Record]) -> Overlap:
+    """Compare the answers; blanks, line ends and, for near ones, letter case do not count."""
+    trained = [_answer(record) for record in train]
+    others = [_answer(record) for record in held_out]
+    known = set(trained)
+    equal = [i for i, text in enumerate(others) if text in known]
+    left = [i for i, text in enumerate(others) if text not in known]
+    most: dict[int, tuple[float, int]] = {}
+    for i, j, similarity in similar_pairs(trained, [others[i] for i in left], DUPLICATE_SIMILARITY):
+        if similarity > most.get(j, (0.0, 0))[0]:
+            most[j] = (similarity, i)
+    near = [NearPair(held_out[left[j]].line, train[i].line, s) for j, (s, i) in sorted(most.items())]
+    return Overlap(len(held_out), [held_out[i].line for i in equal], near)
+
+
+def describe_overlap(overlap: Overlap) -> list[str]:
+    """One line for equal texts and one for near ones, where there are any."""
+    lines = []
+    if overlap.equal_lines:
+        where = several([str(line) for line in overlap.equal_lines])
+        lines.append(
+            f"{len(overlap.equal_lines)} of {overlap.num_held_out} held-out texts are trained too: lines {where}"
+        )
+    if overlap.near:
+        where = several([f"line {n.held_out_line} is {n.similarity:.0%} line {n.train_line}" for n in overlap.near])
+        lines.append(f"{len(overlap.near)} of {overlap.num_held_out} held-out texts are nearly trained ones: {where}")
+    return lines
+
+
+def _answer(record: Record) -> str:
+    return " ".join(record.messages[-1].content.split())
+
+
 def _notes(path: Path, examples: Examples) -> list[str]:
     dropped = examples.report.dropped
     if not dropped:
         return []
-    return [f"{path.name}: nothing to train in {len(dropped):,} of its records: {_first(dropped)}"]
-
-
-def _first(items: list[str]) -> str:
-    return ", ".join(items[:5]) + (f" and {len(items) - 5:,} more" if len(items) > 5 else "")
+    return [f"{path.name}: nothing to train in {len(dropped):,} of its records: {several(dropped)}"]

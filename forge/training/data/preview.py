@@ -14,10 +14,10 @@ from forge.training.config.workload import Workload
 from forge.training.data.batching import num_steps
 from forge.training.data.conversation import IGNORED, Encoder
 from forge.training.data.examples import Examples, encode_records
-from forge.training.data.inputs import corpus_paths
-from forge.training.data.overlap import describe_overlap, find_overlap
-from forge.training.data.records import read_both
+from forge.training.data.inputs import corpus_paths, describe_overlap, find_overlap
+from forge.training.data.records import read_both, several
 from forge.training.models.tokenizers import load_tokenizer
+from forge.training.system.command import rows_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -106,26 +106,23 @@ def _spans(examples: Examples, index: int, tokenizer: Any) -> list[Span]:
 
 def print_preview(preview: Preview, console: Console) -> None:
     """Print the counts, the histogram and the decoded examples, masked text dimmed and bracketed."""
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=f"preview: {preview.workload}", show_header=False, title_justify="left")
-    table.add_column(style="bold")
-    table.add_column()
-    for line in preview.documents:
-        table.add_row("corpus", Text(line))
-    table.add_row("documents", f"{preview.num_train_documents:,} -> {preview.num_train_examples:,} examples")
-    table.add_row("validation", f"{preview.num_validation_examples:,} examples")
-    table.add_row("tokens", f"{preview.num_tokens:,}, trained {preview.num_trained_tokens:,}")
-    table.add_row("steps", f"{preview.num_steps:,}")
-    table.add_row("length", f"median {preview.median:,.0f}, longest {preview.longest:,} tokens")
-    table.add_row("cut", f"{preview.num_cut:,} documents, {preview.share_of_tokens_cut:.1%} of all tokens lost")
-    table.add_row("divided", f"{preview.num_divided:,} documents into {preview.num_parts:,} parts, nothing lost")
-    table.add_row("control tokens as text", f"{preview.num_with_control_tokens:,} documents")
-    lines = ": " + ", ".join(preview.dropped[:10]) if preview.dropped else ""
-    table.add_row("nothing to train", f"{len(preview.dropped):,} records{lines}")
-    table.add_row("both held out and trained", "\n".join(preview.overlap) or "none")
-    console.print(table)
+    rows = [("corpus", line) for line in preview.documents]
+    rows += [
+        ("documents", f"{preview.num_train_documents:,} -> {preview.num_train_examples:,} examples"),
+        ("validation", f"{preview.num_validation_examples:,} examples"),
+        ("tokens", f"{preview.num_tokens:,}, trained {preview.num_trained_tokens:,}"),
+        ("steps", f"{preview.num_steps:,}"),
+        ("length", f"median {preview.median:,.0f}, longest {preview.longest:,} tokens"),
+        ("cut", f"{preview.num_cut:,} documents, {preview.share_of_tokens_cut:.1%} of all tokens lost"),
+        ("divided", f"{preview.num_divided:,} documents into {preview.num_parts:,} parts, nothing lost"),
+        ("control tokens as text", f"{preview.num_with_control_tokens:,} documents"),
+    ]
+    names = f": {several(preview.dropped, most=10)}" if preview.dropped else ""
+    rows.append(("nothing to train", f"{len(preview.dropped):,} records{names}"))
+    rows.append(("both held out and trained", "\n".join(preview.overlap) or "none"))
+    console.print(rows_table(f"preview: {preview.workload}", rows))
     most = max(count for _, count in preview.histogram)
     console.print("examples by length in tokens")
     for bound, count in preview.histogram:

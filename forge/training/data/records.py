@@ -8,7 +8,7 @@ which line was broken.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -80,18 +80,23 @@ def read_records(path: Path | str) -> list[Record]:
 
 def read_both(train: Path, validation: Path | None) -> tuple[list[Record], list[Record] | None]:
     """The records to train on and those held out. Raises one :class:`DataError` for what is wrong with either."""
-    found: list[list[Record]] = []
+    sides: list[list[Record]] = []
     errors: list[DataError] = []
     for path in (train, validation):
         try:
             if path is not None:
-                found.append(read_records(path))
+                sides.append(read_records(path))
         except DataError as error:
             errors.append(error)
     if errors:
         remedies = dict.fromkeys(error.remedy for error in errors if error.remedy)
         raise DataError("\n".join(error.message for error in errors), remedy="; ".join(remedies) or None)
-    return found[0], found[1] if validation is not None else None
+    return sides[0], sides[1] if validation is not None else None
+
+
+def several(items: Sequence[str], most: int = 5) -> str:
+    """The first of some names or lines on one line, and how many more there are."""
+    return ", ".join(items[:most]) + (f" and {len(items) - most:,} more" if len(items) > most else "")
 
 
 def bad_lines(path: Path | str, errors: list[str]) -> DataError:
@@ -226,14 +231,7 @@ def _refuse_disorder(where: str, before: list[str], role: str) -> None:
         raise _BadLine(f"{where}{expected} expected, found {role}; user and assistant take turns")
 
 
-_KINDS: tuple[tuple[Callable[[Any], bool], str], ...] = (
-    (lambda v: v is None, "null"),
-    (lambda v: isinstance(v, bool), "a boolean"),
-    (lambda v: isinstance(v, int | float), "a number"),
-    (lambda v: isinstance(v, str), "text"),
-    (lambda v: isinstance(v, list), "an array"),
-)
-
-
 def _kind(value: Any) -> str:
-    return next((name for matches, name in _KINDS if matches(value)), "an object")
+    """What JSON calls a value that was read from it."""
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "text", list: "an array", dict: "an object"}
+    return names.get(type(value), "null")

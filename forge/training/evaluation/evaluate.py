@@ -6,24 +6,23 @@ trained on (``adapter-nf4`` is that).
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from forge.training.adapter.merge import merge_adapter, usable_merge
+from forge.training.adapter.provenance import read_own_base, require_own_adapter, require_own_base
 from forge.training.evaluation import neutral_model as neutral
-from forge.training.evaluation.record import Evaluation, compare, print_evaluation
+from forge.training.evaluation.bench import Bench, Measured, measure, prepare_bench
+from forge.training.evaluation.record import DocumentResult, Evaluation, compare, print_evaluation
+from forge.training.models.weights import ModelWeights
+from forge.training.system.environment import describe_environment
 from forge.training.system.errors import ConfigurationError, DataError
-from forge.training.system.files import disk_errors, locked, refuse_existing, write_json
+from forge.training.system.files import disk_errors, locked, refuse_existing, remove, write_json
 from forge.training.system.oom import memory_errors
 from forge.training.train.record import RunRecord, completed_record
-
-if TYPE_CHECKING:
-    from forge.training.evaluation.bench import Bench, Measured
-    from forge.training.models.weights import ModelWeights
 
 __all__ = ["SUBJECTS", "evaluate_run", "print_evaluation"]
 SUBJECTS = ("base", "adapter", "adapter-nf4", "merged")
@@ -57,11 +56,9 @@ def evaluate_run(
         raise ConfigurationError(message, remedy=f"choose from {', '.join(SUBJECTS)}")
     refuse_existing(run_dir / "evaluation.json", force)
     with locked(run_dir), memory_errors("the evaluation"):
-        from forge.training.adapter.provenance import read_own_base, require_own_adapter, require_own_base
-        from forge.training.evaluation.bench import prepare_bench
-
         run = completed_record(run_dir)  # nobody can be training into it any more
-        _clear_leftovers(run_dir)
+        for leftover in (*run_dir.glob(".merged.*.part"), *run_dir.glob(".evaluation.json.*.part")):
+            remove(leftover)  # of an evaluation that was killed: the lock is ours
         base = read_own_base(run)
         require_own_adapter(run, run_dir, base)
         require_own_base(base.directory, run.inputs.base_sha256)
@@ -72,15 +69,6 @@ def evaluate_run(
         evaluation = _summarise(run, bench, measured, models)
         write_json(run_dir / "evaluation.json", evaluation.model_dump(mode="json"))
     return evaluation
-
-
-def _clear_leftovers(run_dir: Path) -> None:
-    """Remove what a killed evaluation left: the lock is ours."""
-    for left in (*run_dir.glob(".merged.*.part"), *run_dir.glob(".evaluation.json.*.part")):
-        if left.is_dir() and not left.is_symlink():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
-            left.unlink(missing_ok=True)
 
 
 @dataclass
@@ -97,8 +85,6 @@ class _Models:
 
     def measure_each(self, subjects: Sequence[str], bench: Bench) -> list[Measured]:
         """Results in the order of :data:`SUBJECTS`. One model at a time is in memory."""
-        from forge.training.evaluation.bench import measure
-
         adapter_dir, measured = self.run_dir / "adapter", {}
 
         def put(subject: str, model: neutral.NeutralModel) -> None:
@@ -127,9 +113,7 @@ class _Models:
 
     @contextmanager
     def _merged_model(self) -> Iterator[Path]:
-        """The merged model's directory; without one of this base and adapter, a merge that is removed afterwards."""
-        from forge.training.adapter.merge import merge_adapter, usable_merge
-
+        """The directory of the merged model; where there is none of this base and adapter, one for the occasion."""
         directory, adapter_dir = self.given_merged_dir or self.run_dir / "merged", self.run_dir / "adapter"
         base_dir, base_sha256 = self.base.directory, self.run.inputs.base_sha256
         merged = usable_merge(directory, base_dir, adapter_dir, base_sha256)
@@ -139,42 +123,40 @@ class _Models:
             return
         if self.given_merged_dir is not None:
             raise DataError(f"{directory} was not merged from this run's base and adapter, or was changed since")
-        with _scratch(self.run_dir) as scratch:
+        with disk_errors(self.run_dir):
+            scratch = tempfile.TemporaryDirectory(dir=self.run_dir, prefix=".merged.", suffix=".part")
+        with scratch:
+            merged_dir = Path(scratch.name) / "merged"
             record = merge_adapter(
-                base_dir, adapter_dir, scratch / "merged", expected_base_sha256=base_sha256, progress=self.say
+                base_dir, adapter_dir, merged_dir, expected_base_sha256=base_sha256, progress=self.say
             )
             self.merged_sha256 = record.merged_sha256
-            yield scratch / "merged"
-
-
-@contextmanager
-def _scratch(run_dir: Path) -> Iterator[Path]:
-    with disk_errors(run_dir):
-        directory = Path(tempfile.mkdtemp(dir=run_dir, prefix=".merged.", suffix=".part"))
-    try:
-        yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+            yield merged_dir
 
 
 def _summarise(run: RunRecord, bench: Bench, measured: list[Measured], models: _Models) -> Evaluation:
-    from forge.training.evaluation import bench as results
-    from forge.training.system.environment import describe_environment
-
-    documents = results.document_results(bench, measured)
-    done = {found.subject for found in measured}
+    documents = [
+        DocumentResult(
+            document=document.name,
+            num_tokens=document.num_tokens,
+            num_bytes=document.num_bytes,
+            nats={each.subject.subject: each.nats[document.name] for each in measured},
+        )
+        for document in bench.documents
+    ]
+    done = {each.subject.subject for each in measured}
     notes = [] if documents else ["nothing was held out: no loss and no ROUGE, only facts"]
     if models.placement.note:
         notes.append(models.placement.note)
     return Evaluation(
-        subjects=[results.subject_result(bench, found) for found in measured],
+        subjects=[each.subject for each in measured],
         comparisons=[compare(documents, *pair) for pair in _PAIRS if documents and done.issuperset(pair)],
         num_documents=len(documents),
         num_tokens=sum(row.num_tokens for row in documents),
         num_bytes=sum(row.num_bytes for row in documents),
         documents=documents,
-        answers=[answer for found in measured for answer in results.document_answers(bench, found)],
-        facts=[fact for found in measured for fact in results.fact_answers(bench, found)],
+        answers=[answer for each in measured for answer in each.answers],
+        facts=[fact for each in measured for fact in each.facts],
         base_sha256=run.inputs.base_sha256,
         adapter_sha256=str(run.adapter_sha256),
         merged_sha256=models.merged_sha256,

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from forge.training.adapter.adapter_config import read_adapter_config
+from forge.training.models.base import load_causal_model
 from forge.training.models.weights import ModelWeights
 from forge.training.system.environment import available_ram_bytes
 from forge.training.system.errors import ConfigurationError, MachineError
@@ -68,10 +70,10 @@ def choose_placement(base: ModelWeights, longest: int, device: str | None = None
         weights_bytes, working_bytes = 2 * base.num_parameters, _working_bytes(base.config, longest)
         if weights_bytes + working_bytes <= free_bytes:
             return Placement("cuda", "bfloat16", {"": 0})
-        room_bytes = free_bytes - working_bytes
-        if room_bytes > 0 and weights_bytes - room_bytes < host_bytes / _HOST_MARGIN:
-            note = f"{(weights_bytes - room_bytes) / 2**30:.1f} GiB of the weights stay in host memory, which is slower"
-            return Placement("cuda", "bfloat16", "auto", {0: room_bytes, "cpu": int(host_bytes / _HOST_MARGIN)}, note)
+        left_bytes = free_bytes - working_bytes
+        if left_bytes > 0 and weights_bytes - left_bytes < host_bytes / _HOST_MARGIN:
+            note = f"{(weights_bytes - left_bytes) / 2**30:.1f} GiB of the weights stay in host memory, which is slower"
+            return Placement("cuda", "bfloat16", "auto", {0: left_bytes, "cpu": int(host_bytes / _HOST_MARGIN)}, note)
     if 4 * base.num_parameters * _HOST_MARGIN <= host_bytes:
         return Placement("cpu", "float32", None)
     if 2 * base.num_parameters * _HOST_MARGIN <= host_bytes:
@@ -92,31 +94,17 @@ def _working_bytes(config: dict[str, Any], longest: int) -> int:
 
 def load_model(directory: Path, placement: Placement, *, nf4_dtype: str | None = None) -> NeutralModel:
     """Load a base or merged model for inference. ``nf4_dtype``: quantise to NF4, computing in that type."""
-    import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils.logging import disable_progress_bar
 
-    quantization = None
-    if nf4_dtype is not None:
-        if placement.device != "cuda":
-            raise MachineError("adapter-nf4 needs a CUDA GPU", remedy="leave it out of --subjects")
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=getattr(torch, nf4_dtype),
-        )
+    if nf4_dtype is not None and placement.device != "cuda":
+        raise MachineError("adapter-nf4 needs a CUDA GPU", remedy="leave it out of --subjects")
     disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
+    model = load_causal_model(
         directory,
-        dtype=getattr(torch, nf4_dtype or placement.dtype),
-        quantization_config=quantization,
+        nf4_dtype or placement.dtype,
+        nf4=nf4_dtype is not None,
         device_map=placement.device_map,
         max_memory=placement.max_memory,
-        attn_implementation="sdpa",
-        local_files_only=True,
-        trust_remote_code=False,
-        use_safetensors=True,
     )
     return NeutralModel(model.eval(), placement.device)
 
@@ -128,13 +116,11 @@ def with_adapter(model: NeutralModel, adapter_dir: Path, placement: Placement) -
     """
     from peft import LoraConfig, PeftModel
 
-    from forge.training.adapter.adapter_config import read_adapter_config
-
-    more: dict[str, Any] = {}
+    spread: dict[str, Any] = {}
     if placement.max_memory is not None:
-        more = {"device_map": "auto", "max_memory": placement.max_memory}
+        spread = {"device_map": "auto", "max_memory": placement.max_memory}
     config = LoraConfig(task_type="CAUSAL_LM", inference_mode=True, **read_adapter_config(adapter_dir).for_peft())
-    adapted = PeftModel.from_pretrained(model.causal, str(adapter_dir), is_trainable=False, config=config, **more)
+    adapted = PeftModel.from_pretrained(model.causal, str(adapter_dir), is_trainable=False, config=config, **spread)
     return NeutralModel(adapted.get_base_model().eval(), model.device)
 
 

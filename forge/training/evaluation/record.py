@@ -11,8 +11,6 @@ from pydantic import BaseModel, ConfigDict, Field
 if TYPE_CHECKING:
     from rich.console import Console
 
-SCHEMA_VERSION = 1
-
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
@@ -73,7 +71,7 @@ class FactAnswer(_Part):
 class Evaluation(_Part):
     """One evaluation of one run. Digests are hex SHA-256 and name what was evaluated."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = 1
     subjects: list[SubjectResult]
     comparisons: list[Comparison]
     num_documents: int
@@ -116,6 +114,13 @@ def compare(documents: Sequence[DocumentResult], subject: str, reference: str) -
     )
 
 
+def describe_comparison(pair: Comparison) -> str:
+    """The difference and its standard error, in words."""
+    error = pair.standard_error_nats_per_token
+    spread = "" if error is None else f" (standard error {error:.4f})"
+    return f"{pair.subject} minus {pair.reference}: {pair.difference_nats_per_token:+.4f} nats per token{spread}"
+
+
 def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     """Print the subjects' figures, their paired differences and the answers."""
     from rich.table import Table
@@ -132,16 +137,12 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
         table.add_row(row.subject, *losses, *(_figure(v, 3) for v in (row.rouge1, row.rouge2, row.rouge_l)), facts)
     console.print(table)
     for pair in evaluation.comparisons:
-        error = pair.standard_error_nats_per_token
-        spread = "" if error is None else f", standard error {error:.4f}"
-        console.print(
-            f"{pair.subject} - {pair.reference}: {pair.difference_nats_per_token:+.4f} nats/token{spread};"
-            f" better on {pair.num_documents_better} of {pair.num_documents} documents"
-        )
+        better = f"better on {pair.num_documents_better} of {pair.num_documents} documents"
+        console.print(f"{describe_comparison(pair)}; {better}", markup=False)
     for fact in evaluation.facts:
-        said = " ".join(fact.answer.split())
+        answer = " ".join(fact.answer.split())
         verb = "says" if fact.found else "does not say"
-        console.print(f"{fact.subject} {verb} {fact.expected!r}: {said:.160}", markup=False)
+        console.print(f"{fact.subject} {verb} {fact.expected!r}: {answer:.160}", markup=False)
     for note in evaluation.notes:
         console.print(f"note: {note}", markup=False)
 

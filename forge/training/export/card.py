@@ -1,22 +1,84 @@
-"""The model card, README.md of an export: what was trained, on what, with what result, and how to run it."""
+"""What an export says of itself: its record, ``export.json``, and its model card, ``README.md``."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from forge.training.evaluation.record import Evaluation
+from forge.training.evaluation.record import Evaluation, describe_comparison
+from forge.training.export.gguf import GgufReport
+from forge.training.llamacpp.install import COMMIT, VERSION
 from forge.training.system.files import read_json_object
 from forge.training.train.record import RunRecord
 
 if TYPE_CHECKING:
-    from forge.training.export.export_record import ExportRecord
+    from rich.console import Console
 
 _PACKAGES = ("torch", "transformers", "peft", "trl", "unsloth", "bitsandbytes", "accelerate", "datasets")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step's cost. ``num_bytes`` is what it wrote; ``peak_rss_bytes`` is its own process's."""
+
+    name: str
+    seconds: float
+    num_bytes: int
+    peak_rss_bytes: int
+
+
+@dataclass(frozen=True)
+class ExportRecord:
+    """What an export made; ``export.json``. ``merge`` is the record of the merge, with its digests."""
+
+    model: str
+    out_dir: str
+    base_sha256: str
+    adapter_sha256: str
+    merged_sha256: str
+    merge: dict[str, Any]
+    files: list[GgufReport]
+    adapter_file: GgufReport | None
+    modelfile_uses: str
+    llama_cpp_commit: str = COMMIT
+    llama_cpp_python_version: str = VERSION
+    needed_disk_bytes: int = 0
+    steps: list[Step] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    schema_version: int = 1
+
+    def all_files(self) -> list[GgufReport]:
+        """The model's files, and the adapter's where there is one."""
+        return [*self.files, *([self.adapter_file] if self.adapter_file else [])]
+
+
+def print_export(record: ExportRecord, console: Console) -> None:
+    """The files and what each step cost."""
+    from rich.table import Table
+
+    files = Table(title=f"export: {record.model}", title_justify="left")
+    for column in ("file", "GB", "tensor types", "sha256"):
+        files.add_column(column)
+    for report in record.all_files():
+        files.add_row(report.name, f"{report.num_bytes / 1e9:.3f}", _types(report), report.sha256[:12])
+    steps = Table(title="steps", title_justify="left")
+    for column in ("step", "seconds", "GB written", "peak memory, GB"):
+        steps.add_column(column, justify="left" if column == "step" else "right")
+    for step in record.steps:
+        steps.add_row(
+            step.name, f"{step.seconds:.1f}", f"{step.num_bytes / 1e9:.3f}", f"{step.peak_rss_bytes / 1e9:.2f}"
+        )
+    console.print(files)
+    console.print(steps)
+    for note in record.notes:
+        console.print(f"note: {note}", markup=False)
+    example = f'forge chat {record.out_dir}/{record.modelfile_uses} "..."'
+    console.print(f"next: {example}", markup=False)
 
 
 def write_card(run: RunRecord, export: ExportRecord, evaluation: Evaluation | None) -> str:
@@ -62,13 +124,15 @@ def _opening(run: RunRecord, export: ExportRecord) -> str:
 
 def _files(export: ExportRecord) -> str:
     rows = []
-    for report in [*export.files, export.adapter_file]:
-        if report is not None:
-            types = ", ".join(f"{count} {name}" for name, count in sorted(report.tensor_types.items()))
-            rows.append((f"`{report.name}`", f"{report.num_bytes:,}", types, f"`{report.sha256}`"))
+    for report in export.all_files():
+        rows.append((f"`{report.name}`", f"{report.num_bytes:,}", _types(report), f"`{report.sha256}`"))
     table = _table(("file", "bytes", "tensors", "SHA-256"), rows)
     checked = "Each file was loaded with every value checked, by the llama.cpp that made it"
     return f"## Files\n\n{table}\n\n{checked} ({export.llama_cpp_commit}); `sha256sum -c SHA256SUMS` checks your copy."
+
+
+def _types(report: GgufReport) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(report.tensor_types.items()))
 
 
 def _how_to_run(run: RunRecord, export: ExportRecord) -> str:
@@ -89,6 +153,7 @@ def _training(run: RunRecord) -> str:
     workload, inputs = run.workload, run.inputs
     data, lora, optimizer = workload.get("data", {}), workload.get("lora", {}), workload.get("optimizer", {})
     training, model = workload.get("training", {}), workload.get("model", {})
+    peak_bytes = max((phase.peak_allocated_bytes for phase in run.memory), default=0)
     validation = f"{inputs.num_validation_examples:,} held-out examples" if inputs.num_validation_examples else "none"
     rows = [
         ("backend", run.backend),
@@ -105,7 +170,7 @@ def _training(run: RunRecord) -> str:
         ("started", run.started_at),
         ("training time", _unit(run.timing.train_seconds, "s")),
         ("tokens per second", _unit(run.timing.tokens_per_second, "")),
-        ("peak GPU memory", _peak_memory(run)),
+        ("peak GPU memory", f"{peak_bytes / 2**30:.2f} GiB" if peak_bytes else None),
         *_environment(run.environment),
     ]
     return "## Training\n\n" + _table(("", ""), [row for row in rows if row[1]])
@@ -124,11 +189,7 @@ def _results(run: RunRecord, evaluation: Evaluation | None) -> str:
     text += f"\n\n{where}, outside the training program:\n\n"
     text += _table(("model", "nats per token", "bits per byte", "ROUGE-1", "ROUGE-2", "ROUGE-L"), rows)
     for pair in evaluation.comparisons:
-        error = pair.standard_error_nats_per_token
-        spread = "" if error is None else f" (standard error {error:.4f})"
-        text += (
-            f"\n\n{pair.subject} minus {pair.reference}: {pair.difference_nats_per_token:+.4f} nats per token{spread}."
-        )
+        text += f"\n\n{describe_comparison(pair)}."
     if evaluation.facts:
         facts = [(row.question, row.expected, row.subject, "yes" if row.found else "no") for row in evaluation.facts]
         text += "\n\n" + _table(("question", "expected", "model", "said"), facts)
@@ -163,11 +224,6 @@ def _environment(environment: dict[str, Any]) -> list[tuple[str, str | None]]:
     return [("GPU", str(gpu) if gpu else None), ("versions", versions or None)]
 
 
-def _peak_memory(run: RunRecord) -> str | None:
-    peak = max((phase.peak_allocated_bytes for phase in run.memory), default=0)
-    return f"{peak / 2**30:.2f} GiB" if peak else None
-
-
 def _unit(value: float | None, unit: str) -> str | None:
     return f"{value:,.1f} {unit}".strip() if value is not None else None
 
@@ -176,11 +232,8 @@ def _figure(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-def _cell(value: Any) -> str:
-    return " ".join(str(value).replace("|", "\\|").split())
-
-
 def _table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     columns = list(columns)
     lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+    cells = ([" ".join(str(cell).replace("|", "\\|").split()) for cell in line] for line in lines)
+    return "\n".join("| " + " | ".join(row) + " |" for row in cells)

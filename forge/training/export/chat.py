@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from forge.training.export.gguf import check_header, memory_limit_bytes
@@ -20,14 +21,13 @@ def answer(
     system: str | None = None,
     max_tokens: int = 128,
     lora: Path | None = None,
-    context_tokens: int = CONTEXT_TOKENS,
 ) -> str:
     """The model's greedy answer to one prompt, with the file's own chat template.
 
     Raises :class:`CheckError` if llama.cpp refuses or dies of the model or the adapter,
-    :class:`DataError` if the prompt does not fit into ``context_tokens``.
+    :class:`DataError` if the prompt does not fit into :data:`CONTEXT_TOKENS`.
     """
-    with _Conversation(gguf_path, system, max_tokens, lora, context_tokens) as conversation:
+    with _conversation(gguf_path, system, max_tokens, lora) as conversation:
         return conversation.say(prompt)
 
 
@@ -37,12 +37,11 @@ def converse(
     system: str | None = None,
     max_tokens: int = 512,
     lora: Path | None = None,
-    context_tokens: int = CONTEXT_TOKENS,
     read_line: Callable[[str], str] = input,
     write: Callable[[str], None] = lambda text: print(text, end="", flush=True),
 ) -> None:
     """Talk until end of input or Ctrl-C; ``/new`` forgets the conversation. Raises like :func:`answer`."""
-    with _Conversation(gguf_path, system, max_tokens, lora, context_tokens) as conversation:
+    with _conversation(gguf_path, system, max_tokens, lora) as conversation:
         while True:
             try:
                 line = read_line("> ").strip()
@@ -58,42 +57,33 @@ def converse(
                 return
 
 
+@contextmanager
+def _conversation(gguf_path: Path, system: str | None, max_tokens: int, lora: Path | None) -> Iterator[_Conversation]:
+    check_header(gguf_path)
+    if lora is not None:
+        check_header(lora)
+    num_bytes = gguf_path.stat().st_size
+    with Child(memory_limit_bytes=memory_limit_bytes(num_bytes)) as child:
+        child.ask(
+            "open_chat",
+            {
+                "path": str(gguf_path.absolute()),
+                "lora": str(lora.absolute()) if lora else None,
+                "context_tokens": CONTEXT_TOKENS,
+            },
+            doing=f"load {gguf_path}",
+            limit_seconds=time_limit_seconds(num_bytes),
+        )
+        yield _Conversation(child, gguf_path, system, max_tokens)
+
+
 class _Conversation:
     """A child process with the model loaded, and what was said so far."""
 
-    def __init__(
-        self, gguf_path: Path, system: str | None, max_tokens: int, lora: Path | None, context_tokens: int
-    ) -> None:
-        check_header(gguf_path)
-        self._num_bytes = gguf_path.stat().st_size
-        if lora is not None:
-            check_header(lora)
-        self._path, self._lora = gguf_path, lora
-        self._context_tokens, self._max_tokens = context_tokens, max_tokens
+    def __init__(self, child: Child, gguf_path: Path, system: str | None, max_tokens: int) -> None:
+        self._child, self._path, self._max_tokens = child, gguf_path, max_tokens
         self._opening = [{"role": "system", "content": system}] if system else []
-        self._child = Child(memory_limit_bytes=memory_limit_bytes(self._num_bytes))
         self.forget()
-
-    def __enter__(self) -> _Conversation:
-        self._child.__enter__()
-        try:
-            self._child.ask(
-                "open_chat",
-                {
-                    "path": str(self._path.absolute()),
-                    "lora": str(self._lora.absolute()) if self._lora else None,
-                    "context_tokens": self._context_tokens,
-                },
-                doing=f"load {self._path}",
-                limit_seconds=time_limit_seconds(self._num_bytes),
-            )
-        except BaseException:
-            self._child.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._child.__exit__()
 
     def forget(self) -> None:
         """Begin a new conversation."""
@@ -106,7 +96,7 @@ class _Conversation:
             "reply",
             {"messages": messages, "max_tokens": self._max_tokens},
             doing=f"get an answer from {self._path}",
-            limit_seconds=time_limit_seconds(self._num_bytes) + _SECONDS_PER_TOKEN * self._max_tokens,
+            limit_seconds=time_limit_seconds(self._path.stat().st_size) + _SECONDS_PER_TOKEN * self._max_tokens,
             progress=on_text,
         ).value
         self._messages = [*messages, {"role": "assistant", "content": str(value["text"])}]

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from forge.training.config.quantizations import GGUF_TYPES, QUANTIZED
 from forge.training.llamacpp.install import supported_architectures
 from forge.training.models.weights import ModelWeights
 from forge.training.system.errors import ConfigurationError, MachineError
-from forge.training.system.files import require_free_bytes
 
 _MARGIN_BYTES = 64 << 20  # tokenizer, records, file system
 _MARGIN_SHARE = 0.02
@@ -73,11 +71,5 @@ def peak_disk_bytes(
 
 
 def with_margin(num_bytes: int) -> int:
-    """Room for a write of about so many bytes: the estimate's error, tokenizer, records, the file system's own."""
+    """Space for a write of about so many bytes: the estimate's error, tokenizer, records, the file system's own."""
     return int(num_bytes * (1 + _MARGIN_SHARE)) + _MARGIN_BYTES
-
-
-def require_space(directory: Path, num_bytes: int, what: str) -> None:
-    """Raise :class:`DiskError` with both numbers if a write of ``num_bytes`` does not fit where ``directory`` is."""
-    remedy = "free space, choose another place with --out, or ask for fewer quantisations"
-    require_free_bytes(directory, num_bytes, what, remedy)

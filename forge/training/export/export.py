@@ -7,7 +7,9 @@ Intermediate files are deleted as soon as they have been used.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,8 @@ from forge.training.adapter.merge import usable_merge
 from forge.training.adapter.provenance import read_own_base, require_own_adapter
 from forge.training.config.quantizations import QUANTIZED
 from forge.training.export import disk_space, gguf
-from forge.training.export.card import read_evaluation, write_card
+from forge.training.export.card import ExportRecord, Step, read_evaluation, write_card
 from forge.training.export.chat_template import chatml_default_system, read_chat_template
-from forge.training.export.export_record import ExportRecord, Step, print_export
 from forge.training.export.modelfile import CHATML_STOPS, chatml_template, write_modelfile
 from forge.training.llamacpp.install import require_llama_cpp
 from forge.training.llamacpp.parent import Answer, Progress, run_child, time_limit_seconds
@@ -25,8 +26,10 @@ from forge.training.models.weights import ModelWeights
 from forge.training.system.errors import CheckError
 from forge.training.system.files import (
     clear_leftovers,
+    existing_folder,
     locked,
     refuse_existing,
+    require_free_bytes,
     sha256_file,
     staged_directory,
     write_json,
@@ -34,8 +37,8 @@ from forge.training.system.files import (
 )
 from forge.training.train.record import RunRecord, completed_record
 
-__all__ = ["export_run", "print_export"]
 _INTERMEDIATE = "intermediate.f16.gguf"
+_SPACE_REMEDY = "free space, choose another place with --out, or ask for fewer quantisations"
 
 
 def export_run(
@@ -140,11 +143,9 @@ class _Export:
         if len(converted) < len(quantizations):
             converted.setdefault("f16", staging / _INTERMEDIATE)
         for name, path in converted.items():
-            self.progress(f"convert to {name}")
-            self._require_space(path, name)
-            answer = gguf.convert_to_gguf(merged_dir, path, name, model_name=self.name)
-            self._count(f"convert {name}", answer, path.stat().st_size)
-            report = self._verify(path, name)
+            report = self._make(
+                "convert", name, path, partial(gguf.convert_to_gguf, merged_dir, path, name, model_name=self.name)
+            )
             if name in quantizations:
                 self.reports[name] = report
 
@@ -153,12 +154,8 @@ class _Export:
         source = staging / (self._file_name("f16") if "f16" in self.reports else _INTERMEDIATE)
         for name in quantizations:
             if name in QUANTIZED:
-                self.progress(f"quantise to {name}")
                 path = staging / self._file_name(name)
-                self._require_space(path, name)
-                answer = gguf.quantize(source, path, name)
-                self._count(f"quantise {name}", answer, path.stat().st_size)
-                self.reports[name] = self._verify(path, name)
+                self.reports[name] = self._make("quantise", name, path, partial(gguf.quantize, source, path, name))
 
     def convert_adapter(self, staging: Path) -> gguf.GgufReport:
         """The adapter as GGUF, checked by applying it to the smallest model file: the shapes are those of the base."""
@@ -171,7 +168,13 @@ class _Export:
         self._count("verify adapter", answer, 0)
         return report
 
-    def _verify(self, path: Path, quantization: str) -> gguf.GgufReport:
+    def _make(self, verb: str, quantization: str, path: Path, step: Callable[[], Answer]) -> gguf.GgufReport:
+        """Make one file and verify it."""
+        self.progress(f"{verb} to {quantization}")
+        # asked again before every file: others write to the disk too
+        num_bytes = disk_space.with_margin(disk_space.file_bytes(self.base, quantization))
+        require_free_bytes(path.parent, num_bytes, f"the {quantization} file", _SPACE_REMEDY)
+        self._count(f"{verb} {quantization}", step(), path.stat().st_size)
         self.progress(f"verify {path.name}")
         report, answer = gguf.measure_verification(path)
         self._count(f"verify {quantization}", answer, 0)
@@ -185,11 +188,6 @@ class _Export:
         if report.fallbacks:
             self.notes.append(f"{path.name}: {len(report.fallbacks)} tensors in larger types: {report.tensor_types}")
         return report
-
-    def _require_space(self, path: Path, quantization: str) -> None:
-        """Asked again before every file: others write to the disk too."""
-        num_bytes = disk_space.with_margin(disk_space.file_bytes(self.base, quantization))
-        disk_space.require_space(path.parent, num_bytes, f"the {quantization} file")
 
     def _file_name(self, quantization: str) -> str:
         return f"{self.name}.{quantization}.gguf"
@@ -208,18 +206,18 @@ def _require_space(
     writes_merged: bool,
 ) -> int:
     """The most bytes at any time where the export is written, free there; the merge may be elsewhere."""
-    existing = next(folder for folder in target.parents if folder.is_dir())
-    apart = keeps_merged and writes_merged and existing.stat().st_dev != run_dir.stat().st_dev
-    if apart:
-        disk_space.require_space(run_dir, disk_space.with_margin(base.num_bytes), "the merged model")
+    is_elsewhere = existing_folder(target.parent).stat().st_dev != run_dir.stat().st_dev
+    merges_elsewhere = keeps_merged and writes_merged and is_elsewhere
+    if merges_elsewhere:
+        require_free_bytes(run_dir, disk_space.with_margin(base.num_bytes), "the merged model", _SPACE_REMEDY)
     needed = disk_space.peak_disk_bytes(
         base,
         quantizations,
         adapter_bytes=adapter_bytes,
-        writes_merged=writes_merged and not apart,
+        writes_merged=writes_merged and not merges_elsewhere,
         keeps_merged=keeps_merged,
     )
-    disk_space.require_space(target.parent, needed, "the export")
+    require_free_bytes(target.parent, needed, "the export", _SPACE_REMEDY)
     return needed
 
 
@@ -239,7 +237,9 @@ def _write_texts(staging: Path, record: ExportRecord, run: RunRecord, run_dir: P
     )
     write_text(staging / "Modelfile", modelfile)
     write_text(staging / "README.md", write_card(run, record, read_evaluation(run_dir, record)))
-    write_json(staging / "export.json", record.to_json())
-    digests = {report.name: report.sha256 for report in [*record.files, record.adapter_file] if report is not None}
+    content = asdict(record)
+    del content["out_dir"]  # a path of this machine
+    write_json(staging / "export.json", content)
+    digests = {report.name: report.sha256 for report in record.all_files()}
     digests |= {name: sha256_file(staging / name) for name in ("Modelfile", "README.md", "export.json")}
     write_text(staging / "SHA256SUMS", "".join(f"{digests[name]}  {name}\n" for name in sorted(digests)))

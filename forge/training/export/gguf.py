@@ -11,11 +11,11 @@ import struct
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Thread
-from typing import Any, Literal
 
 from forge.training.adapter.lora import check_adapter, write_canonical_adapter
 from forge.training.config.quantizations import QUANTIZED, Quantization
@@ -24,7 +24,6 @@ from forge.training.models.base import refuse_unsafe_files
 from forge.training.system.errors import CheckError, ConfigurationError, DataError
 from forge.training.system.files import disk_errors, refuse_existing, sha256_file
 
-_GIB = 1 << 30
 _HEADER = struct.Struct("<4sIQQ")  # magic, version, number of tensors, number of metadata entries
 _VERSIONS = (2, 3)
 _MIN_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8  # name length, dimensions, one extent, type, offset
@@ -46,10 +45,6 @@ class GgufReport:
     pre_tokenizer: str | None
     num_vocabulary_tokens: int | None
     has_chat_template: bool
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
 
 
 def convert_to_gguf(
@@ -78,14 +73,7 @@ def convert_to_gguf(
         )
 
 
-def convert_lora_to_gguf(
-    adapter_dir: Path,
-    base_dir: Path,
-    out: Path,
-    *,
-    outtype: Literal["f32", "f16"] = "f32",
-    force: bool = False,
-) -> Answer:
+def convert_lora_to_gguf(adapter_dir: Path, base_dir: Path, out: Path) -> Answer:
     """Convert a PEFT adapter, rewritten first so that llama.cpp's only scale, alpha / rank, is PEFT's.
 
     Raises :class:`DataError` for what a GGUF adapter cannot carry, :class:`CheckError`, :class:`DiskError`.
@@ -93,17 +81,12 @@ def convert_lora_to_gguf(
     _require_files(base_dir, "config.json")
     refuse_unsafe_files(base_dir)
     check_adapter(adapter_dir, base_dir)
-    with _partial(out, force) as partial:
+    with _partial(out, force=False) as partial:
         canonical = partial.parent / "adapter"
         write_canonical_adapter(adapter_dir, base_dir, canonical)
         return run_child(
             "convert_lora",
-            {
-                "adapter_dir": str(canonical),
-                "base_dir": str(base_dir.absolute()),
-                "target": str(partial),
-                "outtype": outtype,
-            },
+            {"adapter_dir": str(canonical), "base_dir": str(base_dir.absolute()), "target": str(partial)},
             doing=f"convert the adapter {adapter_dir} to GGUF",
             limit_seconds=time_limit_seconds((canonical / "adapter_model.safetensors").stat().st_size),
         )
@@ -116,7 +99,7 @@ def quantize(source: Path, target: Path, quantization: Quantization, *, force: b
     """
     if quantization not in QUANTIZED:
         raise ConfigurationError(f"unknown quantisation {quantization!r}", remedy=f"one of {', '.join(QUANTIZED)}")
-    if os.path.realpath(source) == os.path.realpath(target):
+    if os.path.realpath(source) == os.path.realpath(target):  # llama.cpp dies of SIGBUS and destroys the file
         raise ConfigurationError(f"source and target of the quantisation are the same file: {source}")
     check_header(source)
     with _partial(target, force) as partial:
@@ -155,35 +138,26 @@ def check_header(path: Path) -> None:
         raise CheckError(f"{path} claims {claim}, which do not fit into its {num_bytes:,} bytes")
 
 
-def verify_gguf(
-    path: Path, *, architecture: str | None = None, adapter: bool = False, base: Path | None = None
-) -> GgufReport:
+def verify_gguf(path: Path, *, adapter: bool = False, base: Path | None = None) -> GgufReport:
     """Check a file before it is handed out: header, structure, tokenizer, every value, one token evaluated.
 
     An adapter's values are checked by applying it to ``base``, a GGUF model, where one is given.
     Raises :class:`CheckError` saying what is wrong; never crashes or hangs with the file.
     """
-    return measure_verification(path, architecture=architecture, adapter=adapter, base=base)[0]
+    return measure_verification(path, adapter=adapter, base=base)[0]
 
 
-def measure_verification(
-    path: Path, *, architecture: str | None = None, adapter: bool = False, base: Path | None = None
-) -> tuple[GgufReport, Answer]:
+def measure_verification(path: Path, *, adapter: bool = False, base: Path | None = None) -> tuple[GgufReport, Answer]:
     """:func:`verify_gguf`, and what it cost."""
     check_header(path)
     num_bytes = path.stat().st_size
     if base is not None:
         check_header(base)
         num_bytes += base.stat().st_size
-    started, digest = time.monotonic(), _Digest(path)
+    started, digest = time.monotonic(), _digest_meanwhile(path)
     answer = run_child(
         "verify",
-        {
-            "path": str(path.absolute()),
-            "architecture": architecture,
-            "adapter": adapter,
-            "base": str(base.absolute()) if base else None,
-        },
+        {"path": str(path.absolute()), "adapter": adapter, "base": str(base.absolute()) if base else None},
         doing=f"verify {path}",
         limit_seconds=time_limit_seconds(num_bytes),
         memory_limit_bytes=memory_limit_bytes(num_bytes),
@@ -192,30 +166,23 @@ def measure_verification(
     return report, replace(answer, seconds=time.monotonic() - started)
 
 
-class _Digest(Thread):
-    """A file's SHA-256, found meanwhile: hashlib releases the interpreter's lock."""
+def _digest_meanwhile(path: Path) -> Future[str]:
+    """A file's SHA-256, found while the child works: hashlib releases the interpreter's lock."""
+    digest: Future[str] = Future()
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(daemon=True)  # an interrupted export ends at once, not after 15 GB
-        self._path, self._sha256 = path, ""
-        self.start()
+    def find() -> None:
+        try:
+            digest.set_result(sha256_file(path))
+        except OSError as error:
+            digest.set_exception(DataError(f"cannot read {path} to its end: {error.strerror}"))
 
-    def run(self) -> None:
-        """Called by the thread."""
-        with suppress(OSError):
-            self._sha256 = sha256_file(self._path)
-
-    def result(self) -> str:
-        """The digest. Raises :class:`DataError` if the file could not be read to its end."""
-        self.join()
-        if not self._sha256:
-            raise DataError(f"cannot read {self._path} to its end")
-        return self._sha256
+    Thread(target=find, daemon=True).start()  # an interrupted export ends at once, not after 15 GB
+    return digest
 
 
 def memory_limit_bytes(num_bytes: int) -> int:
     """Address space for loading a file: mapped, repacked for the CPU, and what threads reserve."""
-    return 16 * _GIB + 4 * num_bytes
+    return (16 << 30) + 4 * num_bytes
 
 
 def _require_files(directory: Path, *names: str) -> None:

@@ -110,11 +110,11 @@ def _check_parameters(parameters: Mapping[str, Any]) -> None:
 
 def _check_read_back(text: str, wanted: list[tuple[str, str]]) -> None:
     try:
-        found = [(command.name, command.value) for command in parse_modelfile(text)]
+        read = [(command.name, command.value) for command in parse_modelfile(text)]
     except CheckError as error:
-        found = [("", error.message)]
+        read = [("", error.message)]
     for name, value in wanted:
-        if (name, value) not in found or '"""' in value:  # inside a line they would pass today
+        if (name, value) not in read or '"""' in value:  # inside a line they would pass today
             what = "three quotation marks in a row" if '"""' in value else "a character that Ollama drops"
             raise ConfigurationError(
                 f"the Modelfile cannot carry this {name} unchanged (probably {what}): {value[:80]!r}",

@@ -33,14 +33,14 @@ TASKS = {
     "convert_lora": "forge.training.llamacpp.converter:convert_lora",
     "check_adapter": "forge.training.adapter.lora:describe_adapter",
     "merge": "forge.training.adapter.merge:merge_adapter",
-    "open_chat": "forge.training.llamacpp.chat:open_model",
-    "reply": "forge.training.llamacpp.chat:reply",
-    "open_logits": "forge.training.llamacpp.logits:open_model",
-    "write_logits": "forge.training.llamacpp.logits:write_logits",
-    "continue_greedily": "forge.training.llamacpp.logits:continue_greedily",
-    "open_vocabulary": "forge.training.llamacpp.vocabulary:open_vocabulary",
-    "tokenize": "forge.training.llamacpp.vocabulary:tokenize",
-    "render": "forge.training.llamacpp.vocabulary:render",
+    "open_chat": "forge.training.llamacpp.answers:open_chat",
+    "reply": "forge.training.llamacpp.answers:reply",
+    "open_logits": "forge.training.llamacpp.answers:open_logits",
+    "write_logits": "forge.training.llamacpp.answers:write_logits",
+    "continue_greedily": "forge.training.llamacpp.answers:continue_greedily",
+    "open_vocabulary": "forge.training.llamacpp.answers:open_vocabulary",
+    "tokenize": "forge.training.llamacpp.answers:tokenize",
+    "render": "forge.training.llamacpp.answers:render",
 }
 
 

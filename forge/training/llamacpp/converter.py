@@ -107,10 +107,10 @@ def _convert_knowing_more_tokenizers() -> None:
     script.main()
 
 
-def convert_lora(adapter_dir: str, base_dir: str, target: str, outtype: str) -> dict[str, Any]:
+def convert_lora(adapter_dir: str, base_dir: str, target: str) -> dict[str, Any]:
     """PEFT adapter (already canonical) -> GGUF adapter by convert_lora_to_gguf.py."""
     script = str(_prepare(target) / "convert_lora_to_gguf.py")
-    sys.argv = [script, "--base", base_dir, "--outfile", Path(target).name, "--outtype", outtype, "--", adapter_dir]
+    sys.argv = [script, "--base", base_dir, "--outfile", Path(target).name, "--outtype", "f32", "--", adapter_dir]
     _call(lambda: runpy.run_path(script, run_name="__main__"), adapter_dir, target)
     return {}
 

@@ -4,29 +4,18 @@ from __future__ import annotations
 
 import ast
 import os
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from forge.training.llamacpp.parent import run_child
 from forge.training.system.environment import package_version
-from forge.training.system.errors import CheckError, MachineError
+from forge.training.system.errors import MachineError
 from forge.training.system.files import cache_dir
 
 VERSION = "0.3.36"  # of llama-cpp-python
 COMMIT = "0c1e57098b"  # of llama.cpp in its source distribution
 _NEEDED = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion/__init__.py", "gguf-py/gguf/__init__.py")
 _REMEDY = "run `make setup`, or point FORGE_LLAMA_CPP at a llama.cpp source tree of the same commit"
-
-
-@dataclass(frozen=True)
-class LlamaCppStatus:
-    """What ``check`` shows. ``problem`` is None where everything can be used."""
-
-    tree: str | None
-    version: str | None
-    commit: str
-    problem: str | None
 
 
 def llama_cpp_tree() -> Path:
@@ -50,29 +39,25 @@ def llama_cpp_tree() -> Path:
 def require_llama_cpp() -> None:
     """Raise :class:`MachineError` if the converter or the quantiser is missing, without loading either."""
     llama_cpp_tree()
-    installed = package_version("llama_cpp_python") if find_spec("llama_cpp") is not None else None
-    if installed is None:
+    _require_version(package_version("llama_cpp_python") if find_spec("llama_cpp") is not None else None)
+
+
+def load_llama_cpp() -> None:
+    """Look for the converter and load the native library in a child process.
+
+    Raises :class:`MachineError`, :class:`CheckError` if the child dies of it.
+    """
+    llama_cpp_tree()
+    _require_version(run_child("status", {}, doing="load llama.cpp", limit_seconds=120.0).value["version"])
+
+
+def _require_version(version: str | None) -> None:
+    if version is None:
         raise MachineError("llama-cpp-python is missing: it quantises and verifies", remedy="run `make setup`")
-    if installed != VERSION:
+    if version != VERSION:
         raise MachineError(
-            f"llama-cpp-python is {installed}; the converter belongs to {VERSION}", remedy="run `make setup`"
+            f"llama-cpp-python is {version}; the converter belongs to {VERSION}", remedy="run `make setup`"
         )
-
-
-def llama_cpp_status() -> LlamaCppStatus:
-    """Look for the converter and load the native library in a child process. Raises nothing."""
-    tree, problem, version = None, None, None
-    try:
-        tree = str(llama_cpp_tree())
-    except MachineError as error:
-        problem = error.message
-    try:
-        version = str(run_child("status", {}, doing="load llama.cpp", limit_seconds=120.0).value["version"])
-        if version != VERSION:
-            problem = f"llama-cpp-python is {version}; the converter belongs to {VERSION}"
-    except (CheckError, MachineError) as error:
-        problem = error.message
-    return LlamaCppStatus(tree=tree, version=version, commit=COMMIT, problem=problem)
 
 
 def supported_architectures() -> frozenset[str]:

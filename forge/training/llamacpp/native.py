@@ -14,7 +14,7 @@ from typing import Any
 
 from forge.training.config.quantizations import GGUF_TYPES
 from forge.training.llamacpp.install import llama_cpp_tree
-from forge.training.system.errors import CheckError, ConfigurationError, MachineError
+from forge.training.system.errors import CheckError, MachineError
 from forge.training.system.files import disk_errors
 
 _MAX_BLOCK_COUNT = 512  # 10**6 makes llama.cpp abort; the largest known models have about 130
@@ -88,8 +88,6 @@ def status() -> dict[str, Any]:
 def quantize(source: str, target: str, quantization: str) -> dict[str, Any]:
     """Quantise a GGUF file. The target may be half-written after an error: the parent removes it."""
     llama_cpp = import_llama_cpp()
-    if os.path.realpath(source) == os.path.realpath(target):  # llama.cpp dies of SIGBUS and destroys the file
-        raise ConfigurationError(f"source and target of the quantisation are the same file: {source}")
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{quantization.upper()}")
     parameters.nthread = len(os.sched_getaffinity(0))
@@ -100,14 +98,12 @@ def quantize(source: str, target: str, quantization: str) -> dict[str, Any]:
     return {}
 
 
-def verify(path: str, architecture: str | None, adapter: bool, base: str | None) -> dict[str, Any]:
+def verify(path: str, adapter: bool, base: str | None) -> dict[str, Any]:
     """Structure by GGUFReader, then loading with every value checked, then one token evaluated."""
     report, fields = _read_structure(path)
-    found = fields.get("general.type")
-    if (found == "adapter") != adapter:
-        raise CheckError(f"{path} holds {found or 'no general.type'}, not {'an adapter' if adapter else 'a model'}")
-    if architecture is not None and report["architecture"] != architecture:
-        raise CheckError(f"{path} is a {report['architecture']} model, not {architecture}")
+    kind = fields.get("general.type")
+    if (kind == "adapter") != adapter:
+        raise CheckError(f"{path} holds {kind or 'no general.type'}, not {'an adapter' if adapter else 'a model'}")
     if not adapter:
         _check_model_fields(path, report, fields)
         _load(path, None)

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import fcntl
 import os
+import platform
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from forge.training.models.digests import refuse_strange_sizes
-from forge.training.models.qwen2 import Recipe, Shape, training_texts, write_configs, write_random, write_trained
+from forge.training.models.qwen2 import Recipe, Say, Shape, training_texts, write_configs, write_random, write_trained
 from forge.training.models.tokenizers import CONTROL_TOKENS, rebuild_qwen2_tokenizer, save_tokenizer, train_tokenizer
 from forge.training.models.weights import read_weights
 from forge.training.system.errors import ConfigurationError, DataError, MachineError
@@ -30,8 +30,6 @@ from forge.training.system.files import (
     write_json,
 )
 
-Say = Callable[[str], None]
-
 TINY = Shape(
     hidden_size=256,
     intermediate_size=768,
@@ -41,7 +39,6 @@ TINY = Shape(
     vocab_size=4096,
     max_position_embeddings=4096,
 )
-TINY_RECIPE = Recipe(num_steps=220, batch=8, sequence=256, learning_rate=3e-3)
 SMALL = Shape(
     hidden_size=512,
     intermediate_size=1536,
@@ -51,7 +48,6 @@ SMALL = Shape(
     vocab_size=152064,
     max_position_embeddings=32768,
 )
-SMALL_RECIPE = Recipe(num_steps=1200, batch=32, sequence=512, learning_rate=1e-3)
 QWEN2_7B = Shape(
     hidden_size=3584,
     intermediate_size=18944,
@@ -61,7 +57,27 @@ QWEN2_7B = Shape(
     vocab_size=152064,
     max_position_embeddings=32768,
 )
-STANDINS = ("tiny", "small", "qwen2-7b")
+
+
+@dataclass(frozen=True)
+class Standin:
+    """A base that is made on the spot. ``recipe``: how it is trained, ``None``: its weights are random.
+
+    ``making``: what that takes, measured on two CPU cores or one H200.
+    """
+
+    shape: Shape
+    recipe: Recipe | None
+    making: str
+
+
+STANDINS = {
+    "tiny": Standin(TINY, Recipe(num_steps=220, batch=8, sequence=256, learning_rate=3e-3), "in about two minutes"),
+    "small": Standin(
+        SMALL, Recipe(num_steps=1200, batch=32, sequence=512, learning_rate=1e-3), "on the GPU in a few minutes"
+    ),
+    "qwen2-7b": Standin(QWEN2_7B, None, "with random weights, 15 GB, in under a minute on a GPU"),
+}
 SUPPORTED = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM")
 _FORMAT = 2  # of the directory: configuration and tokenizer files
 _CODE_KEYS = ("auto_map", "_attn_implementation_internal")
@@ -92,13 +108,11 @@ def resolve_base(
 
 
 def _standin(name: str, say: Say) -> Path:
-    makers: dict[str, Callable[[Path, Say], None]] = {"tiny": _make_tiny, "small": _make_small, "qwen2-7b": _make_7b}
-    recipes: dict[str, Any] = {
-        "tiny": [asdict(TINY), asdict(TINY_RECIPE), _text_version()],
-        "small": [asdict(SMALL), asdict(SMALL_RECIPE), _text_version()],
-        "qwen2-7b": [asdict(QWEN2_7B), "normal 0.02, seed 42"],
-    }
-    directory = cache_dir() / "models" / f"{name}-{sha256_json([_FORMAT, recipes[name]])[:12]}"
+    standin = STANDINS[name]
+    how: list[Any] = [asdict(standin.shape), "normal 0.02, seed 42"]
+    if standin.recipe is not None:  # the standard library's text changes with each release
+        how[1:] = [asdict(standin.recipe), platform.python_version()]
+    directory = cache_dir() / "models" / f"{name}-{sha256_json([_FORMAT, how])[:12]}"
     if directory.is_dir():
         return directory
     require_gpu_to_make(name, _has_cuda)
@@ -106,7 +120,7 @@ def _standin(name: str, say: Say) -> Path:
         if not directory.is_dir():
             say(f"making the base `{name}`: once on this machine")
             with staged_directory(directory) as staging:
-                makers[name](staging, say)
+                _make(standin, staging, say)
     return directory
 
 
@@ -132,39 +146,19 @@ def _one_maker(directory: Path) -> Iterator[None]:
         yield
 
 
-def _text_version() -> str:
-    return ".".join(map(str, sys.version_info[:3]))  # the standard library's text changes with each release
-
-
-def _make_tiny(directory: Path, say: Say) -> None:
-    _make_trained(TINY, TINY_RECIPE, None, directory, say)
-
-
-def _make_small(directory: Path, say: Say) -> None:
-    _make_trained(SMALL, SMALL_RECIPE, rebuild_qwen2_tokenizer(), directory, say)
-
-
-def _make_trained(shape: Shape, recipe: Recipe, tokenizer: Any, directory: Path, say: Say) -> None:
-    texts = training_texts()
-    if tokenizer is None:
-        tokenizer = train_tokenizer(texts, shape.vocab_size)
+def _make(standin: Standin, directory: Path, say: Say) -> None:
+    shape, recipe = standin.shape, standin.recipe
+    texts = training_texts() if recipe is not None else []
+    tokenizer = train_tokenizer(texts, shape.vocab_size) if shape is TINY else rebuild_qwen2_tokenizer()
     save_tokenizer(tokenizer, directory, shape.max_position_embeddings)
-    write_configs(shape, _control_ids(tokenizer), directory)
+    write_configs(shape, {token: tokenizer.token_to_id(token) for token in CONTROL_TOKENS}, directory)
+    if recipe is None:
+        write_random(shape, directory, seed=42, say=say)
+        return
     device = "cuda" if shape is not TINY and _has_cuda() else "cpu"  # tiny: the same bits with and without a GPU
     loss = write_trained(shape, recipe, tokenizer, texts, directory, device=device, say=say)
     write_json(directory / "standin.json", {"recipe": asdict(recipe), "loss_nats_per_token": loss, "device": device})
     say(f"made: loss {loss:.3f} nats per token")
-
-
-def _make_7b(directory: Path, say: Say) -> None:
-    tokenizer = rebuild_qwen2_tokenizer()
-    save_tokenizer(tokenizer, directory, QWEN2_7B.max_position_embeddings)
-    write_configs(QWEN2_7B, _control_ids(tokenizer), directory)
-    write_random(QWEN2_7B, directory, seed=42, say=say)
-
-
-def _control_ids(tokenizer: Any) -> dict[str, int]:
-    return {token: tokenizer.token_to_id(token) for token in CONTROL_TOKENS}
 
 
 def _has_cuda() -> bool:
@@ -189,6 +183,37 @@ def _fetched(name: str, offline: bool | None, revision: str | None) -> Path:
             remedy="name a local directory with --set model.path=..., or a stand-in such as tiny",
         ) from error
     return Path(directory)
+
+
+def load_causal_model(
+    directory: Path, dtype: str, *, nf4: bool, device_map: Any, max_memory: dict[Any, int] | None = None
+) -> Any:
+    """A model directory as transformers' causal language model in ``dtype``.
+
+    ``nf4``: its weights in NF4 with double quantisation (Dettmers et al. 2023), computing in ``dtype``.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    quantization = None
+    if nf4:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, dtype),
+        )
+    return AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=getattr(torch, dtype),
+        quantization_config=quantization,
+        device_map=device_map,
+        max_memory=max_memory,
+        attn_implementation="sdpa",
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+    )
 
 
 def check_base(directory: Path) -> Path:
@@ -243,9 +268,9 @@ def refuse_unsafe_files(directory: Path) -> None:
 def _entries(value: Any) -> Iterator[tuple[str, Any]]:
     waiting = [value]
     while waiting:
-        found = waiting.pop()
-        if isinstance(found, dict):
-            yield from found.items()
-            waiting += found.values()
-        elif isinstance(found, list):
-            waiting += found
+        item = waiting.pop()
+        if isinstance(item, dict):
+            yield from item.items()
+            waiting += item.values()
+        elif isinstance(item, list):
+            waiting += item

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import math
-import shutil
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 
 from forge.training.models.tokenizers import DEFAULT_SYSTEM_PROMPT
 from forge.training.system.errors import DiskError
-from forge.training.system.files import write_json
+from forge.training.system.files import require_free_bytes, write_json
 
 Say = Callable[[str], None]
 SHARD_BYTES = 4_000_000_000
@@ -117,12 +116,8 @@ def write_random(shape: Shape, directory: Path, *, seed: int, say: Say, shard_by
     """
     import torch
 
-    needed, free = 2 * sum(math.prod(size) for _, size in tensor_shapes(shape)), shutil.disk_usage(directory).free
-    if needed > free:
-        raise DiskError(
-            f"the weights take {needed / 1e9:.1f} GB and {directory.parent} has {free / 1e9:.1f} GB free",
-            remedy=_REMEDY,
-        )
+    needed = 2 * sum(math.prod(size) for _, size in tensor_shapes(shape))
+    require_free_bytes(directory, needed, "the base model", _REMEDY)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(seed)
     groups: list[list[tuple[str, tuple[int, ...]]]] = [[]]
@@ -202,15 +197,15 @@ def docstrings() -> Iterator[tuple[str, str]]:
         yield from _docstrings_of(tree, module)
 
 
-def _docstrings_of(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    if isinstance(node, documented):
-        text = ast.get_docstring(node)
-        if text and len(text) >= _SHORTEST:
-            yield f"`{name}`", text
+def _docstrings_of(
+    node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, name: str
+) -> Iterator[tuple[str, str]]:
+    text = ast.get_docstring(node)
+    if text and len(text) >= _SHORTEST:
+        yield f"`{name}`", text
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, documented):
-            yield from _docstrings_of(child, f"{name}.{child.name}")  # type: ignore[union-attr]
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _docstrings_of(child, f"{name}.{child.name}")
 
 
 def write_trained(

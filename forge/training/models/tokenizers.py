@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from forge.training.llamacpp.install import llama_cpp_tree
+from forge.training.llamacpp.native import import_gguf
 from forge.training.system.errors import DataError, MachineError
 from forge.training.system.files import write_json
 
@@ -69,9 +71,6 @@ def rebuild_qwen2_tokenizer() -> Any:
     Raises :class:`MachineError` where the tree or the file is missing.
     """
     from tokenizers import AddedToken, Tokenizer, models
-
-    from forge.training.llamacpp.install import llama_cpp_tree
-    from forge.training.llamacpp.native import import_gguf
 
     path = llama_cpp_tree() / "models" / "ggml-vocab-qwen2.gguf"
     if not path.is_file():

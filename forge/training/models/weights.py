@@ -153,6 +153,14 @@ def _read_entries(path: Path, header: dict[str, Any], preamble: int) -> list[Ten
     return tensors
 
 
+def read_exactly(source: IO[bytes], num_bytes: int) -> bytes:
+    """So many bytes of an open file. Raises :class:`DataError` where it ends before."""
+    raw = source.read(num_bytes)
+    if len(raw) != num_bytes:
+        raise DataError(f"{source.name} became shorter while it was read")
+    return raw
+
+
 def read_tensor(source: IO[bytes], tensor: Tensor) -> Any:
     """A 16- or 32-bit tensor (torch, CPU) from its open file, which is left at the tensor's end."""
     import torch
@@ -169,9 +177,6 @@ def read_float_values(source: IO[bytes], tensor: Tensor) -> Iterator[np.ndarray]
     stored = np.dtype(_STORED[tensor.dtype])
     for begin in range(tensor.begin, tensor.end, _STRETCH_ELEMENTS * stored.itemsize):
         source.seek(begin)
-        num_bytes = min(_STRETCH_ELEMENTS * stored.itemsize, tensor.end - begin)
-        raw = source.read(num_bytes)
-        if len(raw) != num_bytes:
-            raise DataError(f"{source.name} became shorter while it was read")
+        raw = read_exactly(source, min(_STRETCH_ELEMENTS * stored.itemsize, tensor.end - begin))
         values = np.frombuffer(raw, dtype=stored)
         yield (values.astype(np.uint32) << 16).view(np.float32) if tensor.dtype == "BF16" else values

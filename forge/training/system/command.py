@@ -10,12 +10,15 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 from forge.training.system.errors import ForgeError
 from forge.training.system.files import as_disk_error
 from forge.training.system.signals import StopRequest, follow_parent
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _BUG = "this is a bug in Forge: please report it with the lines above"
 
@@ -49,7 +52,9 @@ def carry_out(app: Callable[..., Any], arguments: list[str]) -> int:
     """Run ``app`` and return its exit code; every error is one message, and with ``--json`` one document too."""
     as_json = "--json" in arguments
     if as_json:
-        _keep_stdout()
+        sys.stdout.flush()
+        _Stdout.kept = os.dup(1)
+        os.dup2(2, 1)
     message = remedy = None
     stop = StopRequest()
     try:
@@ -70,7 +75,7 @@ def carry_out(app: Callable[..., Any], arguments: list[str]) -> int:
     if code == 130 and message is None:  # typer makes it of a Ctrl-C that no command caught
         message = "interrupted"
     if message is not None:
-        sys.stderr.write(_printable(f"error: {message}" + (f"\n  -> {remedy}" if remedy else "") + "\n"))
+        sys.stderr.write(printable(f"error: {message}" + (f"\n  -> {remedy}" if remedy else "") + "\n", kept="\n"))
     if as_json and code and not _Stdout.has_result:
         print_json({"error": message or f"exit code {code}", "remedy": remedy, "exit_code": code})
     restore_stdout()
@@ -84,12 +89,6 @@ def restore_stdout() -> None:
     if _Stdout.kept is not None:
         os.dup2(_Stdout.kept, 1)
         _Stdout.kept = None
-
-
-def _keep_stdout() -> None:
-    sys.stdout.flush()
-    _Stdout.kept = os.dup(1)
-    os.dup2(2, 1)
 
 
 def _described(error: Exception) -> tuple[int, str | None, str | None]:
@@ -108,6 +107,19 @@ def _described(error: Exception) -> tuple[int, str | None, str | None]:
     return 1, f"{type(error).__name__}: {error}", _BUG
 
 
-def _printable(text: str) -> str:
+def printable(text: str, kept: str = "") -> str:
     """Names and texts from elsewhere may hold anything; what is not printable could command the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
+
+
+def rows_table(title: str, rows: Iterable[tuple[str, str]]) -> Table:
+    """Names in bold and their values, two columns without a header. Values are text, never markup."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title), show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column()
+    for name, value in rows:
+        table.add_row(name, Text(value))
+    return table

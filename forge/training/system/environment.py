@@ -52,7 +52,7 @@ def describe_environment(*, with_torch: bool) -> dict[str, Any]:
         "cpu": {
             "model": _cpu_model(),
             "num_cores": os.cpu_count(),
-            "num_usable_cores": _attempt(lambda: len(os.sched_getaffinity(0))),
+            "num_usable_cores": _or_none(lambda: len(os.sched_getaffinity(0))),
         },
         "ram_bytes": ram_bytes(),
         "git": _git_state(),
@@ -78,15 +78,14 @@ def is_wsl() -> bool:
 
 def ram_bytes() -> int | None:
     """Memory this process may use: the machine's, or the control group's limit where that is lower."""
-    total = _attempt(lambda: os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    limit = _attempt(lambda: int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
-    found = [value for value in (total, limit) if value]
-    return min(found) if found else None
+    total = _or_none(lambda: os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    limit = _or_none(lambda: int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    return min(filter(None, (total, limit)), default=None)
 
 
 def available_ram_bytes() -> int | None:
     """Memory that could be taken now without swapping: Linux's MemAvailable."""
-    text = _attempt(lambda: Path("/proc/meminfo").read_text(encoding="ascii")) or ""
+    text = _or_none(lambda: Path("/proc/meminfo").read_text(encoding="ascii")) or ""
     match = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
     return int(match[1]) * 1024 if match else None
 
@@ -96,28 +95,31 @@ def describe_gpu() -> dict[str, Any] | None:
     with _gpu() as (nvml, device):
         if device is None:
             return None
-        memory = _attempt(lambda: nvml.nvmlDeviceGetMemoryInfo(device))
-        driver_cuda = _attempt(nvml.nvmlSystemGetCudaDriverVersion_v2)
-        capability = _attempt(lambda: nvml.nvmlDeviceGetCudaComputeCapability(device))
-        reasons = _attempt(lambda: nvml.nvmlDeviceGetCurrentClocksEventReasons(device))
+        memory = _or_none(lambda: nvml.nvmlDeviceGetMemoryInfo(device))
+        driver_cuda = _or_none(nvml.nvmlSystemGetCudaDriverVersion_v2)
+        capability = _or_none(lambda: nvml.nvmlDeviceGetCudaComputeCapability(device))
+        reasons = _or_none(lambda: nvml.nvmlDeviceGetCurrentClocksEventReasons(device))
         sm, mem = nvml.NVML_CLOCK_SM, nvml.NVML_CLOCK_MEM
         return {
-            "name": _attempt(lambda: nvml.nvmlDeviceGetName(device)),
-            "num_gpus": _attempt(nvml.nvmlDeviceGetCount),
-            "driver": _attempt(nvml.nvmlSystemGetDriverVersion),
+            "name": _or_none(lambda: nvml.nvmlDeviceGetName(device)),
+            "num_gpus": _or_none(nvml.nvmlDeviceGetCount),
+            "driver": _or_none(nvml.nvmlSystemGetDriverVersion),
             "driver_cuda": f"{driver_cuda // 1000}.{driver_cuda % 1000 // 10}" if driver_cuda else None,
             "compute_capability": f"{capability[0]}.{capability[1]}" if capability else None,
             "memory_total_bytes": int(memory.total) if memory else None,
-            "max_sm_clock_mhz": _attempt(lambda: nvml.nvmlDeviceGetMaxClockInfo(device, sm)),
-            "max_memory_clock_mhz": _attempt(lambda: nvml.nvmlDeviceGetMaxClockInfo(device, mem)),
-            "power_limit_watts": _attempt(lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(device) / 1000),
-            "num_other_processes": _attempt(lambda: _num_other_processes(nvml, device)),
+            "max_sm_clock_mhz": _or_none(lambda: nvml.nvmlDeviceGetMaxClockInfo(device, sm)),
+            "max_memory_clock_mhz": _or_none(lambda: nvml.nvmlDeviceGetMaxClockInfo(device, mem)),
+            "power_limit_watts": _or_none(lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(device) / 1000),
+            # inside a container this one can be counted: its id differs there
+            "num_other_processes": _or_none(
+                lambda: sum(p.pid != os.getpid() for p in nvml.nvmlDeviceGetComputeRunningProcesses(device))
+            ),
             "memory_used_bytes": int(memory.used) if memory else None,
             "memory_free_bytes": int(memory.free) if memory else None,
-            "sm_clock_mhz": _attempt(lambda: nvml.nvmlDeviceGetClockInfo(device, sm)),
-            "memory_clock_mhz": _attempt(lambda: nvml.nvmlDeviceGetClockInfo(device, mem)),
-            "power_watts": _attempt(lambda: nvml.nvmlDeviceGetPowerUsage(device) / 1000),
-            "temperature_celsius": _attempt(lambda: nvml.nvmlDeviceGetTemperature(device, nvml.NVML_TEMPERATURE_GPU)),
+            "sm_clock_mhz": _or_none(lambda: nvml.nvmlDeviceGetClockInfo(device, sm)),
+            "memory_clock_mhz": _or_none(lambda: nvml.nvmlDeviceGetClockInfo(device, mem)),
+            "power_watts": _or_none(lambda: nvml.nvmlDeviceGetPowerUsage(device) / 1000),
+            "temperature_celsius": _or_none(lambda: nvml.nvmlDeviceGetTemperature(device, nvml.NVML_TEMPERATURE_GPU)),
             "throttle_reasons": None
             if reasons is None
             else [text for bit, text in _THROTTLE_REASONS.items() if reasons & bit],
@@ -140,9 +142,9 @@ def _gpu() -> Iterator[tuple[Any, Any]]:
         yield None, None
         return
     try:
-        yield pynvml, _attempt(lambda: _first_visible(pynvml))
+        yield pynvml, _or_none(lambda: _first_visible(pynvml))
     finally:
-        _attempt(pynvml.nvmlShutdown)
+        _or_none(pynvml.nvmlShutdown)
 
 
 def _first_visible(nvml: Any) -> Any:
@@ -156,21 +158,16 @@ def _first_visible(nvml: Any) -> Any:
     return nvml.nvmlDeviceGetHandleByIndex(int(first))  # "" and "-1" hide all: ValueError, NVMLError
 
 
-def _num_other_processes(nvml: Any, device: Any) -> int:
-    """Compute processes but this one (inside a container this one can be counted: its id differs there)."""
-    return sum(process.pid != os.getpid() for process in nvml.nvmlDeviceGetComputeRunningProcesses(device))
-
-
 def _describe_torch() -> dict[str, Any] | None:
     try:
         import torch
     except Exception:  # a broken CUDA set-up raises OSError, ImportError, RuntimeError
         return None
-    cuda = bool(_attempt(torch.cuda.is_available))
+    cuda = bool(_or_none(torch.cuda.is_available))
     return {
         "version": str(torch.__version__),
         "cuda": torch.version.cuda,
-        "cudnn": _attempt(torch.backends.cudnn.version) if cuda else None,
+        "cudnn": _or_none(torch.backends.cudnn.version) if cuda else None,
         "is_cuda_available": cuda,
         "num_threads": torch.get_num_threads(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
@@ -178,7 +175,7 @@ def _describe_torch() -> dict[str, Any] | None:
 
 
 def _cpu_model() -> str | None:
-    text = _attempt(lambda: Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")) or ""
+    text = _or_none(lambda: Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")) or ""
     match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     return match[1].strip() if match else platform.processor() or None
 
@@ -192,14 +189,14 @@ def _git_state() -> dict[str, Any] | None:
 
     if not (ROOT / ".git").exists():  # else a repository around it would answer
         return None
-    commit = _attempt(lambda: git("rev-parse", "HEAD"))
+    commit = _or_none(lambda: git("rev-parse", "HEAD"))
     if commit is None:
         return None
-    status = _attempt(lambda: git("status", "--porcelain", "--untracked-files=no"))
+    status = _or_none(lambda: git("status", "--porcelain", "--untracked-files=no"))
     return {"commit": commit, "is_dirty": None if status is None else bool(status)}
 
 
-def _attempt(question: Callable[[], Any]) -> Any:
+def _or_none(question: Callable[[], Any]) -> Any:
     """The answer, or ``None``: provenance must never be the reason why a run fails."""
     try:
         return question()

@@ -103,10 +103,10 @@ def disk_errors(path: Path | str, doing: str = "write") -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        found = as_disk_error(error, path, doing)
-        if found is None:
+        disk_error = as_disk_error(error, path, doing)
+        if disk_error is None:
             raise
-        raise found from error
+        raise disk_error from error
 
 
 def as_disk_error(error: BaseException, path: Path | str, doing: str = "write") -> DiskError | None:
@@ -128,10 +128,14 @@ def as_disk_error(error: BaseException, path: Path | str, doing: str = "write") 
     return DiskError(f"cannot {doing} {path}: {reason}", remedy=remedy)
 
 
+def existing_folder(path: Path) -> Path:
+    """``path`` if it is a directory, else the nearest one above it."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+
+
 def require_free_bytes(directory: Path, needed_bytes: int, what: str, remedy: str) -> None:
     """Raise :class:`DiskError` with both numbers if ``directory``'s file system has not so much free."""
-    existing = next(folder for folder in (directory, *directory.absolute().parents) if folder.is_dir())
-    free_bytes = shutil.disk_usage(existing).free
+    free_bytes = shutil.disk_usage(existing_folder(directory)).free
     if free_bytes < needed_bytes:
         raise DiskError(
             f"{what} needs {_readable(needed_bytes)} in {directory}, {_readable(free_bytes)} are free", remedy=remedy
@@ -147,6 +151,14 @@ def refuse_existing(path: Path | str, force: bool) -> None:
     path = Path(path)
     if not force and (path.is_symlink() or path.exists()):
         raise DiskError(f"{path} exists already", remedy="pass --force to replace it, or name another output")
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a directory, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def flush(path: Path) -> None:
@@ -213,7 +225,7 @@ def staged_directory(path: Path | str, *, force: bool = False) -> Iterator[Path]
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
-        alive, old = _hold(staging), None  # held while this process lives: clear_leftovers tells by it
+        lock, old = _lock(staging), None  # while this process lives: clear_leftovers looks at it
         try:
             yield staging
             os.chmod(staging, 0o777 & ~_umask())
@@ -227,7 +239,7 @@ def staged_directory(path: Path | str, *, force: bool = False) -> Iterator[Path]
             if old is not None:
                 _give_back(path, old)
             shutil.rmtree(staging, ignore_errors=True)
-            os.close(alive)
+            os.close(lock)
 
 
 def clear_leftovers(path: Path) -> None:
@@ -236,19 +248,19 @@ def clear_leftovers(path: Path) -> None:
     Raises :class:`LockedError` if another process is writing ``path`` now.
     """
     name = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}\.(part|old)")
-    found = [entry for entry in path.parent.glob(f".{path.name}.*") if name.fullmatch(entry.name) and entry.is_dir()]
-    for partial in (entry for entry in found if entry.suffix == ".part"):
+    leftovers = [e for e in path.parent.glob(f".{path.name}.*") if name.fullmatch(e.name) and e.is_dir()]
+    for partial in (entry for entry in leftovers if entry.suffix == ".part"):
         try:
-            os.close(_hold(partial))
+            os.close(_lock(partial))
         except BlockingIOError:
             raise LockedError(f"another process is writing {path}", remedy="wait for it, or stop it") from None
         shutil.rmtree(partial, ignore_errors=True)
-    for old in (entry for entry in found if entry.suffix == ".old"):
+    for old in (entry for entry in leftovers if entry.suffix == ".old"):
         _give_back(path, old)
 
 
-def _hold(directory: Path) -> int:
-    """An open handle that holds a directory against :func:`clear_leftovers`. Raises ``BlockingIOError`` if one does."""
+def _lock(directory: Path) -> int:
+    """An open handle that locks a directory. Raises ``BlockingIOError`` if another process has done so."""
     handle = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -268,7 +280,7 @@ def _give_back(path: Path, old: Path) -> None:
 
 @contextmanager
 def locked(directory: Path | str) -> Iterator[None]:
-    """Hold a directory against other processes; the lock dies with its process. Raises :class:`LockedError`."""
+    """Lock a directory against other processes; the lock ends with its process. Raises :class:`LockedError`."""
     directory = Path(directory)
     with disk_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
@@ -288,7 +300,7 @@ def locked(directory: Path | str) -> Iterator[None]:
 
 
 def lock_holder(directory: Path | str) -> str | None:
-    """The process that holds a directory, ``None`` if none does."""
+    """The process that has locked a directory, ``None`` if none has."""
     try:
         with open(Path(directory) / ".lock", encoding="utf-8") as handle:
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -1,8 +1,5 @@
 """Running out of memory: the one list of its phrases, the error it becomes, and how a run continues with less.
 
-All of it is here, so that the question "what happens when memory runs out?" has one place. Of the plan it needs one
-number and of the process its own command line, so nothing of it has to be in ``train/``.
-
 GPU memory ends a command with exit code 5, the machine's own with 4, in every command alike.
 """
 

@@ -26,12 +26,11 @@ if TYPE_CHECKING:
 _ALPHANUMERIC = string.ascii_letters + string.digits
 
 
-def _classes(characters: str) -> bytes:
-    """A translation table: ``x`` for the characters of a class, a blank for all others."""
-    return bytes(0x78 if chr(byte) in characters else 0x20 for byte in range(256))
-
-
-_TABLES = {extra: _classes(_ALPHANUMERIC + extra) for extra in ("", "_-", "+/")}
+# Translations by what may stand beside letters and digits: x for a character of the class, a blank for all others.
+_TABLES = {
+    extra: bytes(0x78 if chr(byte) in _ALPHANUMERIC + extra else 0x20 for byte in range(256))
+    for extra in ("", "_-", "+/")
+}
 
 
 @dataclass(frozen=True)
@@ -132,16 +131,16 @@ def credential_rule(text: str) -> str | None:
 
 def find_secrets(path: str, text: str) -> list[Secret]:
     """Every line of ``text`` with a credential on it, by line then rule. ``path`` is only passed through."""
-    found: set[tuple[int, str]] = set()
+    places: set[tuple[int, str]] = set()
     profile = _Text(text)
     for name, detector in _detectors():
         needed = _NEEDS.get(name)
         if (needed is None or needed(profile)) and any(rule.search(text) for rule in detector.denylist):
-            found.update((line, detector.secret_type) for line in _lines_of(detector, text))
+            places.update((line, detector.secret_type) for line in _lines_of(detector, text))
     for rule_name, (literal, pattern) in _FURTHER_RULES.items():
         if literal in text:
-            found.update((line, rule_name) for line in _matching_lines(pattern, text))
-    return [Secret(path, line, rule) for line, rule in sorted(found)]
+            places.update((line, rule_name) for line in _matching_lines(pattern, text))
+    return [Secret(path, line, rule) for line, rule in sorted(places)]
 
 
 def _lines_of(detector: RegexBasedDetector, text: str) -> list[int]:

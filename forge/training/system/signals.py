@@ -128,10 +128,10 @@ def run_following(command: list[str]) -> int:
     while this process waits. If this process is killed, the kernel sends it SIGTERM.
     """
     process: subprocess.Popen[bytes] | None = None
-    asked: list[int] = []
+    received: list[int] = []
 
     def forward(number: int, _: FrameType | None) -> None:
-        asked.append(number)
+        received.append(number)
         if process is not None:
             process.send_signal(number)
 
@@ -139,7 +139,7 @@ def run_following(command: list[str]) -> int:
     before = {number: signal.signal(number, forward) for number in handled}
     try:
         process = subprocess.Popen(command, env={**os.environ, _PARENT: str(os.getpid())}, process_group=0)
-        for number in asked:  # before it was there
+        for number in received:  # before the process was there
             process.send_signal(number)
         return process.wait()
     finally:

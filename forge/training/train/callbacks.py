@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from forge.training.backends.job import TrainingJob
 from forge.training.data.batching import step_order
+from forge.training.data.records import several
 from forge.training.system.errors import DivergedError
 from forge.training.system.signals import StopRequest
 from forge.training.train.checkpoint import Saver, read_best, save_adapter
@@ -24,7 +25,6 @@ SPIKE_WINDOW = 32  # steps
 FEWEST_STEPS = 8  # before any loss is called a spike
 # PyTorch's scaler begins at 2^16 and halves at every skip: past 24 in a row the scale is not the cause
 MOST_SKIPPED = 24
-_MOST_DOCUMENTS_NAMED = 8
 
 
 class StoppedEarly(Exception):
@@ -93,8 +93,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
     def _documents(self, step: int) -> str:
         order = step_order(self.job.workload, len(self.job.train))
         names = [self.job.train.document_ids[i] for i in order[step - 1]]
-        others = f" and {len(names) - _MOST_DOCUMENTS_NAMED} more" if len(names) > _MOST_DOCUMENTS_NAMED else ""
-        return ", ".join(names[:_MOST_DOCUMENTS_NAMED]) + others
+        return several(names, most=8)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         is_last = state.global_step >= self.job.num_steps

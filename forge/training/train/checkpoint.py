@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from forge.training.backends.job import TrainingJob
+from forge.training.config.workload import OptimizerSection
 from forge.training.data.inputs import Inputs
 from forge.training.system.errors import DataError, DiskError
 from forge.training.system.files import (
@@ -203,9 +204,9 @@ def delete_all(directory: Path) -> None:
     shutil.rmtree(directory, ignore_errors=True)
 
 
-def size_bytes(num_parameters: int, optimizer: str) -> int:
-    """What a checkpoint takes: float32 weights twice (the best are there too), two moments, small files."""
-    return num_parameters * (8 + (3 if "8bit" in optimizer else 8)) + (2 << 20)
+def size_bytes(num_parameters: int, optimizer: OptimizerSection) -> int:
+    """What a checkpoint takes: float32 weights twice (the best are there too), the optimizer's state, small files."""
+    return int(num_parameters * (8 + optimizer.state_bytes_per_parameter)) + (2 << 20)
 
 
 def describe_identity(workload_sha256: str, inputs: Inputs, backend: str) -> dict[str, str]:
@@ -244,7 +245,7 @@ class Saver:
         They are: the checkpoints kept and the one being written, the best adapter and the last one.
         """
         self._started = self.last_saved = time.monotonic()
-        self._size_bytes = size_bytes(num_parameters, self._job.workload.optimizer.name)
+        self._size_bytes = size_bytes(num_parameters, self._job.workload.optimizer)
         present = sum(path.stat().st_size for path in self._job.run_dir.rglob("*") if path.is_file())
         needed = (KEPT + 2) * self._size_bytes
         remedy = "free space, or train into another place with --out"

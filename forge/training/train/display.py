@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
+from forge.training.system.command import rows_table
 from forge.training.train.record import RunRecord
 
 if TYPE_CHECKING:
@@ -52,41 +52,29 @@ class TrainingDisplay:
         """Say one line."""
         self.console.print(line)
 
-    def show_plan(self, job: TrainingJob, more: dict[str, Any]) -> None:
+    def show_plan(self, job: TrainingJob, start: dict[str, Any]) -> None:
         """Say what is about to be done, before the first step."""
         workload, plan, report = job.workload, job.plan, job.train.report
-        table = Table(title=f"plan: {workload.name} with {job.backend}", show_header=False, title_justify="left")
-        table.add_column(style="bold")
-        table.add_column()
-        table.add_row("examples", f"{len(job.train):,} train, {len(job.validation or ()):,} validation")
-        table.add_row(
-            "tokens",
-            f"{report.num_tokens:,} per epoch, {report.num_trained_tokens:,} of them trained ({workload.data.loss_on});"
-            f" {report.num_cut} documents cut, {report.num_divided} divided into {report.num_parts}",
-        )
+        lora, optimizer, model, trainable = workload.lora, workload.optimizer, workload.model, start["trainable"]
+        tokens = f"{report.num_tokens:,} per epoch, {report.num_trained_tokens:,} of them trained"
+        documents = f"{report.num_cut} documents cut, {report.num_divided} divided into {report.num_parts}"
         steps = f"{job.num_steps:,} of {workload.training.effective_batch} examples"
-        table.add_row("steps", f"{steps}, as {plan.micro_batch} x {job.accumulation}")
-        table.add_row(
-            "layout", f"padding {plan.padding}, checkpointing {plan.gradient_checkpointing}, attention {plan.attention}"
-        )
-        lora = workload.lora
-        table.add_row(
-            "adapter",
-            f"rank {lora.rank}, alpha {lora.alpha}, dropout {lora.dropout:g} on {', '.join(lora.targets)}:"
-            f" {more['trainable'].num_parameters:,} parameters in {more['trainable'].dtype}",
-        )
-        optimizer = workload.optimizer
-        table.add_row(
-            "optimizer",
-            f"{optimizer.name}, learning rate {optimizer.learning_rate:g}, {optimizer.schedule},"
-            f" warm-up {optimizer.warmup_ratio:.0%}, gradient norm {optimizer.max_grad_norm:g}",
-        )
-        table.add_row("base", f"{workload.model.path}, {workload.model.quantization}, {workload.model.dtype}")
-        table.add_row("seed", str(workload.training.seed))
-        table.add_row("writes", str(job.run_dir))
-        if more["resumed_from"]:
-            table.add_row("resumes", more["resumed_from"])
-        self.console.print(table)
+        layout = f"padding {plan.padding}, checkpointing {plan.gradient_checkpointing}, attention {plan.attention}"
+        adapter = f"rank {lora.rank}, alpha {lora.alpha}, dropout {lora.dropout:g} on {', '.join(lora.targets)}"
+        rate = f"learning rate {optimizer.learning_rate:g}, {optimizer.schedule}, warm-up {optimizer.warmup_ratio:.0%}"
+        rows = [
+            ("examples", f"{len(job.train):,} train, {len(job.validation or ()):,} validation"),
+            ("tokens", f"{tokens} ({workload.data.loss_on}); {documents}"),
+            ("steps", f"{steps}, as {plan.micro_batch} x {job.accumulation}"),
+            ("layout", layout),
+            ("adapter", f"{adapter}: {trainable.num_parameters:,} parameters in {trainable.dtype}"),
+            ("optimizer", f"{optimizer.name}, {rate}, gradient norm {optimizer.max_grad_norm:g}"),
+            ("base", f"{model.path}, {model.quantization}, {model.dtype}"),
+            ("seed", str(workload.training.seed)),
+            ("writes", str(job.run_dir)),
+        ]
+        rows += [("resumes", start["resumed_from"])] if start["resumed_from"] else []
+        self.console.print(rows_table(f"plan: {workload.name} with {job.backend}", rows))
         self._num_steps = job.num_steps
         self._progress.start()
         self._task = self._progress.add_task("training", total=job.num_steps, figures="")
@@ -94,8 +82,12 @@ class TrainingDisplay:
 
     def show_step(self, step: int, figures: dict[str, Any]) -> None:
         """Show one step's loss, speed and memory."""
+        import torch
+
         speed = figures["tokens"] / max(figures["seconds"], 1e-9)
-        text = f"loss {figures['loss']:.4f}  {speed:,.0f} tokens/s{_memory()}"
+        text = f"loss {figures['loss']:.4f}  {speed:,.0f} tokens/s"
+        if torch.cuda.is_available():
+            text += f"  peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
         if self.console.is_terminal:
             self._progress.update(self._task, completed=step, figures=text)
             return
@@ -109,31 +101,24 @@ class TrainingDisplay:
     def show_summary(self, record: RunRecord, run_dir: Path, console: Console) -> None:
         """Say what came out and what to do next."""
         losses, timing = record.losses, record.timing
-        table = Table(title=f"trained: {record.workload['name']} with {record.backend}", show_header=False)
-        table.add_column(style="bold")
-        table.add_column()
-        table.add_row("steps", f"{record.num_steps:,} in {timing.train_seconds or 0:.1f} s")
-        table.add_row("train loss", f"{losses.first_train_loss:.4f} -> {losses.last_train_loss:.4f} nats per token")
+        rows = [
+            ("steps", f"{record.num_steps:,} in {timing.train_seconds or 0:.1f} s"),
+            ("train loss", f"{losses.first_train_loss:.4f} -> {losses.last_train_loss:.4f} nats per token"),
+        ]
         if losses.best_validation_loss is not None:
-            table.add_row(
-                "held-out loss",
-                f"{losses.first_validation_loss:.4f} at first, best {losses.best_validation_loss:.4f}"
-                f" at step {losses.best_step}, {losses.last_validation_loss:.4f} at last",
-            )
+            best = f"best {losses.best_validation_loss:.4f} at step {losses.best_step}"
+            ends = f"{losses.first_validation_loss:.4f} at first, {best}, {losses.last_validation_loss:.4f} at last"
+            rows.append(("held-out loss", ends))
         if timing.documents_per_second and timing.tokens_per_second:
-            table.add_row(
-                "speed", f"{timing.documents_per_second:.2f} documents/s, {timing.tokens_per_second:,.0f} tokens/s"
-            )
+            speed = f"{timing.documents_per_second:.2f} documents/s, {timing.tokens_per_second:,.0f} tokens/s"
+            rows.append(("speed", speed))
         if record.memory:
-            peak = record.memory[-1]
-            table.add_row(
-                "peak memory",
-                f"{_gib(peak.peak_allocated_bytes)} GiB allocated, {_gib(peak.peak_reserved_bytes)} reserved",
-            )
-        table.add_row("adapter", str(run_dir / "adapter"))
-        console.print(table)
+            allocated, reserved = record.memory[-1].peak_allocated_bytes, record.memory[-1].peak_reserved_bytes
+            rows.append(("peak memory", f"{allocated / 2**30:.2f} GiB allocated, {reserved / 2**30:.2f} reserved"))
+        rows.append(("adapter", str(run_dir / "adapter")))
+        console.print(rows_table(f"trained: {record.workload['name']} with {record.backend}", rows))
         shown = run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir
-        console.print(f"next: python -m forge.training evaluate {shown}")
+        console.print(f"next: forge evaluate {shown}")
 
 
 def describe_status_line(status: dict[str, Any]) -> str:
@@ -145,15 +130,3 @@ def describe_status_line(status: dict[str, Any]) -> str:
     why = f": {status['message']}" if status["message"] else ""
     who = f" (process {status['holder']})" if status["holder"] else ""
     return f"{status['state']}{who}, {steps}{kept}{why}"
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f}"
-
-
-def _memory() -> str:
-    import torch
-
-    if not torch.cuda.is_available():
-        return ""
-    return f"  peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"

@@ -92,12 +92,7 @@ class Meter:
         self._pending: deque[MicroBatch] = deque()
         self._mark = time.perf_counter()
         self._loss: Any = None
-        steps = [line for line in lines if "loss" in line]
-        self.step_seconds: list[float] = [line["seconds"] for line in steps]
-        self.step_tokens: list[int] = [line["tokens"] for line in steps]
-        self.step_documents: list[int] = [line["documents"] for line in steps]
-        self.losses: list[float] = [line["loss"] for line in steps]
-        self.batch_digests: list[str] = [line["labels_sha256"] for line in steps]
+        self._steps = [line for line in lines if "loss" in line]
         validation = [line for line in lines if "validation_loss" in line]
         self.validation: list[tuple[int, float]] = [(line["step"], line["validation_loss"]) for line in validation]
         self.memory: list[MemoryPhase] = []
@@ -125,6 +120,11 @@ class Meter:
         """The step's loss so far, nats per trained token. Waits for the GPU."""
         return float("nan") if self._loss is None else float(self._loss)
 
+    @property
+    def losses(self) -> list[float]:
+        """Of every step so far, nats per trained token."""
+        return [step["loss"] for step in self._steps]
+
     def resume_clock(self) -> None:
         """Leave what happened since the last step (evaluation, saving) out of the next step's time."""
         self._mark = time.perf_counter()
@@ -151,11 +151,7 @@ class Meter:
             "loss": self.step_loss() * (sum(batch.num_divisor for batch in batches) / trained if trained else 1.0),
         }
         self._mark, self._loss = now, None
-        self.step_seconds.append(figures["seconds"])
-        self.step_tokens.append(figures["tokens"])
-        self.step_documents.append(len(documents))
-        self.losses.append(figures["loss"])
-        self.batch_digests.append(figures["labels_sha256"])
+        self._steps.append(figures)
         return figures
 
     def write(self, line: dict[str, Any]) -> None:
@@ -183,20 +179,22 @@ class Meter:
     def fill(self, record: RunRecord) -> None:
         """Put what was measured into the run's record. Steady figures need more steps than the warm-up."""
         record.memory = self.memory
-        record.batch_digests = self.batch_digests
-        record.num_steps = len(self.losses)
-        if not self.losses:
+        record.batch_digests = [step["labels_sha256"] for step in self._steps]
+        record.num_steps = len(self._steps)
+        if not self._steps:
             return
+        losses = self.losses
         record.losses = Losses(
-            first_train_loss=_finite(statistics.fmean(self.losses[:5])),
-            last_train_loss=_finite(statistics.fmean(self.losses[-5:])),
+            first_train_loss=_finite(statistics.fmean(losses[:5])),
+            last_train_loss=_finite(statistics.fmean(losses[-5:])),
         )
-        skip = NUM_WARMUP_STEPS if len(self.step_seconds) > NUM_WARMUP_STEPS + 1 else 0
-        seconds = self.step_seconds[skip:]
+        skip = NUM_WARMUP_STEPS if len(self._steps) > NUM_WARMUP_STEPS + 1 else 0
+        steady = self._steps[skip:]
+        seconds = [step["seconds"] for step in steady]
         record.timing.num_warmup_steps_left_out = skip
         record.timing.steady_step_seconds_median = statistics.median(seconds)
-        record.timing.documents_per_second = sum(self.step_documents[skip:]) / sum(seconds)
-        record.timing.tokens_per_second = sum(self.step_tokens[skip:]) / sum(seconds)
+        record.timing.documents_per_second = sum(step["documents"] for step in steady) / sum(seconds)
+        record.timing.tokens_per_second = sum(step["tokens"] for step in steady) / sum(seconds)
 
 
 def _finite(value: float) -> float | None:

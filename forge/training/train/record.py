@@ -166,7 +166,7 @@ def completed_record(run_dir: Path | str) -> RunRecord:
     if record.status != "completed":
         raise DataError(
             f"{run_dir} is {record.status} at step {record.num_steps} of {record.num_planned_steps}",
-            remedy="finish it first: python -m forge.training train ... --resume",
+            remedy="finish it first: forge train ... --resume",
         )
     try:
         Workload.model_validate(record.workload)

@@ -8,7 +8,6 @@ change too, and are reported: their rounding is not the same.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from forge.training.config.plan import Plan
 from forge.training.config.workload import Workload, changed_keys
 from forge.training.data.inputs import Inputs
 from forge.training.system.errors import ConfigurationError, DataError, DiskError
+from forge.training.system.files import remove
 from forge.training.train.record import RunRecord, read_record
 from forge.training.train.status import NAME as STATUS
 
@@ -97,11 +97,3 @@ def clear_partials(run_dir: Path, announce: Callable[[str], None]) -> None:
     for path in [*run_dir.glob(".*.part"), *run_dir.glob(".*.old")]:
         announce(f"{path.name} is left of a process that was killed: deleted")
         remove(path)
-
-
-def remove(path: Path) -> None:
-    """Delete a file, a link or a directory, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

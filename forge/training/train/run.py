@@ -100,7 +100,7 @@ def train(
             # resume or start
             identity = describe_identity(workload.digest(), inputs.described, backend)
             checkpoint = _restore_newest(job, identity, listener.announce) if before else None
-            record = _begin_record(job, inputs.described, before, checkpoint, listener.announce)
+            record = _begin_record(job, backend, inputs.described, before, checkpoint, listener.announce)
             # trainer, loop, adapter
             saver = Saver(job, identity, resumed_from=checkpoint, on_sealed=lambda name: status.update(checkpoint=name))
             _train(module, job, checkpoint, saver, record, listener, status, stop)
@@ -114,12 +114,10 @@ def train(
                 record.status, record.message = status_of(failure), str(failure).partition("\n")[0] or repr(failure)
                 with contextlib.suppress(DiskError):  # where the disk is full, `failure` says so already
                     record.write(run_dir)
-            status.update(
-                state=status_of(failure),
-                exit_code=failure.exit_code if isinstance(failure, ForgeError) else 1,
-                message=failure.message if isinstance(failure, ForgeError) else repr(failure)[:500],
-                remedy=failure.remedy if isinstance(failure, ForgeError) else None,
-            )
+            code, message, remedy = 1, repr(failure)[:500], None
+            if isinstance(failure, ForgeError):
+                code, message, remedy = failure.exit_code, failure.message, failure.remedy
+            status.update(state=status_of(failure), exit_code=code, message=message, remedy=remedy)
             if failure is error:
                 raise
             raise failure from error
@@ -167,6 +165,7 @@ def _restore_newest(job: TrainingJob, identity: dict[str, str], announce: Callab
 
 def _begin_record(
     job: TrainingJob,
+    backend: Backend,
     inputs: Inputs,
     before: RunRecord | None,
     checkpoint: Checkpoint | None,
@@ -178,7 +177,7 @@ def _begin_record(
     step = checkpoint.step if checkpoint else 0
     record = RunRecord(
         status="running",
-        backend=job.backend,
+        backend=backend,
         workload=job.workload.model_dump(mode="json"),
         workload_sha256=job.workload.digest(),
         plan=job.plan.model_dump(),

@@ -25,7 +25,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -160,7 +160,7 @@ def measure_divergence(
             "examples_sha256": examples.sha256,
             "most_tokens_a_document": most_tokens,
         },
-        "files": {report.file_type: report.to_json() for report in reports},
+        "files": {report.file_type: asdict(report) for report in reports},
         "pairs": [tally.pair(name) for name in tally.largest],
         "chain": [tally.step(before, subject) for before, subject in zip([None, *chain], chain, strict=False)],
         "four_bit": four_bit,

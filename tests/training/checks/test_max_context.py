@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from forge.training.checks.bracket import GRAIN, MOST_TRIES, bracket, measure, predict
+from forge.training.checks.max_context import GRAIN, MOST_TRIES, bracket, measure, predict
 from tests.support import run_command
 from tests.support.run_command import Ended
 from tests.support.tiny_model import shared_base
@@ -36,7 +36,7 @@ def bracketed(
 ) -> tuple[dict[str, Any], Card]:
     card = Card(most_tokens)
     result: dict[str, Any] = {"tokens_fits": known[0], "tokens_fails": known[1], "tries": []}
-    bracket(card, predicted, seconds, result, pace=pace)
+    bracket(card.step, predicted, seconds, result, pace=pace)
     return result, card
 
 
@@ -93,7 +93,7 @@ class Slow(Card):
 
 
 def measured(card: Card, seconds: float = 500.0) -> tuple[list[int], int | None]:
-    points, fails = measure(card, [512, 2_048, 8_192, 32_768, 131_072], seconds)
+    points, fails = measure(card.step, [512, 2_048, 8_192, 32_768, 131_072], seconds)
     assert all(peak == 100 * tokens for tokens, peak, _ in points)
     return [tokens for tokens, _, _ in points], fails
 
@@ -128,7 +128,7 @@ def test_nothing_is_tried_where_the_measured_lengths_bracket_it() -> None:
 
 def test_no_step_is_begun_that_the_time_does_not_allow(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 10_000, 40))  # every look at the clock is 40 s later
-    monkeypatch.setattr("forge.training.checks.bracket.time.perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr("forge.training.checks.max_context.time.perf_counter", lambda: float(next(clock)))
     result, card = bracketed(50_000, 40_000, seconds=150)
     assert len(card.asked) == 1
     assert "may take 55 s and -10 s were left" in result["why"]
@@ -140,7 +140,7 @@ class Clocked(Card):
     def __init__(self, most_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__(most_tokens)
         self.now = 0.0
-        monkeypatch.setattr("forge.training.checks.bracket.time.perf_counter", lambda: self.now)
+        monkeypatch.setattr("forge.training.checks.max_context.time.perf_counter", lambda: self.now)
 
     def step(self, num_tokens: int) -> tuple[int, float] | None:
         self.now += 6.0 * (num_tokens / 32_768) ** 2
@@ -153,14 +153,14 @@ def test_where_the_predicted_step_would_take_too_long_the_longest_that_may_is_tr
     """80 GiB should hold some 400,000 tokens: a quarter of an hour a step."""
     card = Clocked(1 << 20, monkeypatch)
     result: dict[str, Any] = {"tokens_fits": 32_768, "tokens_fails": None, "tries": []}
-    bracket(card, 400_000, 240.0, result, pace=(32_768, 6.0))
+    bracket(card.step, 400_000, 240.0, result, pace=(32_768, 6.0))
     assert card.asked == [207_232]  # 240 s
     assert (result["tokens_fits"], result["tokens_fails"]) == (207_232, None)
     assert result["why"].startswith("stopped: a step of ")
     assert card.now <= 240.0
     card = Clocked(200_000, monkeypatch)
     result = {"tokens_fits": 196_608, "tokens_fails": None, "tries": []}
-    bracket(card, 400_000, 240.0, result, pace=(196_608, 216.0))
+    bracket(card.step, 400_000, 240.0, result, pace=(196_608, 216.0))
     assert card.asked == []  # what the time allows is hardly longer than what fits
     assert result["tokens_fits"] == 196_608
     assert result["why"].startswith("stopped: a step of 393,984 tokens may take 867 s and 240 s were left")

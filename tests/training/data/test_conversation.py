@@ -229,7 +229,7 @@ def test_rows_cut_to_nothing_are_dropped_and_all_of_them_is_an_error(tokenizer: 
 
 def test_every_record_that_cannot_be_encoded_is_named(tokenizer: Any) -> None:
     rows = [record("long " * 99, question="q " * 200, line=n) for n in (3, 5)]
-    with pytest.raises(DataError, match="no room for an answer") as caught:
+    with pytest.raises(DataError, match="no tokens for an answer") as caught:
         encode_records([*rows, record("fine")], Encoder(tokenizer), data(max_length=160), "a.jsonl")
     assert caught.value.message.startswith("a.jsonl: 2 lines cannot be used\n  line 3: ")
     assert "\n  line 5: " in caught.value.message

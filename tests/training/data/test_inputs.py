@@ -12,8 +12,7 @@ import pytest
 from forge.training.config.workload import Workload
 from forge.training.data.batching import step_order
 from forge.training.data.duplicates import similar_pairs
-from forge.training.data.inputs import PreparedInputs, prepare_inputs
-from forge.training.data.overlap import describe_overlap, find_overlap
+from forge.training.data.inputs import PreparedInputs, describe_overlap, find_overlap, prepare_inputs
 from forge.training.data.preview import preview_workload
 from forge.training.data.records import Message, Record
 from forge.training.system.errors import DataError

@@ -198,7 +198,7 @@ def test_it_prints_what_it_found(evaluation: Evaluation) -> None:
     print_evaluation(odd, console)
     text = console.export_text()
     for said in (
-        "adapter - base: -",
+        "adapter minus base: -",
         "ROUGE-L",
         "merged says '48 forge 1911'",
         "3 held-out documents",

@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 
 from forge.training.evaluation.record import Comparison, Evaluation, FactAnswer, SubjectResult
-from forge.training.export.card import read_evaluation, write_card
+from forge.training.export.card import ExportRecord, read_evaluation, write_card
 from forge.training.export.export import export_run
-from forge.training.export.export_record import ExportRecord
 from forge.training.export.modelfile import parse_modelfile
 from forge.training.train.record import read_record
 from tests.support.tiny_model import scratch, shared_adapter, shared_base

@@ -107,7 +107,7 @@ def test_gguf_predicts_what_the_merged_model_predicts(quantization: str, limit: 
 
 @pytest.mark.parametrize("quantization", ["f16", "q8_0", "q4_k_m"])
 def test_good_files_pass_and_are_described(quantization: str) -> None:
-    report = verify_gguf(gguf_file(quantization), architecture="qwen2")
+    report = verify_gguf(gguf_file(quantization))
     assert report.file_type == quantization
     assert report.pre_tokenizer == "qwen2"
     assert report.has_chat_template

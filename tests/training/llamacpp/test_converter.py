@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from forge.training.llamacpp.converter import recognise_pre_tokenizer
-from forge.training.llamacpp.install import llama_cpp_status, llama_cpp_tree, supported_architectures
-from forge.training.system.errors import CheckError
+from forge.training.llamacpp.install import llama_cpp_tree, load_llama_cpp, supported_architectures
+from forge.training.system.errors import CheckError, MachineError
 from tests.support.tiny_model import shared_base
 
 SPECIFICATIONS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
@@ -42,12 +42,13 @@ def test_only_pre_tokenizers_that_llama_cpp_implements_are_recognised(name: str)
 
 
 def test_llama_cpp_is_found_and_its_absence_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    status = llama_cpp_status()
-    assert (status.problem, status.version) == (None, "0.3.36")
+    load_llama_cpp()
     assert "Qwen2ForCausalLM" in supported_architectures()
     tree = llama_cpp_tree()
     monkeypatch.setenv("FORGE_LLAMA_CPP", str(tmp_path))
-    assert "is not at" in str(llama_cpp_status().problem)
+    with pytest.raises(MachineError, match="is not at"):
+        load_llama_cpp()
     shutil.copyfile(tree / "convert_hf_to_gguf.py", tmp_path / "convert_hf_to_gguf.py")
-    assert "incomplete" in str(llama_cpp_status().problem)
+    with pytest.raises(MachineError, match="incomplete"):
+        load_llama_cpp()
     os.environ.pop("FORGE_LLAMA_CPP", None)

@@ -44,7 +44,8 @@ def edit(path: Path, **changes: Any) -> None:
 
 MAKER = (
     "from forge.training.models import base; from forge.training.models.qwen2 import Recipe; "
-    "base.TINY_RECIPE = Recipe(num_steps={steps}, batch=2, sequence=32, learning_rate=1e-3); "
+    "recipe = Recipe(num_steps={steps}, batch=2, sequence=32, learning_rate=1e-3); "
+    "base.STANDINS['tiny'] = base.Standin(base.TINY, recipe, ''); "
     "print(base.resolve_base('tiny', progress=lambda line: print(line, flush=True)), flush=True)"
 )
 

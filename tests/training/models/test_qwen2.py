@@ -168,7 +168,7 @@ def test_random_weights_are_the_same_each_time_in_files_no_larger_than_asked(tmp
 
 def test_a_disk_too_small_for_random_weights_is_found_before_the_first(tmp_path: Path) -> None:
     enormous = replace(QWEN2_7B, vocab_size=10**9)
-    with pytest.raises(DiskError, match="GB free"):
+    with pytest.raises(DiskError, match="GB are free"):
         write_random(enormous, tmp_path, seed=1, say=silent)
     assert not any(tmp_path.iterdir())
 

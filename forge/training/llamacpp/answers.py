@@ -1,0 +1,163 @@
+"""What a loaded GGUF file answers: replies, logits, ids of text. Only imported in a child process: it can crash.
+
+A child process opens one file, for one of these. What :mod:`harness.export.probes` compares comes from here.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable
+from typing import Any
+
+from forge.training.llamacpp.native import import_llama_cpp, reason
+from forge.training.system.errors import CheckError, DataError
+
+_NFC_PRE_TOKENIZERS = {"qwen2"}  # trained on NFC text, which llama.cpp does not make
+_GRAIN = 256  # llama.cpp rounds a context up to it, llama-cpp-python's array of logits has the rows asked for
+_model: Any = None
+
+
+def _open(path: str, lora: str | None = None, **options: Any) -> None:
+    """Load the file, with an adapter applied if one is given. Raises :class:`CheckError` with llama.cpp's reason."""
+    from jinja2 import TemplateError
+
+    global _model
+    llama_cpp = import_llama_cpp()
+    try:
+        _model = llama_cpp.Llama(path, lora_path=lora, verbose=False, **options)
+    except TemplateError as error:
+        raise CheckError(f"the chat template of {path} is not readable: {error}") from error
+    except (ValueError, RuntimeError) as error:
+        raise CheckError(f"llama.cpp refuses {path}: {reason()}") from error
+    if lora is not None and not _model._lora_adapter:  # NULL, which llama-cpp-python takes for success
+        raise CheckError(f"llama.cpp refuses the adapter {lora} for {path}: {reason()}")
+
+
+def _require_chat_template(path: str) -> str:
+    template = _model.metadata.get("tokenizer.chat_template")
+    if template is None:  # llama-cpp-python would use Llama 2's in silence
+        raise CheckError(f"{path} has no chat template", remedy="export it from a tokenizer that has one")
+    return str(template)
+
+
+def open_chat(path: str, lora: str | None, context_tokens: int) -> dict[str, Any]:
+    """Load a model for :func:`reply`. Raises :class:`CheckError`, also for a file without a chat template."""
+    _open(path, lora, n_ctx=context_tokens)
+    _require_chat_template(path)
+    return {"name": _model.metadata.get("general.name", "")}
+
+
+def reply(messages: list[dict[str, str]], max_tokens: int, progress: Callable[[str], None]) -> dict[str, Any]:
+    """The greedy answer to a conversation, by the model's own template; pieces go to ``progress`` as they come."""
+    from jinja2 import TemplateError
+
+    if _model.metadata.get("tokenizer.ggml.pre") in _NFC_PRE_TOKENIZERS:
+        messages = [{**message, "content": unicodedata.normalize("NFC", message["content"])} for message in messages]
+    try:
+        pieces = []
+        for chunk in _model.create_chat_completion(
+            messages, temperature=0.0, repeat_penalty=1.0, max_tokens=max_tokens, stream=True
+        ):
+            text = chunk["choices"][0]["delta"].get("content") or ""
+            if text:
+                pieces.append(text)
+                progress(text)
+    except TemplateError as error:
+        raise CheckError(f"the file's chat template cannot write this conversation: {error}") from error
+    except ValueError as error:
+        remedy = "shorten the prompt, or allow a longer context"
+        raise DataError(f"the model cannot answer: {error}", remedy=remedy) from error
+    return {"text": "".join(pieces)}
+
+
+def open_logits(path: str, lora: str | None, context_tokens: int, cache: str) -> dict[str, Any]:
+    """Load a model that keeps every token's logits. ``cache``: f16, llama.cpp's own default, or f32.
+
+    Raises :class:`CheckError`.
+    """
+    llama_cpp = import_llama_cpp()
+    kind = {"f16": llama_cpp.GGML_TYPE_F16, "f32": llama_cpp.GGML_TYPE_F32}[cache]
+    _open(path, lora, n_ctx=-(-context_tokens // _GRAIN) * _GRAIN, logits_all=True, type_k=kind, type_v=kind)
+    return {"vocabulary": _model.n_vocab()}
+
+
+def write_logits(ids: list[int], rows: list[int], target: str) -> dict[str, Any]:
+    """Evaluate a sequence and write the logits after ``rows`` of it: float32, (rows, vocabulary), without a header."""
+    _evaluate(ids)
+    _model.scores[rows].astype("<f4").tofile(target)
+    return {}
+
+
+def continue_greedily(ids: list[int], num_tokens: int, end_ids: list[int]) -> dict[str, Any]:
+    """The most probable next token, again and again, until one of ``end_ids`` (left out) or ``num_tokens``."""
+    produced: list[int] = []
+    _evaluate(ids)
+    while len(produced) < num_tokens:
+        token = int(_model.scores[_model.n_tokens - 1].argmax())
+        if token in end_ids:
+            break
+        produced.append(token)
+        if len(produced) < num_tokens:
+            _model.eval([token])
+    return {"ids": produced}
+
+
+def _evaluate(ids: list[int]) -> None:
+    _model.reset()
+    try:
+        _model.eval(ids)
+    except RuntimeError as error:
+        raise DataError(f"llama.cpp cannot evaluate {len(ids)} tokens: {error}; {reason()}") from error
+
+
+def open_vocabulary(path: str) -> dict[str, Any]:
+    """Load a vocabulary without weights and describe its special tokens. Raises :class:`CheckError`.
+
+    ``ends``: text of every token that llama.cpp takes for the end of a text or turn, by its id.
+    """
+    llama_cpp = import_llama_cpp()
+    _open(path, vocab_only=True)
+    vocabulary = llama_cpp.llama_model_get_vocab(_model.model)
+
+    def number(name: str) -> int | None:
+        value = _model.metadata.get(f"tokenizer.ggml.{name}")
+        return None if value is None else int(value)
+
+    ends = [i for i in range(_model.n_vocab()) if llama_cpp.llama_vocab_is_eog(vocabulary, i)]
+    return {
+        "size": _model.n_vocab(),
+        "pre_tokenizer": _model.metadata.get("tokenizer.ggml.pre"),
+        "chat_template": _model.metadata.get("tokenizer.chat_template"),
+        "written": {name: number(f"{name}_token_id") for name in ("bos", "eos", "padding")},
+        "used": {
+            "bos": int(llama_cpp.llama_vocab_bos(vocabulary)),
+            "eos": int(llama_cpp.llama_vocab_eos(vocabulary)),
+            "padding": int(llama_cpp.llama_vocab_pad(vocabulary)),
+        },
+        "adds_bos": bool(llama_cpp.llama_vocab_get_add_bos(vocabulary)),
+        "adds_eos": bool(llama_cpp.llama_vocab_get_add_eos(vocabulary)),
+        "ends": {str(i): _model.detokenize([i], special=True).decode("utf-8", "replace") for i in ends},
+    }
+
+
+def tokenize(texts: list[str], special: bool) -> dict[str, Any]:
+    """Ids of each text as a prompt would get them, with BOS where the file asks for it; ``special``: control
+    tokens written out are taken for what they name."""
+    return {"ids": [_model.tokenize(text.encode(), add_bos=True, special=special) for text in texts]}
+
+
+def render(conversations: list[list[dict[str, str]]]) -> dict[str, Any]:
+    """Each conversation by the file's own template as llama-cpp-python renders it, up to the answer, and its ids."""
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+    template = _require_chat_template("the file")
+
+    def piece(token: int) -> str:
+        return str(_model._model.token_get_text(token)) if token >= 0 else ""
+
+    formatter = Jinja2ChatFormatter(
+        template=template, eos_token=piece(_model.token_eos()), bos_token=piece(_model.token_bos())
+    )
+    prompts = [formatter(messages=messages) for messages in conversations]  # type: ignore[arg-type]
+    ids = [_model.tokenize(p.prompt.encode(), add_bos=not p.added_special, special=True) for p in prompts]
+    return {"texts": [p.prompt for p in prompts], "ids": ids}
