@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -115,31 +116,26 @@ def test_what_the_project_imports_is_pinned_for_the_cpu() -> None:
 # Set-up
 
 
-def test_set_up_twice_does_nothing_the_second_time(tmp_path: Path, quiet_network: None) -> None:
-    requirements, environment = tmp_path / "requirements.txt", tmp_path / "env"
-    requirements.write_text("# none\n")
-    assert set_up.set_up(environment, requirements, with_llama_cpp=False, editable=None)
-    assert not set_up.set_up(environment, requirements, with_llama_cpp=False, editable=None)
-    requirements.write_text("# none, for another reason\n\n")
-    assert not set_up.set_up(environment, requirements, with_llama_cpp=False, editable=None)
-    (environment / "of-the-first").touch()
-    requirements.write_text("--no-index\n")
-    assert set_up.set_up(environment, requirements, with_llama_cpp=False, editable=None)
-    assert not (environment / "of-the-first").exists()
-
-
-def test_a_set_up_that_fails_is_not_taken_for_complete(
+def test_a_set_up_is_made_anew_only_where_it_failed_or_its_pins_changed(
     tmp_path: Path, quiet_network: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
     requirements, environment = tmp_path / "requirements.txt", tmp_path / "env"
+
+    def makes_anew(text: str) -> bool:
+        """Whether these requirements make the environment, and nothing of the one before is left in it."""
+        requirements.write_text(text)
+        (environment / "left-behind").touch()
+        is_made = set_up.set_up(environment, requirements, with_llama_cpp=False, editable=None)
+        assert (environment / "left-behind").exists() is not is_made
+        return is_made
+
     requirements.write_text("no-such-package==1\n")
-    arguments = [str(environment), str(requirements)]
-    assert set_up.main(arguments) == 4
+    assert set_up.main([str(environment), str(requirements)]) == 4
     assert "error: could not install requirements.txt" in capfd.readouterr().err
-    (environment / "left-behind").touch()
-    requirements.write_text("# none\n")
-    assert set_up.main(arguments) == 0
-    assert not (environment / "left-behind").exists()
+    assert makes_anew("# none\n"), "what failed is not taken for complete"
+    assert not makes_anew("# none\n")
+    assert not makes_anew("# none, for another reason\n\n")
+    assert makes_anew("--no-index\n")
 
 
 def test_an_interpreter_that_is_too_old_is_refused_with_the_way_out() -> None:
@@ -361,3 +357,38 @@ def test_set_up_and_export_mean_the_same_llama_cpp() -> None:
 
     assert build_llama_cpp.VERSION == VERSION
     assert build_llama_cpp.cache_directory() == cache_dir() / f"llama_cpp_python-{VERSION}"
+
+
+# Where things are
+
+
+def test_architectures_tree_names_every_module() -> None:
+    tree = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").partition("## The tree")[2]
+    names = set(re.findall(r"\w+", tree))
+    by_folder = ("sections", "charts", "page")  # of harness/report: a line per folder
+    modules = [path for package in ("forge", "harness") for path in (ROOT / package).rglob("*.py")]
+    missing = [
+        path.relative_to(ROOT).as_posix()
+        for path in modules
+        if path.stem not in names | {"__init__", "conftest"} and path.parent.name not in by_folder
+    ]
+    assert missing == []
+
+
+def test_no_test_reads_the_results_that_are_kept() -> None:
+    """They may be retired; records that tests read are in tests/data."""
+    kept = re.compile("docs/" + r"results|\"docs\" */ *\"results")
+    found = [path for path in (ROOT / "tests").rglob("*.py") if kept.search(path.read_text(encoding="utf-8"))]
+    assert found == [Path(__file__).with_name("scripts") / "test_gate_stretch.py"]  # makes a folder of that name
+
+
+def test_no_file_of_the_tests_has_more_than_410_lines() -> None:
+    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in (ROOT / "tests").rglob("*.py")}
+    assert {path.name: number for path, number in lines.items() if number > 410} == {}
+
+
+def test_no_test_imports_from_another() -> None:
+    """What two of them need is in tests/support, or a fixture of their folder's conftest.py."""
+    pattern = re.compile(r"^\s*(?:from|import) +tests\.(?!support\b)", re.MULTILINE)
+    found = [path for path in (ROOT / "tests").rglob("*.py") if pattern.search(path.read_text(encoding="utf-8"))]
+    assert found == []

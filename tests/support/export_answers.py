@@ -1,4 +1,4 @@
-"""Answers of the export suite's probes, verdicts on them, and faults planted in GGUF files."""
+"""The export suite's session, answers of its probes, verdicts on them, and faults planted in GGUF files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from harness.export.claims import KINDS, claim_of
+from harness.measurement.results import RunSpec, Store
+from harness.session import Session
 from harness.verdict import Verdict
+
+SPEC = RunSpec(backend="trl", workload="smoke", overrides=("data.validation_share=0.45",))
+
+
+def make_session(directory: Path, **settings: object) -> Session:
+    """A session whose store is below ``directory``; nothing here trains on its documents."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "train.jsonl").touch()
+    return Session(Store(directory / "store"), directory / "train.jsonl", **settings)  # type: ignore[arg-type]
 
 
 def verdict_on(answer: Any, claim: str) -> Verdict:

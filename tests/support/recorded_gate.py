@@ -1,7 +1,7 @@
-"""A synthetic gate for tests of the report: plausible numbers, none of them measured.
+"""A synthetic gate's store and benchmark JSON: plausible numbers, none of them measured.
 
 The runs are real ones (tests/data/h200_runs.json), scaled to what other arms might show and varied by seeded noise;
-the GPU's name says that they are synthetic. The verdicts on them are the real ones.
+the GPU's name says that they are synthetic. The verdicts are of the real classes and judges.
 """
 
 from __future__ import annotations
@@ -9,19 +9,23 @@ from __future__ import annotations
 import copy
 import json
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from forge.training.config.workload import load_workload
 from forge.training.system.files import sha256_json, write_json
+from harness.export import claims as export
 from harness.measurement.results import Monitor, Outcome, Pair, RunSpec, Store, TrialState
+from harness.parity.suite import BASELINE, CANDIDATE
 from harness.perf.claims import CLAIMS, Claim, judge
 from harness.report.evidence import Run, read_run
-from tests.support.recorded_verdicts import verdicts
+from harness.report.verdicts import EXPECTED
+from tests.support.export_answers import divergence_answer
 
 RUNS = json.loads((Path(__file__).parents[1] / "data" / "h200_runs.json").read_text(encoding="utf-8"))
+CLAIM = {claim.name: claim for claim in CLAIMS}
 GPU = "NVIDIA H200 (synthetic data)"
 QWEN2_7B = {
     **{"hidden_size": 3584, "num_hidden_layers": 28, "intermediate_size": 18944, "vocab_size": 152064},
@@ -260,3 +264,65 @@ def whole_gate(directory: Path) -> Gate:
             info["probe"] = gate.probe("survival", info["backend"])
         gate.entry(f"{kind}/{name}", kind, metric=name, **info)
     return gate
+
+
+def small_gate(directory: Path, *, pairs: int = 2, planned: int = 2, **changes: Any) -> Gate:
+    """One trial, ``genome_full``; ``changes`` are the candidate's."""
+    gate = Gate(directory)
+    candidate = replace(ARMS["genome_full", "unsloth"], **changes)
+    runs = [
+        [gate.run(shape, "genome_full") for shape in (ARMS["genome_full", "legacy"], candidate)] for _ in range(pairs)
+    ]
+    baseline, fast = [pair[0] for pair in runs], [pair[1] for pair in runs]
+    gate.metrics("genome_full", "legacy", "legacy", baseline)
+    gate.metrics("genome_full", "unsloth", "unsloth", fast)
+    gate.claim(CLAIM["genome_full_speed"], baseline, fast, planned)
+    return gate
+
+
+Info = tuple[str, str, dict[str, Any]]  # kind, metric, what else the entry holds
+_STEP = "step_begin substep_end pre_optimizer_step optimizer_step step_end log"
+_SAME = {"identical": True, "largest": 0.0, "relative": 0.0, "largest_loss": 0.0, "first_different_step": None}
+_RESUMED = {"difference": _SAME, "resumed_from_step": 10, "num_steps": 40, "same_labels": True}
+_SMALL = {"noise": _SAME, "killed": _RESUMED, "stopped": _RESUMED, "events": [_STEP, f"{_STEP} evaluate save"]}
+_LARGE = {"stop_seconds": 5.25, "state": "interrupted", "checkpoint_problem": None, "checkpoint_bytes": 162_000_000}
+_TIGHT = {
+    **{"cap_gib": 8.0, "micro_batch": 2, "resumes": [{"after": "out_of_memory"}], "num_steps": 4},
+    **{"num_planned_steps": 4, "documents": [8, 8, 8, 8]},
+}
+ANSWERS: dict[str, dict[str, Any]] = {"resume": _SMALL, "callbacks": _SMALL, "stop": _LARGE, "memory": _TIGHT}
+_EXPORT_STEPS = [{"name": "merge", "seconds": 36.2, "num_bytes": 15 << 30, "peak_rss_bytes": 9 << 30}]
+
+
+def verdicts() -> Iterator[Info]:
+    """Parity, export and reliability of a whole gate: each verdict there must be, once, and a PASS."""
+    judged = ("merged_against_adapter", "chain", *(f"divergence_{kind}" for kind in export.KINDS))
+    exported = {claim.name: claim for claim in export.CLAIMS if claim.name in judged}
+    divergence = _divergence()
+    arms = {"workload": "parity", "arm": CANDIDATE, "backend": CANDIDATE, "baseline": BASELINE}
+    for kind in ("parity", "export", "reliability"):
+        for missing in EXPECTED[kind]:
+            name, _, backend = missing.name.rpartition("_")
+            measured = ANSWERS.get(name, {})
+            if kind == "export":
+                claim = exported.get(missing.name)
+                measured = claim.verdict(divergence).figures if claim else {}
+            passed = {"status": "PASS", "reason": "synthetic data", "figures": {**missing.figures, **measured}}
+            info = {**arms, "backend": backend} if kind == "reliability" else arms
+            yield kind, missing.name, {**info, "verdict": missing.model_copy(update=passed).to_dict()}
+    yield "export", "export_seconds", {"workload": "legacy_256", "backend": CANDIDATE, "steps": _EXPORT_STEPS}
+
+
+def _divergence() -> dict[str, Any]:
+    answer = divergence_answer(0.0, 1e-5, num_documents=32)
+    answer["held_out"]["num_tokens"] = 8192
+    shift = {"shift_nats_per_token": 0.0125, "standard_error_nats_per_token": 0.001}
+    answer["four_bit"] = {"nats_per_token": 2.51, **shift}
+    for pair, mean in zip(answer["pairs"], (0.8, 2e-5, 4e-7, 3e-4, 0.02), strict=True):
+        pair |= {"mean_kl_nats": mean, "standard_error_nats": mean / 50, "same_top_share": 0.9871}
+    losses = (3.41, 2.52, 2.5201, 2.5201, 2.5204, 2.533)
+    for row, loss, before in zip(answer["chain"], losses, (None, *losses), strict=False):
+        change = None if before is None else loss - before
+        error = None if change is None else abs(change) / 20 + 1e-5
+        row |= {"nats_per_token": loss, "change_nats_per_token": change, "standard_error_nats_per_token": error}
+    return answer

@@ -1,20 +1,16 @@
-"""What the tests of the report share: gates to report on, and a page taken apart."""
+"""Reports made of synthetic gates, and a page taken apart."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from functools import cache
 from html.parser import HTMLParser
-from pathlib import Path
 from typing import Any
 
-from harness.perf.claims import CLAIMS
 from harness.report.__main__ import main
-from tests.support.recorded_gate import ARMS, Gate, whole_gate
+from tests.support.recorded_gate import Gate, whole_gate
 from tests.support.tiny_model import scratch
 
-CLAIM = {claim.name: claim for claim in CLAIMS}
 SECTIONS = (
     *("verdicts", "parity", "training", "pareto", "phases", "context", "losses", "projection"),
     *("ablation", "matmul-peak", "export", "reliability", "environment", "missing", "runs"),
@@ -54,20 +50,6 @@ def whole() -> tuple[Gate, str, str]:
     directory.mkdir()
     gate = whole_gate(directory)
     return gate, *report_of(gate)
-
-
-def small_gate(directory: Path, *, pairs: int = 2, planned: int = 2, **changes: Any) -> Gate:
-    """One trial, ``genome_full``; ``changes`` are the candidate's."""
-    gate = Gate(directory)
-    candidate = replace(ARMS["genome_full", "unsloth"], **changes)
-    runs = [
-        [gate.run(shape, "genome_full") for shape in (ARMS["genome_full", "legacy"], candidate)] for _ in range(pairs)
-    ]
-    baseline, fast = [pair[0] for pair in runs], [pair[1] for pair in runs]
-    gate.metrics("genome_full", "legacy", "legacy", baseline)
-    gate.metrics("genome_full", "unsloth", "unsloth", fast)
-    gate.claim(CLAIM["genome_full_speed"], baseline, fast, planned)
-    return gate
 
 
 def status_of(page: str) -> str:

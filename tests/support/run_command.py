@@ -97,9 +97,12 @@ def start(
     ``log``: a folder for what it prints. ``fault``: ``module:function``, called first in the child.
     """
     log.mkdir(parents=True, exist_ok=True)
+    for name in ("stdout", "stderr"):
+        (log / name).write_bytes(b"")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     settings = {**inherited, "PYTHONPATH": str(ROOT), **(environment or {})}
     process = _context.Process(target=_main, args=(module, list(map(str, arguments)), log, folder, fault, settings))
+    process.daemon = True  # a test that fails leaves nothing behind
     before = list(sys.path)
     sys.path.insert(0, str(ROOT))  # a test before may have put llama.cpp's tree there, which has a tests/ of its own
     try:

@@ -14,17 +14,7 @@ import pytest
 
 from harness.conftest import hold  # noqa: F401 - a fixture, found by its name
 from harness.export.exports import Exports
-from harness.measurement.results import RunSpec, Store
-from harness.session import Session
-
-SPEC = RunSpec(backend="trl", workload="smoke", overrides=("data.validation_share=0.45",))
-
-
-def make_session(directory: Path, **settings: object) -> Session:
-    """A session whose store is below ``directory``; nothing here trains on its documents."""
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "train.jsonl").touch()
-    return Session(Store(directory / "store"), directory / "train.jsonl", **settings)  # type: ignore[arg-type]
+from tests.support.export_answers import SPEC, make_session
 
 
 @pytest.fixture(scope="session")

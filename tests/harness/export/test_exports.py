@@ -19,7 +19,7 @@ from harness.export.exports import Exports
 from harness.export.suite import PROBES, judged_run
 from harness.recorder import CLOCK
 from harness.verdict import Hold
-from tests.harness.export.conftest import SPEC, make_session
+from tests.support.export_answers import SPEC, make_session
 
 
 @pytest.mark.slow

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from forge.training.backends import BACKENDS
 from harness.report.charts.style import LOOKS
-from tests.support.report_pages import Page, report_of, small_gate, whole
+from tests.support.recorded_gate import small_gate
+from tests.support.report_pages import Page, report_of, whole
 
 
 def test_the_page_asks_for_nothing_beside_itself() -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from harness.report.__main__ import main
-from tests.support.recorded_gate import ARMS, Gate
-from tests.support.report_pages import report_of, small_gate, whole
+from tests.support.recorded_gate import ARMS, Gate, small_gate
+from tests.support.report_pages import report_of, whole
 
 
 def refused(gate: Gate, capsys: pytest.CaptureFixture[str], **top: Any) -> str:

@@ -20,6 +20,8 @@ from forge.training.models.digests import base_sha256, tokenizer_sha256
 from forge.training.system.environment import has_cuda_gpu
 from forge.training.system.errors import ConfigurationError, DataError, DiskError, ForgeError, MachineError
 from forge.training.system.files import sha256_file
+from tests.support import run_command
+from tests.support.run_command import Running
 from tests.support.tiny_model import scratch, write_base
 
 
@@ -42,43 +44,33 @@ def edit(path: Path, **changes: Any) -> None:
 
 # Made once, whole or not at all
 
-MAKER = (
-    "from forge.training.models import base; from forge.training.models.qwen2 import Recipe; "
-    "recipe = Recipe(num_steps={steps}, batch=2, sequence=32, learning_rate=1e-3); "
-    "base.STANDINS['tiny'] = base.Standin(base.TINY, recipe, ''); "
-    "print(base.resolve_base('tiny', progress=lambda line: print(line, flush=True)), flush=True)"
-)
 
-
-def start_maker(cache: Path, num_steps: int) -> subprocess.Popen[str]:
-    """A process that makes `tiny` in a cache of its own, with fewer steps than the real recipe."""
-    environment = os.environ | {"FORGE_CACHE": str(cache)}
-    code = MAKER.format(steps=num_steps)
-    return subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+def start_maker(folder: Path, name: str, num_steps: int) -> Running:
+    """A process that makes `tiny` in the cache ``folder/cache``, with fewer steps than the real recipe."""
+    environment = {"FORGE_CACHE": str(folder / "cache"), "BASE_STEPS": str(num_steps)}
+    hasty = "tests.support.faults:hasty_base"
+    return run_command.start(["base", "tiny"], folder / name, fault=hasty, environment=environment)
 
 
 def test_two_processes_at_once_make_one_base(tmp_path: Path) -> None:
-    makers = [start_maker(tmp_path, 3) for _ in range(2)]
-    answers = [maker.communicate(timeout=180)[0].splitlines() for maker in makers]
-    assert [maker.returncode for maker in makers] == [0, 0]
-    assert answers[0][-1] == answers[1][-1]
-    assert sum("making the base" in line for lines in answers for line in lines) == 1
-    made = Path(answers[0][-1])
-    assert made.parent == tmp_path / "models"
+    makers = [start_maker(tmp_path, name, 3) for name in "ab"]
+    ended = [maker.wait(180) for maker in makers]
+    assert [maker.returncode for maker in ended] == [0, 0]
+    assert ended[0].stdout == ended[1].stdout
+    assert sum("making the base" in maker.stderr for maker in ended) == 1
+    made = Path(ended[0].stdout.strip())
+    assert made.parent == tmp_path / "cache" / "models"
     assert resolve_base(str(made)) == made
     assert json.loads((made / "standin.json").read_text())["loss_nats_per_token"] > 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
 def test_a_base_whose_making_was_stopped_is_not_there(tmp_path: Path, number: signal.Signals) -> None:
-    maker = start_maker(tmp_path, 100_000)
-    assert maker.stdout is not None
-    while not maker.stdout.readline().startswith("training a base"):
-        assert maker.poll() is None
+    maker = start_maker(tmp_path, "log", 100_000)
+    assert maker.wait_for(lambda: "training a base" in (tmp_path / "log" / "stderr").read_text())
     maker.send_signal(number)
-    maker.communicate(timeout=60)
-    assert maker.returncode != 0
-    left = sorted(path.suffix for path in (tmp_path / "models").iterdir())
+    assert maker.wait(60).returncode != 0
+    left = sorted(path.suffix for path in (tmp_path / "cache" / "models").iterdir())
     assert left == ([".lock", ".part"] if number == signal.SIGKILL else [".lock"])
 
 
