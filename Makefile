@@ -24,7 +24,7 @@ setup: ## .venv with the pinned CPU stack; llama.cpp compiled once (~/.cache/for
 demo: setup ## documents in, a tested GGUF out, on the embedded documents and a CPU
 	$(PY) -m forge.training run smoke
 
-test: setup ## the fast tests (at most 10 minutes on 2 cores)
+test: setup ## the fast tests (at most 8 minutes on 2 cores)
 	$(PYTEST)
 
 test-slow: setup ## the slow tests alone

@@ -1,4 +1,4 @@
-"""Pytest's set-up: no network, one hypothesis profile, the gate's hooks."""
+"""Pytest's set-up: no network, the gate's hooks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import signal
 from contextlib import suppress
 
 import pytest
-from hypothesis import settings
 
 from harness.pytest_plugin import (  # noqa: F401 - hooks, found here by their names
     asks_for_gpu,
@@ -34,9 +33,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # would wait in vain.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-settings.register_profile("forge", deadline=None, print_blob=True)
-settings.load_profile("forge")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
