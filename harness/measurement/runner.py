@@ -30,6 +30,7 @@ from harness.measurement.results import Outcome, RunSpec, RunStatus, Store
 Command = Callable[[RunSpec, Path], list[str]]
 
 TIME_LIMIT_SECONDS = 900.0
+_LARGEST_STEP_LOG_BYTES = 64 << 20  # of a real run it has a thousandth of that
 
 _BY_EXIT_CODE: dict[int, RunStatus] = {
     **{2: "refused", 3: "refused", 4: "refused", 6: "refused", 9: "refused"},
@@ -194,8 +195,10 @@ def _record_of(run_dir: Path) -> tuple[RunRecord | None, str]:
 def _steps_of(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of the step log that are whole: a kill cuts the last one short."""
     path = run_dir / "steps.jsonl"
+    if not path.is_file() or path.stat().st_size > _LARGEST_STEP_LOG_BYTES:
+        return []
     steps = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             line = json.loads(text)
         except (ValueError, RecursionError):
