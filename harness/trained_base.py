@@ -28,7 +28,7 @@ _LIMIT_SECONDS = 900.0
 
 def shared_folder(store: Store) -> Path:
     """Where the suites keep what they share: beside the store and not in it, because a store may be committed."""
-    return store.directory.parent / "parity"
+    return store.beside("parity")
 
 
 def trained_base(name: str, store: Store, *, measures: bool, announce: Callable[[str], None]) -> Path | None:

@@ -26,7 +26,6 @@ from harness.measurement.environment import EVALUATOR, environment, interpreter,
 from harness.measurement.gpu_monitor import machine_id, wait_until_free
 from harness.measurement.key import identify, source_sha256
 from harness.measurement.process import run_process
-from harness.measurement.redact import log_tail
 from harness.measurement.results import RunSpec
 from harness.session import Session
 from harness.verdict import Verdict
@@ -167,9 +166,7 @@ class Exports:
             wait_until_free(describe_gpu)
             ended = run_process(command, environment=environment(backend), directory=ROOT, time_limit_seconds=limit)
         if ended.exit_code:
-            why = f"did not end within {limit:g} s" if ended.timed_out else f"exit code {ended.exit_code}"
-            code = 1 if ended.timed_out else ended.exit_code
-            self._failed[run_dir] = ForgeError.of_child(code, f"{step} failed: {why}\n{log_tail(ended.output)}")
+            self._failed[run_dir] = ended.failure(step, limit)
             raise self._failed[run_dir]
         return True
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from harness.export.answers import DivergenceAnswer, Pair, Step
+from harness.stats import t_quantile
 from harness.verdict import Judged, Status, by_faults
 
 
@@ -99,11 +100,9 @@ def _below(pair: Pair, bar: float, answer: DivergenceAnswer, confidence: float) 
 
 def _half_width(standard_error: float | None, answer: DivergenceAnswer, confidence: float) -> float | None:
     """Of the two-sided interval over the documents, by Student's t."""
-    from scipy.special import stdtrit
-
     if standard_error is None:
         return None
-    return float(stdtrit(max(1, answer["held_out"]["num_documents"] - 1), (1 + confidence) / 2)) * standard_error
+    return t_quantile((1 + confidence) / 2, max(1, answer["held_out"]["num_documents"] - 1)) * standard_error
 
 
 def _pair(answer: DivergenceAnswer, reference: str, subject: str) -> Pair:

@@ -10,13 +10,12 @@ from typing import Any
 
 from forge.training.backends import Backend
 from forge.training.system.environment import ROOT, describe_gpu
-from forge.training.system.errors import ForgeError
 from forge.training.system.files import read_json_object, sha256_json, write_json
 from harness.measurement.environment import environment, interpreter
 from harness.measurement.gpu_monitor import machine_id, wait_until_free
 from harness.measurement.key import code_sha256, identify, package_versions, resume_sha256, source_sha256
 from harness.measurement.process import run_process
-from harness.measurement.redact import log_tail, portable_setting
+from harness.measurement.redact import portable_setting
 from harness.measurement.results import RunSpec, Store
 
 
@@ -75,16 +74,13 @@ def run_probe(
             directory=ROOT,
             time_limit_seconds=time_limit_seconds,
         )
-        log = log_tail(ended.output)
         try:
             lines = ended.output.decode("utf-8", "replace").strip().splitlines()
             answer = json.loads(lines[-1]) if ended.exit_code == 0 and lines else None
         except ValueError:
             answer = None
         if not isinstance(answer, dict):
-            why = f"did not end within {time_limit_seconds:g} s" if ended.timed_out else f"exit code {ended.exit_code}"
-            code = 1 if ended.timed_out else ended.exit_code  # the limit's SIGTERM is no interruption
-            raise ForgeError.of_child(code, f"the {name} probe of {backend} failed: {why}\n{log}")
+            raise ended.failure(f"the {name} probe of {backend}", time_limit_seconds)
         stored = {
             "schema_version": 1,
             "key": key,

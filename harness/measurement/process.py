@@ -14,7 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from forge.training.system.errors import MachineError
+from forge.training.system.errors import ForgeError, MachineError
+from harness.measurement.redact import log_tail
 
 KEPT_BYTES = 64 << 10
 _READ_BYTES = 64 << 10
@@ -32,6 +33,12 @@ class Ended:
     timed_out: bool
     wall_seconds: float
     output: bytes
+
+    def failure(self, what: str, time_limit_seconds: float) -> ForgeError:
+        """The error of a command that failed: its own exit code, what it was and the end of its log."""
+        why = f"did not end within {time_limit_seconds:g} s" if self.timed_out else f"exit code {self.exit_code}"
+        code = 1 if self.timed_out else self.exit_code  # the limit's SIGTERM is no interruption
+        return ForgeError.of_child(code, f"{what} failed: {why}\n{log_tail(self.output)}")
 
 
 def run_process(

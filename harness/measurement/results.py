@@ -1,4 +1,4 @@
-"""What was measured, on disk: ``STORE/runs/RUN_ID.json``, ``STORE/trials/NAME.json``, ``STORE/probes/NAME.json``.
+"""What was measured, on disk: ``STORE/runs/RUN_ID.json``; by name under ``trials``, ``probes`` and a suite's directory.
 
 Outcomes are only ever added. They hold no path, host or user name, so that a store can be committed.
 """
@@ -254,6 +254,10 @@ class Store:
     def probe_paths(self, pattern: str = "*") -> list[Path]:
         """The probes' answers whose names match ``pattern`` (as of :mod:`glob`), sorted."""
         return sorted((self.directory / "probes").glob(f"{pattern}.json"))
+
+    def judged_path(self, suite: str, name: str) -> Path:
+        """Where a suite keeps what it judged, or fixed before a test."""
+        return self.directory / suite / f"{name}.json"
 
     def beside(self, name: str) -> Path:
         """A directory beside the store: for files that are large or of this machine, and are made again if lost."""

@@ -224,7 +224,7 @@ def _fix(ladder: Ladder, plan: dict[str, Any]) -> None:
     Raises :class:`ConfigurationError`.
     """
     keys = [identify(spec).key for spec in pilot_specs(ladder)]
-    path = ladder.judged_path(f"outcome-{sha256_json(keys)[:12]}")
+    path = ladder.session.store.judged_path("parity", f"outcome-{sha256_json(keys)[:12]}")
     content = {"schema_version": 1, "pilot_keys": keys, **plan}
     if not path.is_file():
         if ladder.session.measures:

@@ -58,10 +58,6 @@ class Ladder:
         """For documents, bases and tensors: beside the store and not in it, because a store may be committed."""
         return shared_folder(self.session.store)
 
-    def judged_path(self, name: str) -> Path:
-        """Where the store keeps what was judged, or fixed before a test."""
-        return self.session.store.directory / "parity" / f"{name}.json"
-
     @cached_property
     def documents(self) -> tuple[Path, Path]:
         """The documents trained on, and those held out."""

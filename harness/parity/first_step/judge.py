@@ -99,7 +99,7 @@ def find_checks(ladder: Ladder, checks_of: ChecksOf, wanted: WantedSteps) -> Che
     for attempt in range(_MOST_ATTEMPTS):
         measured = measure_steps(ladder, wanted, attempt)
         key = sha256_json([checks_of.__name__, measured.digests, code, STEP_BARS])
-        path = ladder.judged_path(f"checks-{key[:16]}")
+        path = ladder.session.store.judged_path("parity", f"checks-{key[:16]}")
         if path.is_file():
             stored = read_json_object(path)["checks"]
             return {name: [Check.from_dict(check) for check in checks] for name, checks in stored.items()}

@@ -10,7 +10,6 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-import torch
 
 from forge.training.backends.job import TrainingJob
 from forge.training.system.files import sha256_json
@@ -42,6 +41,8 @@ class Observer:
 
     def __call__(self, model: Any, inputs: Any, num_items_in_batch: Any = None, *more: Any, **named: Any) -> Any:
         """What the loop calls for every micro-batch."""
+        import torch
+
         if not self.facts:
             self.facts["settings"] = describe_settings(self.trainer)
             self.facts["trainable_dtype"] = _dtype_of_adapter(model)
@@ -126,6 +127,8 @@ class Observer:
 
     def _take(self, model: Any, batch: dict[str, Any], divisor: int) -> float:
         """Forwards and backwards as the trainer does it; gradients are those of this call alone."""
+        import torch
+
         model.zero_grad(set_to_none=True)
         loss = self.real(model, batch, torch.tensor(divisor, device=self.trainer.args.device))
         getattr(self.trainer, "_metrics", {}).get("train", {}).clear()
@@ -194,6 +197,8 @@ def _learning_rates(trainer: Any) -> dict[str, Any]:
 
 def _dropouts(model: Any) -> list[float]:
     """The shares that are dropped anywhere in the model while it trains; none is the empty list."""
+    import torch
+
     shares = {float(module.p) for module in model.modules() if isinstance(module, torch.nn.Dropout) and module.p > 0}
     shares |= {float(getattr(module, "attention_dropout", 0.0) or 0.0) for module in model.modules()}
     return sorted(share for share in shares if share > 0)
@@ -205,6 +210,8 @@ def loaded_weights(model: Any, dtype: str) -> dict[str, str]:
     Quantised ones by their packed codes, others as ``dtype``: a stack may hold a norm in float32 and the same
     numbers still. A head that shares the embedding's numbers is not listed.
     """
+    import torch
+
     digests = {}
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
