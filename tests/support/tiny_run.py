@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from forge.training.config.workload import Workload
 from forge.training.system.files import sha256_file
 from forge.training.train.record import RunRecord
 from tests.support.records import make_record
-from tests.support.tiny_model import write_base
+from tests.support.tiny_model import shared_adapter, shared_base, write_base
 
 NUM_STEPS = 24
 SAVE_EVERY, EVALUATE_EVERY = 5, 8
@@ -47,6 +48,18 @@ def write_run(run_dir: Path, base_dir: Path, **workload: Any) -> RunRecord:
     )
     record.write(run_dir)
     return record
+
+
+def made_up_run(run_dir: Path, **workload: Any) -> Path:
+    """A completed run of the shared adapter on the shared base."""
+    shutil.copytree(shared_adapter(), run_dir / "adapter")
+    write_run(run_dir, shared_base(), **workload)
+    return run_dir
+
+
+def edit_json(path: Path, **fields: object) -> None:
+    """Replace some fields of a JSON object in a file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
 def write_inputs(folder: Path) -> None:

@@ -295,20 +295,28 @@ def put(content: bytearray, where: int, kind: str, value: int) -> None:
         struct.pack_into(f"<{kind}", content, where, (found + value + 3 if value < 0 else value) % 256**size)
 
 
-def survives(child: Survivor, content: bytes) -> None:
-    """As the product does it: the header looked at here, the rest by llama.cpp in a child process."""
+def asked(child: Survivor, content: bytes, operation: str, **arguments: Any) -> dict[str, Any] | None:
+    """As the product does it: the header looked at here, the rest by llama.cpp in a child process.
+
+    ``None``: the file was refused by one error, here or there.
+    """
     path = scratch() / "fuzzed.gguf"
     path.write_bytes(content)
     try:
         check_header(path)
     except CheckError as error:
         is_one_error(error)
-        return
-    found = child.ask("verify", path=str(path), adapter=False, base=None)
+        return None
+    found = child.ask(operation, path=str(path), **arguments)
     if isinstance(found, ForgeError):
         is_one_error(found)
-    else:
-        assert found["num_tensors"] > 0
+        return None
+    return found
+
+
+def survives(child: Survivor, content: bytes) -> None:
+    found = asked(child, content, "verify", adapter=False, base=None)
+    assert found is None or found["num_tensors"] > 0
 
 
 @given(gguf_files())
@@ -329,32 +337,14 @@ def test_many_fuzzed_gguf_files_are_verified_or_are_one_error(child: Survivor, c
 @settings(THOROUGH, max_examples=800)
 def test_fuzzed_gguf_files_are_opened_for_chat_or_are_one_error(child: Survivor, content: bytes) -> None:
     """``chat`` opens a file from elsewhere through llama-cpp-python, without looking at its structure before."""
-    path = scratch() / "fuzzed.gguf"
-    path.write_bytes(content)
-    try:
-        check_header(path)
-    except CheckError as error:
-        is_one_error(error)
-        return
-    found = child.ask("open_chat", path=str(path), lora=None, context_tokens=64)
-    if isinstance(found, ForgeError):
-        is_one_error(found)
+    asked(child, content, "open_chat", lora=None, context_tokens=64)
 
 
 @pytest.mark.slow
 @given(gguf_files(lora_layout))
 @settings(THOROUGH, max_examples=400)
 def test_fuzzed_gguf_adapters_are_applied_or_are_one_error(child: Survivor, content: bytes) -> None:
-    path = scratch() / "fuzzed-lora.gguf"
-    path.write_bytes(content)
-    try:
-        check_header(path)
-    except CheckError as error:
-        is_one_error(error)
-        return
-    found = child.ask("verify", path=str(path), adapter=True, base=str(gguf_file("q8_0")))
-    if isinstance(found, ForgeError):
-        is_one_error(found)
+    asked(child, content, "verify", adapter=True, base=str(gguf_file("q8_0")))
 
 
 def test_the_fuzzed_adapter_begins_as_a_good_one() -> None:

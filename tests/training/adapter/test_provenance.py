@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable
@@ -19,8 +18,8 @@ from forge.training.export.export import export_run
 from forge.training.system.errors import CheckError, DataError, ForgeError
 from forge.training.system.files import sha256_file
 from forge.training.train.record import read_record
-from tests.support.tiny_model import scratch, shared_adapter, shared_base, write_base
-from tests.support.tiny_run import write_run
+from tests.support.tiny_model import scratch, shared_base, write_base
+from tests.support.tiny_run import edit_json, made_up_run, write_run
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 KEY = "base_model.model.model.layers.1.mlp.up_proj.lora_{}.weight"
@@ -29,10 +28,7 @@ Tensors = dict[str, Any]
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    run = tmp_path / "run"
-    shutil.copytree(shared_adapter(), run / "adapter")
-    write_run(run, shared_base())
-    return run
+    return made_up_run(tmp_path / "run")
 
 
 @cache
@@ -40,10 +36,6 @@ def deeper_base() -> Path:
     """The shared base's shape with one layer more."""
     write_base(scratch() / "deeper", num_steps=0, num_hidden_layers=3)
     return scratch() / "deeper"
-
-
-def edit(path: Path, **fields: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
 def with_tensors(change: Callable[[Tensors], Tensors]) -> Callable[[Path], None]:
@@ -54,13 +46,13 @@ def with_tensors(change: Callable[[Tensors], Tensors]) -> Callable[[Path], None]
 
         path = run / "adapter" / WEIGHTS
         save_file(change(load_file(path)), path)
-        edit(run / "run.json", adapter_sha256=sha256_file(path))
+        edit_json(run / "run.json", adapter_sha256=sha256_file(path))
 
     return spoil
 
 
 def with_config(**fields: object) -> Callable[[Path], None]:
-    return lambda run: edit(run / "adapter" / CONFIG, **fields)
+    return lambda run: edit_json(run / "adapter" / CONFIG, **fields)
 
 
 def poisoned(value: float) -> Callable[[Tensors], Tensors]:
@@ -79,7 +71,7 @@ def use_base(run: Path, base: Path) -> None:
 def own_base(run: Path) -> Path:
     base = run.parent / "base"
     shutil.copytree(shared_base(), base)
-    edit(run / "run.json", base_path=str(base))
+    edit_json(run / "run.json", base_path=str(base))
     return base
 
 
@@ -107,7 +99,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "pickled weights": (pickled, "only safetensors adapters|is missing"),
     "another run's adapter": (other_adapter, "is not the adapter that this run trained"),
     "one bit of the adapter": (lambda run: flip_last_byte(run / "adapter" / WEIGHTS), "is not the adapter"),
-    "no digest of an adapter": (lambda run: edit(run / "run.json", adapter_sha256=None), "is not the adapter"),
+    "no digest of an adapter": (lambda run: edit_json(run / "run.json", adapter_sha256=None), "is not the adapter"),
     "half a pair": (
         with_tensors(lambda t: {k: v for k, v in t.items() if k != KEY.format("B")}),
         "only one of lora_A and lora_B",
@@ -136,7 +128,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         r"no factors for model\.layers\.2\.mlp\.down_proj \(7 of 21 modules",
     ),
     "another tokenizer": (
-        lambda run: edit(own_base(run) / "tokenizer_config.json", eos_token="<|endoftext|>"),
+        lambda run: edit_json(own_base(run) / "tokenizer_config.json", eos_token="<|endoftext|>"),
         "the tokenizer in .* is not the run's: SHA-256",
     ),
     "another chat template": (
@@ -144,11 +136,11 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         "the tokenizer in .* is not the run's",
     ),
     "code of its own": (
-        lambda run: edit(own_base(run) / "config.json", text_config={"auto_map": {"AutoConfig": "evil.Evil"}}),
+        lambda run: edit_json(own_base(run) / "config.json", text_config={"auto_map": {"AutoConfig": "evil.Evil"}}),
         r"asks for code of its own \(auto_map\)",
     ),
     "a tokenizer file outside": (
-        lambda run: edit(own_base(run) / "tokenizer_config.json", vocab_file="../../.env"),
+        lambda run: edit_json(own_base(run) / "tokenizer_config.json", vocab_file="../../.env"),
         "leaves the model's folder",
     ),
 }
@@ -201,7 +193,7 @@ def is_refused(judge: str, run: Path, complaint: str, kind: type[ForgeError] = D
 @pytest.mark.parametrize("judge", JUDGES)
 @pytest.mark.parametrize("status", ["running", "interrupted", "diverged", "out_of_memory", "failed"])
 def test_a_run_that_did_not_complete_is_accepted_by_nothing(run_dir: Path, judge: str, status: str) -> None:
-    edit(run_dir / "run.json", status=status)
+    edit_json(run_dir / "run.json", status=status)
     is_refused(judge, run_dir, f"is {status} at step 7 of 7")
 
 
@@ -225,7 +217,7 @@ def test_a_run_that_began_anew_while_the_lock_was_awaited_is_refused(
 
     @contextmanager
     def slowly_locked(directory: Path) -> Any:
-        edit(directory / "run.json", status="running")
+        edit_json(directory / "run.json", status="running")
         yield
 
     for module in (evaluate, export):

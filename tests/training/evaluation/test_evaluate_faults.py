@@ -19,8 +19,8 @@ from forge.training.adapter import merge
 from forge.training.evaluation import neutral_model
 from forge.training.evaluation.evaluate import evaluate_run
 from forge.training.system.errors import DiskError, ForgeError, GpuMemoryError, MachineError
-from tests.support.tiny_model import shared_adapter, shared_base
-from tests.support.tiny_run import write_run
+from tests.support.tiny_model import shared_base
+from tests.support.tiny_run import made_up_run
 
 QUESTIONS = 300
 
@@ -28,11 +28,8 @@ QUESTIONS = 300
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     """A completed run that held nothing out and asks for facts, more than a moment's work."""
-    run = tmp_path / "run"
-    shutil.copytree(shared_adapter(), run / "adapter")
     facts = [{"question": f"Who counts ship {number}?", "answer": "the keeper"} for number in range(QUESTIONS)]
-    write_run(run, shared_base(), evaluation={"facts": facts, "max_new_tokens": 24})
-    return run
+    return made_up_run(tmp_path / "run", evaluation={"facts": facts, "max_new_tokens": 24})
 
 
 def names(folder: Path) -> list[str]:

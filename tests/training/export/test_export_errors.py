@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -22,45 +21,42 @@ from forge.training.models.weights import read_weights
 from forge.training.system.errors import CheckError, ConfigurationError, DataError, DiskError, LockedError, MachineError
 from forge.training.system.files import locked
 from forge.training.train.record import read_record
-from tests.support.tiny_model import shared_adapter, shared_base
-from tests.support.tiny_run import write_run
+from tests.support.tiny_model import shared_base
+from tests.support.tiny_run import edit_json, made_up_run
 
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    run = tmp_path / "run"
-    shutil.copytree(shared_adapter(), run / "adapter")
-    write_run(run, shared_base())
-    return run
+    return made_up_run(tmp_path / "run")
 
 
 def contents(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.name != ".lock"}
 
 
-def edit(path: Path, **fields: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
-
 def use_own_base(run: Path) -> Path:
     base = run.parent / "base"
     shutil.copytree(shared_base(), base)
-    edit(run / "run.json", base_path=str(base))
+    edit_json(run / "run.json", base_path=str(base))
     return base
 
 
 BROKEN: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
-    "run not completed": (lambda run: edit(run / "run.json", status="diverged"), DataError, "is diverged at step 7"),
+    "run not completed": (
+        lambda run: edit_json(run / "run.json", status="diverged"),
+        DataError,
+        "is diverged at step 7",
+    ),
     "no run": (lambda run: (run / "run.json").unlink(), DataError, "is not a run"),
     "adapter gone": (lambda run: shutil.rmtree(run / "adapter"), DataError, "is missing"),
     "adapter of another run": (
-        lambda run: edit(run / "run.json", adapter_sha256="0" * 64),
+        lambda run: edit_json(run / "run.json", adapter_sha256="0" * 64),
         DataError,
         "not the adapter",
     ),
-    "base gone": (lambda run: edit(run / "run.json", base_path="/nowhere"), DataError, "not a directory"),
+    "base gone": (lambda run: edit_json(run / "run.json", base_path="/nowhere"), DataError, "not a directory"),
     "architecture": (
-        lambda run: edit(use_own_base(run) / "config.json", architectures=["UnheardOfForCausalLM"]),
+        lambda run: edit_json(use_own_base(run) / "config.json", architectures=["UnheardOfForCausalLM"]),
         MachineError,
         "UnheardOfForCausalLM",
     ),
@@ -191,11 +187,11 @@ SPOILED_MERGES: dict[str, Callable[[Path], object]] = {
     "a weight": lambda merged: flip_last_byte(next(merged.glob("*00002-of*"))),
     "a file too many": lambda merged: (merged / "model-extra.safetensors").write_bytes(b""),
     "a file too few": lambda merged: next(merged.glob("*00002-of*")).unlink(),
-    "the tokenizer": lambda merged: edit(merged / "tokenizer.json", truncation=None),
+    "the tokenizer": lambda merged: edit_json(merged / "tokenizer.json", truncation=None),
     "a tokenizer added": lambda merged: (merged / "added_tokens.json").write_text("{}"),
-    "the configuration": lambda merged: edit(merged / "config.json", rope_theta=5.0),
-    "its digests": lambda merged: edit(merged / "merge.json", merged_sha256="0" * 64),
-    "another adapter": lambda merged: edit(merged.parent / "adapter" / "adapter_config.json", lora_alpha=16),
+    "the configuration": lambda merged: edit_json(merged / "config.json", rope_theta=5.0),
+    "its digests": lambda merged: edit_json(merged / "merge.json", merged_sha256="0" * 64),
+    "another adapter": lambda merged: edit_json(merged.parent / "adapter" / "adapter_config.json", lora_alpha=16),
 }
 
 

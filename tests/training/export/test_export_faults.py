@@ -33,7 +33,7 @@ from forge.training.system.errors import CheckError, DiskError, ForgeError, Mach
 from tests.support import stub_llama_cpp as stub
 from tests.support.processes import children_of, wait_for_end
 from tests.support.tiny_model import gguf_file, merged_dir, scratch, shared_adapter, shared_base
-from tests.support.tiny_run import write_run
+from tests.support.tiny_run import made_up_run
 
 
 @cache
@@ -46,10 +46,8 @@ def good_gguf() -> Path:
 def run_dir(tmp_path: Path) -> Path:
     """A completed run, merged already: an export converts, quantises and verifies."""
     good_gguf()
-    run = tmp_path / "run"
-    shutil.copytree(shared_adapter(), run / "adapter")
+    run = made_up_run(tmp_path / "run")
     shutil.copytree(merged_dir(), run / "merged")
-    write_run(run, shared_base())
     return run
 
 

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -23,6 +22,7 @@ from forge.training.system.files import sha256_file
 from tests.support import run_command
 from tests.support.run_command import Running
 from tests.support.tiny_model import scratch, write_base
+from tests.support.tiny_run import edit_json
 
 
 @cache
@@ -36,10 +36,6 @@ def original() -> Path:
 def base(tmp_path: Path) -> Path:
     """A copy of a base, to be changed."""
     return Path(shutil.copytree(original(), tmp_path / "base"))
-
-
-def edit(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 # Made once, whole or not at all
@@ -143,24 +139,24 @@ def _without_a_shard(base: Path) -> None:
 SPOILT: dict[str, tuple[Callable[[Path], object], type[ForgeError], str]] = {
     "no config": (lambda b: (b / "config.json").unlink(), DataError, r"config\.json is missing"),
     "config that is not JSON": (lambda b: (b / "config.json").write_text("{"), DataError, "not readable JSON"),
-    "code in the config": (lambda b: edit(b / "config.json", auto_map={}), DataError, "code of its own"),
+    "code in the config": (lambda b: edit_json(b / "config.json", auto_map={}), DataError, "code of its own"),
     "kernel from the hub": (
-        lambda b: edit(b / "config.json", _attn_implementation_internal="x/y"),
+        lambda b: edit_json(b / "config.json", _attn_implementation_internal="x/y"),
         DataError,
         "code of its own",
     ),
     "another architecture": (
-        lambda b: edit(b / "config.json", architectures=["T5ForConditionalGeneration"]),
+        lambda b: edit_json(b / "config.json", architectures=["T5ForConditionalGeneration"]),
         ConfigurationError,
         "T5For",
     ),
     "strange architectures": (
-        lambda b: edit(b / "config.json", architectures={"a": 1}),
+        lambda b: edit_json(b / "config.json", architectures={"a": 1}),
         ConfigurationError,
         "not supported",
     ),
     "quantised weights": (
-        lambda b: edit(b / "config.json", quantization_config={"bits": 4}),
+        lambda b: edit_json(b / "config.json", quantization_config={"bits": 4}),
         ConfigurationError,
         "quantised weights",
     ),
@@ -170,14 +166,18 @@ SPOILT: dict[str, tuple[Callable[[Path], object], type[ForgeError], str]] = {
     "a shard missing": (_without_a_shard, DataError, "model-00002-of-00002"),
     "no tokenizer": (lambda b: (b / "tokenizer.json").unlink(), DataError, r"no tokenizer\.json"),
     "no tokenizer settings": (lambda b: (b / "tokenizer_config.json").unlink(), DataError, "tokenizer_config"),
-    "code in the tokenizer": (lambda b: edit(b / "tokenizer_config.json", auto_map={}), DataError, "code of its own"),
+    "code in the tokenizer": (
+        lambda b: edit_json(b / "tokenizer_config.json", auto_map={}),
+        DataError,
+        "code of its own",
+    ),
     "a tokenizer file elsewhere": (
-        lambda b: edit(b / "tokenizer_config.json", vocab_file="../../secret"),
+        lambda b: edit_json(b / "tokenizer_config.json", vocab_file="../../secret"),
         DataError,
         "vocab_file leaves",
     ),
     "an absolute tokenizer file": (
-        lambda b: edit(b / "tokenizer_config.json", tokenizer_file="/etc/passwd"),
+        lambda b: edit_json(b / "tokenizer_config.json", tokenizer_file="/etc/passwd"),
         DataError,
         "tokenizer_file leaves",
     ),
@@ -222,7 +222,7 @@ def test_a_base_is_known_by_its_content_and_not_by_its_place(base: Path) -> None
     tensors = load_file(base / "model.safetensors")
     tensors["model.norm.weight"][0] += 1
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    edit(base / "tokenizer_config.json", chat_template="{{ messages }}")
+    edit_json(base / "tokenizer_config.json", chat_template="{{ messages }}")
     assert base_sha256(base) != base_sha256(original())
     assert tokenizer_sha256(base) != tokenizer_sha256(original())
 

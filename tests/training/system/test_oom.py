@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from forge.training.system.errors import ForgeError
 from forge.training.system.oom import GPU_PHRASES, HOST_PHRASES, memory_that_ran_out, smaller_micro_batch
 from forge.training.train import run
 from tests.support.tiny_model import shared_adapter, shared_base
-from tests.support.tiny_run import write_run
+from tests.support.tiny_run import made_up_run
 
 
 def pytorchs_own() -> Exception:
@@ -74,8 +73,7 @@ def evaluate(folder: Path, error: Exception, monkeypatch: pytest.MonkeyPatch) ->
     def fails(*_: Any, **__: Any) -> Any:
         raise error
 
-    shutil.copytree(shared_adapter(), folder / "run" / "adapter")
-    write_run(folder / "run", shared_base(), evaluation={"facts": [{"question": "Who?", "answer": "I"}]})
+    made_up_run(folder / "run", evaluation={"facts": [{"question": "Who?", "answer": "I"}]})
     monkeypatch.setattr(neutral_model, "load_model", fails)
     evaluate_run(folder / "run", device="cpu")
 
