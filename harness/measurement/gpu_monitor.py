@@ -97,10 +97,12 @@ class GpuMonitor:
         self._thread.join(timeout=10)
 
     def _sample(self) -> None:
-        while not self._stop.wait(1 / SAMPLES_PER_SECOND):
+        is_over = False
+        while not is_over:  # a run that is over at once has been looked at once
             sample = self._read_gpu()
             if sample is not None:
                 self._samples.append(sample)
+            is_over = self._stop.wait(1 / SAMPLES_PER_SECOND)
 
     def summary(self) -> Monitor:
         """Clocks and power while the GPU was not idle; everything else over all samples."""

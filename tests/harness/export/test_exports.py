@@ -56,7 +56,7 @@ def test_an_export_that_is_only_timed_leaves_its_figures_and_no_files(tmp_path: 
 @pytest.mark.timeout(1800)
 def test_a_second_session_makes_nothing_again(exports: Exports) -> None:
     assert exports.answer("merge") is not None
-    left_out = replace(exports.session, measures=False, _answers={})
+    left_out = replace(exports.session, measures=False, _results={})
     assert Exports(left_out, SPEC).answer("merge") == exports.answer("merge")
     other = Exports(left_out, SPEC.model_copy(update={"overrides": ()}))
     assert other.verdict("merge").status == "INCOMPLETE"
