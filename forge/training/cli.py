@@ -28,6 +28,7 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+ForceRun = Annotated[bool, typer.Option("--force", help="Train afresh; what was there is kept as NAME.1 beside it.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a config key.")]
 PlanOption = Annotated[list[str] | None, typer.Option("--plan", metavar="KEY=VALUE", help="Override a plan key.")]
 ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or a name in workloads/.")]
@@ -106,7 +107,12 @@ def preview(
 
 @app.command()
 def check(
-    workload: ConfigArgument, backend: BackendOption = "auto", overrides: Set = None, as_json: Json = False
+    workload: ConfigArgument,
+    backend: BackendOption = "auto",
+    overrides: Set = None,
+    plan: PlanOption = None,
+    out: Out = None,
+    as_json: Json = False,
 ) -> None:
     """Check everything that can be known before hours are spent: ok, warning or error, and what to do."""
     from dataclasses import asdict
@@ -114,7 +120,7 @@ def check(
     from forge.training.checks.check import check_workload, exit_code, print_findings
     from forge.training.config.workload import load_workload
 
-    findings = check_workload(load_workload(workload, overrides or []), choose_backend(backend))
+    findings = check_workload(load_workload(workload, overrides or []), choose_backend(backend), out, plan or [])
     print_json([asdict(f) for f in findings]) if as_json else print_findings(findings, results())
     raise typer.Exit(exit_code(findings))
 
@@ -158,11 +164,13 @@ def train(
     on_oom: Annotated[
         Literal["shrink", "stop"], typer.Option("--on-oom", help="Out of GPU memory: smaller micro-batches, or stop.")
     ] = "shrink",
-    force: Force = False,
+    no_check: Annotated[bool, typer.Option("--no-check", help="Train whatever `forge check` would say.")] = False,
+    force: ForceRun = False,
     as_json: Json = False,
 ) -> None:
     """Train an adapter. The same command again resumes a run that was stopped, and leaves a complete one as it is."""
     from forge.training.backends import load_plan
+    from forge.training.checks.check import questions_before_training
     from forge.training.config.workload import load_workload
     from forge.training.system.errors import GpuMemoryError
     from forge.training.system.oom import restart_with_plan, smaller_micro_batch
@@ -172,10 +180,18 @@ def train(
 
     loaded, chosen = load_workload(workload, overrides or []), choose_backend(backend)
     run_dir = (out or Path("runs") / f"{loaded.name}-{chosen}").absolute()
+    arguments = [part for setting in overrides or [] for part in ("--set", setting)]
+    arguments += [part for setting in plan or [] for part in ("--plan", setting)]
     with TrainingDisplay(logs()) as display:
         listener = Listener(display.announce, display.show_plan, display.show_step)
+        ask = questions_before_training(
+            [workload, "--backend", chosen, "--out", str(run_dir), *arguments], display.announce
+        )
+        check_first = None if no_check else ask
         try:
-            record = train_run(loaded, chosen, plan or [], run_dir, listener, resume=resume, force=force)
+            record = train_run(
+                loaded, chosen, plan or [], run_dir, listener, resume=resume, force=force, check_first=check_first
+            )
         except GpuMemoryError as error:
             current = load_plan(loaded, chosen, plan or []).micro_batch
             smaller = smaller_micro_batch(current, loaded.training.effective_batch)
@@ -282,7 +298,7 @@ def run(
     overrides: Set = None,
     plan: PlanOption = None,
     out: Out = None,
-    force: Force = False,
+    force: ForceRun = False,
     as_json: Json = False,
 ) -> None:
     """Everything in order, resumable at each step: check, train, evaluate, export, ask the GGUF."""

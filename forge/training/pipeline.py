@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import sys
 import time
 from dataclasses import dataclass, field
@@ -11,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forge.training.backends import Backend
-from forge.training.config.workload import Workload, changed_keys, load_workload
+from forge.training.checks.machine import check_llama_cpp
+from forge.training.config.workload import Workload
+from forge.training.evaluation.bench import has_anything_to_evaluate
 from forge.training.export.chat import answer
-from forge.training.system.errors import CheckError, ConfigurationError, ForgeError
-from forge.training.system.files import write_json
+from forge.training.system.errors import CheckError, ForgeError
+from forge.training.system.files import read_json_object, sha256_file, write_json
 from forge.training.system.signals import run_following
 from forge.training.train.record import read_record
 
@@ -24,11 +24,16 @@ if TYPE_CHECKING:
 
 @dataclass
 class Outcome:
-    """Seconds of each step done now (``None``: done before), and what each GGUF answered."""
+    """Seconds that each step took when it was done, and what each GGUF answered."""
 
     run_dir: str
     seconds: dict[str, float | None] = field(default_factory=dict)
     answers: list[dict[str, Any]] = field(default_factory=list)
+
+
+_RESUMABLE = (5, 6, 9, 130, 143)  # memory, disk, a lock, an interruption
+# What a step leaves: a step that leaves the same bytes as before found nothing to do.
+_RESULTS = {"train": "run.json", "evaluate": "evaluation.json", "export": "export/SHA256SUMS"}
 
 
 def run_pipeline(
@@ -42,58 +47,58 @@ def run_pipeline(
     force: bool,
     console: Console,
 ) -> Outcome:
-    """Check, train, evaluate, export and ask every exported GGUF the config's facts.
+    """Train, evaluate, export and ask every exported GGUF the config's facts.
 
-    A step whose artefact is complete is not done again. Raises the step's error, and
-    :class:`CheckError` if a fact that should be there after training is not.
+    Each step compares what it would use with what it used, and says so where there is nothing to do. Where nothing
+    was held out and no facts are asked there is nothing to evaluate, and the export follows. Raises the step's error,
+    and :class:`CheckError` if a fact that should be there after training is not.
     """
-    if force and run_dir.exists():
-        shutil.rmtree(run_dir)
-    _refuse_other_work(workload, run_dir)
+    list(check_llama_cpp())  # before hours are spent: training alone does without it
+    before = _outcome_before(run_dir)
     outcome = Outcome(run_dir=str(run_dir))
     arguments = [argument for key in overrides for argument in ("--set", key)]
-    planned = [argument for key in plan for argument in ("--plan", key)]
+    arguments += [argument for key in plan for argument in ("--plan", key)]
 
-    def step(name: str, done: bool, *command: str) -> None:
-        if done:
-            console.print(f"[bold]{name}[/]: done before")
-            outcome.seconds[name] = None
-            return
-        console.print(f"[bold]{name}[/]", end="\n")
+    def step(name: str, *command: str) -> None:
+        console.print(f"[bold]{name}[/]")
+        old = _digest(run_dir / _RESULTS[name])
         started = time.perf_counter()
-        code = run_following([sys.executable, "-m", "forge.training", *command])
+        code = run_following([sys.executable, "-m", "forge.training", name, *command])
         if code:
             ended = f"exit code {code}" if code > 0 else f"signal {-code}"
-            raise ForgeError.of_child(
-                code, f"step {name!r} ended with {ended}", remedy="the same command resumes at this step"
-            )
-        outcome.seconds[name] = time.perf_counter() - started
+            goes_on = code in _RESUMABLE or code < 0
+            remedy = "the same command resumes at this step" if goes_on else "put right what is said above"
+            raise ForgeError.of_child(code, f"step {name!r} ended with {ended}", remedy=remedy)
+        is_new = _digest(run_dir / _RESULTS[name]) != old
+        outcome.seconds[name] = time.perf_counter() - started if is_new else before.get(name)
 
-    step("base", False, "base", workload.model.path)
-    step("check", False, "check", source, "--backend", backend, *arguments)
-    trained = (run_dir / "run.json").is_file() and read_record(run_dir).status == "completed"
-    step("train", trained, "train", source, "--backend", backend, "--out", str(run_dir), *arguments, *planned)
-    step("evaluate", (run_dir / "evaluation.json").is_file(), "evaluate", str(run_dir))
-    step("export", (run_dir / "export" / "SHA256SUMS").is_file(), "export", str(run_dir))
+    step("train", source, "--backend", backend, "--out", str(run_dir), *arguments, *(["--force"] if force else []))
+    if has_anything_to_evaluate(read_record(run_dir)):
+        step("evaluate", str(run_dir))
+    else:
+        console.print(
+            "[yellow]warning: nothing was held out and the config asks for no facts: not evaluated[/]\n"
+            "  -> data.validation_share=0.1 holds a tenth of the documents out"
+        )
+    step("export", str(run_dir))
     started = time.perf_counter()
     outcome.answers = _ask_all(workload, run_dir)
-    outcome.seconds["ask the GGUF"] = time.perf_counter() - started
+    if outcome.answers:
+        outcome.seconds["ask the GGUF"] = time.perf_counter() - started
     write_json(run_dir / "outcome.json", {"seconds": outcome.seconds, "answers": outcome.answers})
-    _judge(workload, run_dir, outcome)
+    _judge(run_dir, outcome)
     return outcome
 
 
-def _refuse_other_work(workload: Workload, run_dir: Path) -> None:
-    stored = run_dir / "workload.yaml"
-    if not stored.is_file():
-        return
-    before, now = load_workload(stored).model_dump(mode="json"), workload.model_dump(mode="json")
-    changed = changed_keys(before, now)
-    if changed:
-        raise ConfigurationError(
-            f"{run_dir} holds a run of another config:\n" + "\n".join(changed),
-            remedy="pass --force to start afresh, or --out for another directory",
-        )
+def _outcome_before(run_dir: Path) -> dict[str, float | None]:
+    """Seconds of the steps as an earlier `run` left them."""
+    path = run_dir / "outcome.json"
+    seconds = read_json_object(path).get("seconds") if path.is_file() else None
+    return seconds if isinstance(seconds, dict) else {}
+
+
+def _digest(path: Path) -> str | None:
+    return sha256_file(path) if path.is_file() else None
 
 
 def _ask_all(workload: Workload, run_dir: Path) -> list[dict[str, Any]]:
@@ -109,9 +114,10 @@ def _ask_all(workload: Workload, run_dir: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _judge(workload: Workload, run_dir: Path, outcome: Outcome) -> None:
+def _judge(run_dir: Path, outcome: Outcome) -> None:
     """The planted facts: absent before, present after, in every form of the model."""
-    evaluation = json.loads((run_dir / "evaluation.json").read_text(encoding="utf-8"))
+    path = run_dir / "evaluation.json"
+    evaluation = read_json_object(path) if path.is_file() else {}
     wrong = [f"{row['model']} does not say it: {row['answer']!r:.200}" for row in outcome.answers if not row["found"]]
     for row in evaluation.get("facts", []):
         expected = row["subject"] != "base"

@@ -99,7 +99,15 @@ def train_command(spec: RunSpec, run_dir: Path) -> list[str]:
     if spec.float32_adapter:
         module = ["harness.parity.probes.float32_adapter", *(f"--rounding={name}" for name in spec.rounding)]
     command = [interpreter(spec.backend), "-m", *module, "train", *work_arguments(spec)]
-    return [*command, "-o", str(run_dir), "--force", "--on-oom", "stop"]  # another layout is another measurement
+    return [
+        *command,
+        "-o",
+        str(run_dir),
+        "--force",
+        "--no-check",
+        "--on-oom",
+        "stop",
+    ]  # another layout is another measurement
 
 
 def evaluate_command(run_dir: Path) -> list[str]:

@@ -66,6 +66,7 @@ def train(arguments: list[str]) -> int:
     parser.add_argument("--plan", action="append", default=[])
     parser.add_argument("-o", type=Path)
     parser.add_argument("--force", action="store_true")
+    parser.add_argument("--no-check", action="store_true")
     parser.add_argument("--on-oom", choices=["stop"], required=True)  # a run in another layout is another measurement
     options = parser.parse_args(arguments)
     if options.backend == os.environ.get("ARM_CHANGES_WORKLOAD"):

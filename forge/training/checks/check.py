@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,20 +20,54 @@ from forge.training.config.workload import Workload
 from forge.training.system.environment import describe_gpu
 from forge.training.system.errors import ConfigurationError, ForgeError, MachineError
 
-__all__ = ["Finding", "check_workload", "exit_code", "print_findings"]
+LLAMA_CPP = "llama.cpp"
+__all__ = ["Finding", "check_workload", "exit_code", "print_findings", "questions_before_training"]
 
 
-def check_workload(workload: Workload, backend: Backend, directory: Path | None = None) -> list[Finding]:
+def check_workload(
+    workload: Workload, backend: Backend, directory: Path | None = None, plan_overrides: Sequence[str] = ()
+) -> list[Finding]:
     """Check a config for a backend on this machine. Nothing is made, fetched or written.
 
     ``directory``: where the run will be, by default below the current one. torch is not imported.
     """
-    return list(_findings(workload, backend, directory or Path.cwd()))
+    return list(_findings(workload, backend, directory or Path.cwd(), list(plan_overrides)))
 
 
-def _findings(workload: Workload, backend: Backend, directory: Path) -> Iterator[Finding]:
+def questions_before_training(arguments: Sequence[str], announce: Callable[[str], None]) -> Callable[[], None]:
+    """What `forge train` asks before it begins: all that `forge check ARGUMENTS` does, refused with the same exit code.
+
+    The function that is returned asks; a warning is announced once, however often it is asked. In a process of its
+    own, because Unsloth must be the first to import transformers. Without llama.cpp it still trains.
+    """
+    told: set[str] = set()
+
+    def ask() -> None:
+        command = [sys.executable, "-m", "forge.training", "check", *arguments, "--json"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        try:
+            findings = [Finding(**row) for row in json.loads(done.stdout)]
+        except (ValueError, TypeError) as error:
+            raise ForgeError.of_child(done.returncode or 1, "`forge check` failed (see above)") from error
+        errors = [finding for finding in findings if finding.level == "error" and finding.subject != LLAMA_CPP]
+        for finding in findings:
+            line = f"{finding.subject}: {finding.message}"
+            if finding.level != "ok" and finding not in errors and line not in told:
+                told.add(line)
+                announce(f"warning: {line}" + (f"\n  -> {finding.remedy}" if finding.remedy else ""))
+        if len(errors) == 1:
+            raise ForgeError.of_child(errors[0].exit_code, errors[0].message, remedy=errors[0].remedy)
+        if errors:
+            lines = [f"  {e.subject}: {e.message}" + (f"\n    -> {e.remedy}" if e.remedy else "") for e in errors]
+            message = f"{len(errors)} things are wrong before the first step\n" + "\n".join(lines)
+            raise ForgeError.of_child(errors[0].exit_code, message, remedy="`forge check` shows all that was looked at")
+
+    return ask
+
+
+def _findings(workload: Workload, backend: Backend, directory: Path, plan_overrides: list[str]) -> Iterator[Finding]:
     gpu = describe_gpu()
-    yield from guarded("configuration", partial(check_configuration, workload, backend))
+    yield from guarded("configuration", partial(check_configuration, workload, backend, plan_overrides))
     yield from guarded("data", partial(check_data, workload))
     try:
         base, findings = find_base(workload, gpu is not None)
@@ -49,12 +86,12 @@ def _findings(workload: Workload, backend: Backend, directory: Path) -> Iterator
     yield from guarded("GPU", partial(check_gpu, workload, backend, gpu))
     yield from guarded("attention", partial(check_attention, gpu is not None))
     yield from guarded("WSL2", partial(check_wsl, gpu))
-    yield from guarded("llama.cpp", check_llama_cpp)
+    yield from guarded(LLAMA_CPP, check_llama_cpp)
 
 
-def check_configuration(workload: Workload, backend: Backend) -> Iterator[Finding]:
+def check_configuration(workload: Workload, backend: Backend, plan_overrides: list[str]) -> Iterator[Finding]:
     """The plan, what the backend cannot do, and the trackers. Raises :class:`ConfigurationError`."""
-    plan = load_plan(workload, backend)
+    plan = load_plan(workload, backend, plan_overrides)
     training = workload.training
     yield ok(
         "plan",

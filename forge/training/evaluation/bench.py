@@ -46,6 +46,12 @@ class Measured:
     facts: list[FactAnswer]
 
 
+def has_anything_to_evaluate(run: RunRecord) -> bool:
+    """Whether a run held documents out or its config asks for facts."""
+    facts = Workload.model_validate(run.workload).evaluation.facts
+    return run.inputs.validation_examples_sha256 is not None or bool(facts)
+
+
 def prepare_bench(run: RunRecord, run_dir: Path, max_documents: int | None) -> Bench:
     """Read what a run held out. Raises :class:`DataError` if it is not what the record says, or nothing."""
     workload = Workload.model_validate(run.workload)

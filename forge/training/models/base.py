@@ -107,12 +107,28 @@ def resolve_base(
     return check_base(_fetched(path, offline, revision))
 
 
-def _standin(name: str, say: Say) -> Path:
+def is_here(path: str, *, revision: str | None = None) -> bool:
+    """Whether :func:`resolve_base` would neither make nor fetch anything."""
+    if path in STANDINS:
+        return _standin_directory(path).is_dir()
+    if Path(path).is_dir():
+        return True
+    try:
+        return _fetched(path, True, revision).is_dir()
+    except MachineError:
+        return False
+
+
+def _standin_directory(name: str) -> Path:
     standin = STANDINS[name]
     how: list[Any] = [asdict(standin.shape), "normal 0.02, seed 42"]
     if standin.recipe is not None:  # the standard library's text changes with each release
         how[1:] = [asdict(standin.recipe), platform.python_version()]
-    directory = cache_dir() / "models" / f"{name}-{sha256_json([_FORMAT, how])[:12]}"
+    return cache_dir() / "models" / f"{name}-{sha256_json([_FORMAT, how])[:12]}"
+
+
+def _standin(name: str, say: Say) -> Path:
+    standin, directory = STANDINS[name], _standin_directory(name)
     if directory.is_dir():
         return directory
     require_gpu_to_make(name, _has_cuda)

@@ -21,6 +21,7 @@ from forge.training.system.errors import DataError, DivergedError, GpuMemoryErro
 from forge.training.system.files import is_there, read_json_object, sha256_json, write_json
 
 SCHEMA_VERSION = 1
+TRAINING_VERSION = 1  # raised when the same inputs and config would no longer train the same adapter
 Status = Literal["running", "completed", "interrupted", "diverged", "out_of_memory", "failed"]
 
 
@@ -81,6 +82,7 @@ class RunRecord(_Part):
     """One backend x one config x one seed in one process."""
 
     schema_version: int = SCHEMA_VERSION
+    training_version: int = TRAINING_VERSION
     status: Status
     message: str | None = None  # why, where status is not "completed"
     backend: Backend

@@ -8,7 +8,10 @@ change too, and are reported: their rounding is not the same.
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +19,23 @@ from forge.training.backends import Backend
 from forge.training.config.plan import Plan
 from forge.training.config.workload import Workload, changed_keys
 from forge.training.data.inputs import Inputs
+from forge.training.data.records import several
 from forge.training.system.errors import ConfigurationError, DataError, DiskError
-from forge.training.system.files import remove
-from forge.training.train.record import RunRecord, read_record
+from forge.training.system.files import disk_errors, remove
+from forge.training.train.record import TRAINING_VERSION, RunRecord, read_record
 from forge.training.train.status import NAME as STATUS
 
+_MADE_BEFORE_THE_RECORD = ("corpus.jsonl", "corpus.train.jsonl", "corpus.validation.jsonl", "examples", "workload.yaml")
 _MADE_BY_A_RUN = (
-    *("run.json", "steps.jsonl", "checkpoints", "best", "adapter", "examples", "tensorboard", "workload.yaml"),
-    *("evaluation.json", "merged", "export", "outcome.json", STATUS),
+    *("checkpoints", "best", "adapter", "steps.jsonl", "tensorboard", "merged", "export", "evaluation.json"),
+    *("outcome.json", "report.html", *_MADE_BEFORE_THE_RECORD),
+    *("run.json", STATUS),  # last, so that what is left of a move is still seen to be a run
+)
+_LEFT_BY_A_KILL = re.compile(
+    rf"\.({'|'.join(map(re.escape, ('inputs', *_MADE_BY_A_RUN)))})\.[a-z0-9_]{{8}}\.(part|old)"
 )
 _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "unsloth", "unsloth_zoo")
-_REMEDY = "resume with what it was started with, train into another directory, or start afresh with --force"
+_REMEDY = "go back to what it was trained with, train into another directory with --out, or again with --force"
 
 
 def previous_run(run_dir: Path, workload: Workload, backend: Backend, *, resume: bool, force: bool) -> RunRecord | None:
@@ -38,6 +47,12 @@ def previous_run(run_dir: Path, workload: Workload, backend: Backend, *, resume:
     if resume and force:
         raise ConfigurationError("--resume continues a run and --force starts afresh", remedy="choose one")
     if force:
+        foreign = sorted(path.name for path in _entries(run_dir) if path.name not in _MADE_BY_A_RUN)
+        if foreign:
+            raise DiskError(
+                f"{run_dir} holds what no run made: {several(foreign)}",
+                remedy="move that elsewhere, or name another directory with --out: --force replaces a run and no more",
+            )
         return None
     if not (run_dir / "run.json").exists():
         if resume:
@@ -57,21 +72,37 @@ def previous_run(run_dir: Path, workload: Workload, backend: Backend, *, resume:
     raise ConfigurationError(f"{run_dir} holds a run of other settings:\n" + "\n".join(changed), remedy=_REMEDY)
 
 
-def refuse_other_inputs(run_dir: Path, before: Inputs, now: Inputs) -> None:
-    """Raise :class:`DataError` with old -> new if base, tokenizer or data are not what the run began with."""
+def refuse_other_inputs(run_dir: Path, before: RunRecord, now: Inputs) -> None:
+    """Raise :class:`DataError` with old -> new if base, tokenizer or data are not what the run was trained on.
+
+    So too if this Forge trains in another way than the one that wrote the record.
+    """
     what = {
         "base_sha256": "the base model's weights",
         "tokenizer_sha256": "the tokenizer",
         "train_examples_sha256": "the training examples",
         "validation_examples_sha256": "the held-out examples",
     }
+    old, new = before.inputs, now
     changed = [
-        f"  {name}: {getattr(before, key)} -> {getattr(now, key)}"
+        f"  {name}: {_short(getattr(old, key))} -> {_short(getattr(new, key))}"
         for key, name in what.items()
-        if getattr(before, key) != getattr(now, key)
+        if getattr(old, key) != getattr(new, key)
     ]
+    counts = (("training", "num_train_examples"), ("held-out", "num_validation_examples"))
+    changed += [
+        f"  number of {side} examples: {getattr(old, key):,} -> {getattr(new, key):,}"
+        for side, key in counts
+        if getattr(old, key) != getattr(new, key)
+    ]
+    if before.training_version != TRAINING_VERSION:
+        changed.append(f"  Forge's version of training: {before.training_version} -> {TRAINING_VERSION}")
     if changed:
-        raise DataError(f"{run_dir} was started with other content:\n" + "\n".join(changed), remedy=_REMEDY)
+        raise DataError(f"{run_dir} was trained on something else:\n" + "\n".join(changed), remedy=_REMEDY)
+
+
+def _short(digest: str | None) -> str:
+    return "none" if digest is None else digest[:16]
 
 
 def allowed_changes(before: RunRecord, plan: Plan, environment: dict[str, Any]) -> list[str]:
@@ -86,14 +117,35 @@ def allowed_changes(before: RunRecord, plan: Plan, environment: dict[str, Any]) 
     return lines
 
 
-def clear(run_dir: Path) -> None:
-    """Delete what an earlier run left: a fresh one shares nothing with it."""
-    for name in _MADE_BY_A_RUN:
-        remove(run_dir / name)
+def set_aside(run_dir: Path) -> Path | None:
+    """Move what an earlier run made to ``NAME.1`` (2, 3, ...) beside it; ``None``: there was nothing worth it.
+
+    Nothing is deleted: a fresh run shares nothing with it, and who forced one can go back. A start that failed
+    before its record left only what the next one makes again.
+    """
+    made = [run_dir / name for name in _MADE_BY_A_RUN if os.path.lexists(run_dir / name)]
+    if {path.name for path in made} <= {*_MADE_BEFORE_THE_RECORD, STATUS}:
+        return None
+    with disk_errors(run_dir):
+        beside = (run_dir.with_name(f"{run_dir.name}.{number}") for number in count(1))
+        place = next(path for path in beside if not os.path.lexists(path))
+        place.mkdir()
+        for path in made:
+            os.replace(path, place / path.name)
+    return place
 
 
 def clear_partials(run_dir: Path, announce: Callable[[str], None]) -> None:
     """Delete what a killed process was still writing beside its final name."""
-    for path in [*run_dir.glob(".*.part"), *run_dir.glob(".*.old")]:
+    for path in sorted(run_dir.glob(".*")):
+        if not _LEFT_BY_A_KILL.fullmatch(path.name):
+            continue
         announce(f"{path.name} is left of a process that was killed: deleted")
         remove(path)
+
+
+def _entries(run_dir: Path) -> list[Path]:
+    """What is in a directory, its lock and what a killed process left aside."""
+    if not run_dir.is_dir():
+        return []
+    return [path for path in run_dir.iterdir() if path.name != ".lock" and not _LEFT_BY_A_KILL.fullmatch(path.name)]

@@ -22,12 +22,13 @@ from typing import Any
 from forge.training.backends import Backend, BackendModule, load_backend, load_plan
 from forge.training.backends.job import StepObserver, TrainingJob
 from forge.training.config.plan import Plan
-from forge.training.config.workload import Workload
-from forge.training.data.inputs import Inputs, PreparedInputs, prepare_inputs, refuse_unusable_sources
+from forge.training.config.workload import Workload, changed_keys
+from forge.training.data.inputs import Inputs, prepare_inputs, refuse_unusable_sources
+from forge.training.models.base import is_here
 from forge.training.models.digests import model_shape
 from forge.training.system.environment import describe_environment
 from forge.training.system.errors import DiskError, ForgeError, MachineError
-from forge.training.system.files import as_disk_error, locked, sha256_file, write_text
+from forge.training.system.files import as_disk_error, locked, remove, sha256_file, write_text
 from forge.training.system.oom import as_memory_error
 from forge.training.system.signals import StopRequest
 from forge.training.train.checkpoint import (
@@ -42,7 +43,7 @@ from forge.training.train.checkpoint import (
 )
 from forge.training.train.metrics import Meter, cut_log
 from forge.training.train.record import Resume, RunRecord, describe_trainable, status_of
-from forge.training.train.resume import allowed_changes, clear, clear_partials, previous_run, refuse_other_inputs
+from forge.training.train.resume import allowed_changes, clear_partials, previous_run, refuse_other_inputs, set_aside
 from forge.training.train.status import StatusFile
 
 
@@ -64,35 +65,58 @@ def train(
     *,
     resume: bool = False,
     force: bool = False,
+    check_first: Callable[[], None] | None = None,
 ) -> RunRecord:
     """Train and leave ``adapter/``, ``run.json``, ``steps.jsonl``, ``status.json`` in ``run_dir``.
 
-    Resumes a run of the same work that is there and returns a complete one as it is; ``resume``
-    insists that there is one, ``force`` replaces it. Raises the errors of
-    :mod:`forge.training.system.errors`; record and status then say how the run ended.
+    Resumes a run of the same work that is there; a complete one is returned as it is once its documents, base and
+    tokenizer are seen to be the same. ``resume`` insists that there is one. ``force`` trains afresh and keeps what
+    was there in ``NAME.1`` beside it. ``check_first`` raises where training should not begin; it is asked before the
+    base is made or fetched, and again after it was. Raises the errors of :mod:`forge.training.system.errors`; record
+    and status then say how the run ended.
     """
     plan = load_plan(workload, backend, plan_overrides)
     module = load_backend(backend)
     module.refuse(workload, plan)
+    before = previous_run(run_dir, workload, backend, resume=resume, force=force)
+    if check_first is not None and not _is_complete(before):
+        check_first()  # nothing is left of a run that does not begin
     with locked(run_dir), StopRequest().caught() as stop:
         before = previous_run(run_dir, workload, backend, resume=resume, force=force)
-        if before is not None and before.status == "completed":
-            delete_all(run_dir / "checkpoints")  # of a process killed between its last two writes
-            listener.announce(f"{run_dir} is complete: nothing to do")
-            return before
         clear_partials(run_dir, listener.announce)
-        if before is None:
-            clear(run_dir)
-        status = StatusFile(run_dir)
-        status.update(step=before.num_steps if before else 0)
+        is_complete = _is_complete(before)
         record: RunRecord | None = None
+        status: StatusFile | None = None
+        if not is_complete and not force:  # else the status is that of what is there, until all checks are passed
+            if before is None:
+                _set_aside(run_dir, listener.announce)  # of a run whose record was deleted
+            status = StatusFile(run_dir)
+            status.update(step=before.num_steps if before else 0)
         try:
             # checks that take time, and the inputs
             refuse_unusable_sources(workload)
+            was_there = is_here(workload.model.path, revision=workload.model.revision)
             base_dir = base_directory(workload)
-            module.prepare(plan)
-            listener.announce(f"base model {base_dir.name}, backend {backend}")
-            inputs = _inputs(workload, base_dir, run_dir, before)
+            if check_first is not None and not is_complete and not was_there:
+                check_first()
+            if not is_complete:
+                module.prepare(plan)
+                listener.announce(f"base model {base_dir.name}, backend {backend}")
+            with tempfile.TemporaryDirectory(dir=run_dir, prefix=".inputs.", suffix=".part") as made:
+                inputs = prepare_inputs(workload, base_dir, Path(made))
+                if before is not None:
+                    refuse_other_inputs(run_dir, before, inputs.described)
+                if before is not None and is_complete:
+                    return _completed(before, workload, base_dir, run_dir, listener.announce)
+                if force:
+                    _set_aside(run_dir, listener.announce)
+                if before is None:
+                    for path in Path(made).iterdir():
+                        remove(run_dir / path.name)  # of a start that failed
+                        os.replace(path, run_dir / path.name)
+            if status is None:
+                status = StatusFile(run_dir)
+                status.update()
             for note in inputs.described.notes:
                 listener.announce(note)
             write_text(run_dir / "workload.yaml", workload.to_yaml())
@@ -117,7 +141,8 @@ def train(
             code, message, remedy = 1, repr(failure)[:500], None
             if isinstance(failure, ForgeError):
                 code, message, remedy = failure.exit_code, failure.message, failure.remedy
-            status.update(state=status_of(failure), exit_code=code, message=message, remedy=remedy)
+            if status is not None:
+                status.update(state=status_of(failure), exit_code=code, message=message, remedy=remedy)
             if failure is error:
                 raise
             raise failure from error
@@ -139,14 +164,34 @@ def base_directory(workload: Workload) -> Path:
     return Path(done.stdout.strip().splitlines()[-1])
 
 
-def _inputs(workload: Workload, base_dir: Path, run_dir: Path, before: RunRecord | None) -> PreparedInputs:
-    """The run's examples, stored in its directory; a resume makes them again elsewhere and compares."""
-    if before is None:
-        return prepare_inputs(workload, base_dir, run_dir)
-    with tempfile.TemporaryDirectory(dir=run_dir, prefix=".inputs.", suffix=".part") as again:
-        inputs = prepare_inputs(workload, base_dir, Path(again))
-    refuse_other_inputs(run_dir, before.inputs, inputs.described)
-    return inputs
+def _is_complete(run: RunRecord | None) -> bool:
+    return run is not None and run.status == "completed"
+
+
+def _set_aside(run_dir: Path, announce: Callable[[str], None]) -> None:
+    place = set_aside(run_dir)
+    if place is not None:
+        announce(f"the run that was in {run_dir.name} is kept in {place}: delete it when you no longer need it")
+
+
+def _completed(
+    before: RunRecord, workload: Workload, base_dir: Path, run_dir: Path, announce: Callable[[str], None]
+) -> RunRecord:
+    """The record of a run that is complete and was trained on just this.
+
+    What does not change training may have changed (facts, quantisations, paths): the steps after it read it here.
+    """
+    delete_all(run_dir / "checkpoints")  # of a process killed between its last two writes
+    now = workload.model_dump(mode="json")
+    changed = changed_keys(before.workload, now)
+    if changed:
+        announce("changed since it was trained, and no part of training:\n" + "\n".join(changed))
+    if changed or before.base_path != str(base_dir):
+        before.workload, before.base_path = now, str(base_dir)
+        before.write(run_dir)
+        write_text(run_dir / "workload.yaml", workload.to_yaml())
+    announce(f"{run_dir} is complete, and trained on these documents and this base: nothing to do")
+    return before
 
 
 def _restore_newest(job: TrainingJob, identity: dict[str, str], announce: Callable[[str], None]) -> Checkpoint | None:
