@@ -1,0 +1,133 @@
+"""The same command again, with the same content or another, and ``--force``: nothing is ignored and nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import run_command as command
+from tests.support.run_command import Ended
+from tests.support.tiny_model import write_base
+from tests.support.tiny_run import adapter, arguments, edit_json, record, status
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path, reference: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base, documents and a complete run ``kept``, copied: what is tried in it is lost on no one."""
+    copy = tmp_path_factory.mktemp("finished")
+    for name in ("base", "train.jsonl", "validation.jsonl"):
+        (shutil.copytree if (folder / name).is_dir() else shutil.copy)(folder / name, copy / name)
+    shutil.copytree(folder / "reference", copy / "kept")
+    return copy
+
+
+def again(finished: Path, *more: str, out: str = "kept") -> Ended:
+    return command.run(arguments(finished, finished / out, *more), finished / "logs" / out)
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    paths = [path for path in directory.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(directory)): path.read_bytes() for path in paths}
+
+
+def with_one_more(path: Path) -> str:
+    return path.read_text() + json.dumps({"instruction": "Recite `new.md`", "input": "", "output": "It is new."}) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("train", ("the training examples: ", "number of training examples: 20 -> 21", "--force", "--out")),
+        ("validation", ("the held-out examples: ", "number of held-out examples: 4 -> 5")),
+        ("base", ("the base model's weights: ",)),
+        ("version", ("Forge's version of training: 0 -> 1",)),
+    ],
+)
+def test_a_complete_run_of_other_content_is_not_done(finished: Path, change: str, says: tuple[str, ...]) -> None:
+    more: list[str] = []
+    if change == "base":
+        write_base(finished / "other", tied=False, hidden_size=64, intermediate_size=128, num_steps=1)
+        more = ["--set", f"model.path={finished / 'other'}"]
+    elif change == "version":
+        shutil.copytree(finished / "kept", finished / "old")
+        edit_json(finished / "old" / "run.json", training_version=0)
+    else:
+        (finished / "changed.jsonl").write_text(with_one_more(finished / f"{change}.jsonl"))
+        more = ["--set", f"data.{change}={finished / 'changed.jsonl'}"]
+    out = "old" if change == "version" else "kept"
+    before = files(finished / out)
+    done = again(finished, *more, out=out)
+    assert done.returncode == 3, done.stderr
+    assert all(words in done.stderr for words in says), done.stderr
+    assert "nothing to do" not in done.stderr
+    assert files(finished / out) == before
+
+
+@pytest.mark.parametrize(("key", "code"), [("data.train", 3), ("data.validation", 3), ("model.path", 2)])
+def test_a_complete_run_does_not_hide_a_path_that_is_not_there(finished: Path, key: str, code: int) -> None:
+    done = again(finished, "--set", f"{key}={finished / 'nowhere'}")
+    assert done.returncode == code, done.stderr
+    assert "nowhere" in done.stderr
+
+
+def test_what_is_no_part_of_training_changes_in_a_complete_run_and_is_said(finished: Path) -> None:
+    shutil.copytree(finished / "kept", finished / "asked")
+    done = again(finished, "--set", "export.quantizations=[f16]", out="asked")
+    assert done.returncode == 0, done.stderr
+    assert "export.quantizations: " in done.stderr
+    assert record(finished / "asked")["workload"]["export"]["quantizations"] == ["f16"]
+    assert adapter(finished / "asked") == adapter(finished / "kept")
+    assert "export.quantizations: " not in again(finished, "--set", "export.quantizations=[f16]", out="asked").stderr
+
+
+def test_a_forced_run_keeps_the_one_before_beside_it(finished: Path) -> None:
+    shutil.copytree(finished / "kept", finished / "forced")
+    before = files(finished / "forced")
+    for number in (1, 2):
+        done = again(finished, "--set", "training.max_steps=2", "--force", out="forced")
+        assert done.returncode == 0, done.stderr
+        assert f"kept in {finished / f'forced.{number}'}" in done.stderr
+    assert files(finished / "forced.1") == before
+    assert record(finished / "forced")["num_steps"] == record(finished / "forced.2")["num_steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("setting", "code"),
+    [("data.train=nowhere.jsonl", 3), ("model.path=./nowhere", 2), ("data.max_length=100000", 2)],
+)
+def test_a_forced_run_that_is_refused_leaves_the_one_before_as_it_was(finished: Path, setting: str, code: int) -> None:
+    before = files(finished / "kept")
+    done = again(finished, "--set", setting, "--force")
+    assert done.returncode == code, done.stderr
+    assert files(finished / "kept") == before
+    assert status(finished / "kept")["state"] == "completed"
+
+
+def test_force_does_not_touch_a_folder_with_files_that_no_run_made(finished: Path) -> None:
+    place = finished / "mine"
+    (place / "adapter").mkdir(parents=True)
+    for name in ("thesis.md", ".notes.part", "adapter/precious"):
+        (place / name).write_text("years of work")
+    before = files(place)
+    done = again(finished, "--force", out="mine")
+    assert done.returncode == 6, done.stderr
+    assert "thesis.md" in done.stderr
+    assert files(place) == before
+
+
+def test_what_check_refuses_is_refused_before_anything_is_made(finished: Path) -> None:
+    wrong = ("lora.targets=[q_proj,qq_proj]", "export.quantizations=[q4_k_m]")
+    settings = [part for setting in wrong for part in ("--set", setting)]
+    typed = [part for part in arguments(finished, finished / "never", *settings) if part != "--no-check"]
+    checked = command.run(["check", *typed[1:]], finished / "logs" / "check")
+    done = command.run(typed, finished / "logs" / "train")
+    assert done.returncode == checked.returncode == 2, done.stderr
+    for words in ("qq_proj", "q4_k_m"):
+        assert words in done.stderr
+        assert words in checked.stdout
+    assert not (finished / "never").exists()
+    assert "Traceback" not in done.stderr
