@@ -164,6 +164,10 @@ def train(
     on_oom: Annotated[
         Literal["shrink", "stop"], typer.Option("--on-oom", help="Out of GPU memory: smaller micro-batches, or stop.")
     ] = "shrink",
+    continue_run: Annotated[
+        Path | None,
+        typer.Option("--continue", metavar="RUN", help="Train on the adapter of a complete run; default out RUN-more."),
+    ] = None,
     no_check: Annotated[bool, typer.Option("--no-check", help="Train whatever `forge check` would say.")] = False,
     force: ForceRun = False,
     as_json: Json = False,
@@ -179,7 +183,10 @@ def train(
     from forge.training.train.run import train as train_run
 
     loaded, chosen = load_workload(workload, overrides or []), choose_backend(backend)
-    run_dir = (out or Path("runs") / f"{loaded.name}-{chosen}").absolute()
+    default = Path("runs") / f"{loaded.name}-{chosen}"
+    if continue_run is not None:
+        default = continue_run.with_name(f"{continue_run.name}-more")
+    run_dir = (out or default).absolute()
     arguments = [part for setting in overrides or [] for part in ("--set", setting)]
     arguments += [part for setting in plan or [] for part in ("--plan", setting)]
     with TrainingDisplay(logs()) as display:
@@ -190,7 +197,15 @@ def train(
         check_first = None if no_check else ask
         try:
             record = train_run(
-                loaded, chosen, plan or [], run_dir, listener, resume=resume, force=force, check_first=check_first
+                loaded,
+                chosen,
+                plan or [],
+                run_dir,
+                listener,
+                resume=resume,
+                force=force,
+                check_first=check_first,
+                continued=continue_run,
             )
         except GpuMemoryError as error:
             current = load_plan(loaded, chosen, plan or []).micro_batch

@@ -17,7 +17,10 @@ from forge.training.data.examples import Examples
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """``base_dir`` holds the 16-bit base model, ``run_dir`` everything the run leaves."""
+    """``base_dir`` holds the 16-bit base model, ``run_dir`` everything the run leaves.
+
+    ``first_adapter``: the safetensors file of the adapter that is trained on; ``None``: a new one.
+    """
 
     workload: Workload
     plan: Plan
@@ -26,6 +29,7 @@ class TrainingJob:
     run_dir: Path
     train: Examples
     validation: Examples | None
+    first_adapter: Path | None = None
 
     @property
     def num_steps(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from forge.training.data.batching import largest_micro_batch, longest_document
 from forge.training.data.conversation import IGNORED
 from forge.training.data.examples import Examples
 from forge.training.models.tokenizers import load_tokenizer
+from forge.training.system.errors import DataError
 
 disable_progress_bar()  # train/display.py shows one bar, of steps
 
@@ -57,6 +59,27 @@ def initialise_adapter(model: Any, seed: int) -> None:
                 parameter.zero_()
 
 
+def load_adapter(model: Any, path: Path) -> None:
+    """Set every LoRA matrix to that of an adapter that PEFT saved. Raises :class:`DataError` unless they are the same.
+
+    The same names and shapes, that is; values take the parameter's dtype.
+    """
+    from safetensors.torch import load_file
+
+    stored = load_file(path)
+    own = {name.replace(".default.", "."): p for name, p in model.named_parameters() if p.requires_grad}
+    other = sorted(name for name in {*stored, *own} if name not in stored or name not in own)
+    other += [name for name in own if name in stored and stored[name].shape != own[name].shape]
+    if other:
+        raise DataError(
+            f"{path} is no adapter of this config: it differs in {len(other):,} matrices, such as {other[0]}",
+            remedy="continue it with the lora section that it was trained with",
+        )
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(stored[name].to(parameter.dtype))
+
+
 def to_dataset(examples: Examples, max_length: int) -> Any:
     """The examples as a ``datasets.Dataset`` of ``input_ids`` and ``labels``."""
     from datasets import Dataset
@@ -86,6 +109,8 @@ def forge_trainer(base: Any) -> Callable[..., Any]:
             )
             self.remove_callback(PrinterCallback)
             initialise_adapter(self.model, job.workload.training.seed)
+            if job.first_adapter is not None:
+                load_adapter(self.model, job.first_adapter)
 
         def _collate(self, rows: list[dict[str, Any]]) -> Any:
             batch = self.data_collator(rows)

@@ -209,8 +209,11 @@ def size_bytes(num_parameters: int, optimizer: OptimizerSection) -> int:
     return int(num_parameters * (8 + optimizer.state_bytes_per_parameter)) + (2 << 20)
 
 
-def describe_identity(workload_sha256: str, inputs: Inputs, backend: str) -> dict[str, str]:
+def describe_identity(
+    workload_sha256: str, inputs: Inputs, backend: str, first_adapter_sha256: str | None = None
+) -> dict[str, str]:
     """What makes two runs the same work, by digest."""
+    first = {} if first_adapter_sha256 is None else {"first_adapter": first_adapter_sha256}
     return {
         "workload": workload_sha256,
         "base": inputs.base_sha256,
@@ -218,6 +221,7 @@ def describe_identity(workload_sha256: str, inputs: Inputs, backend: str) -> dic
         "train_examples": inputs.train_examples_sha256,
         "validation_examples": str(inputs.validation_examples_sha256),
         "backend": backend,
+        **first,
     }
 
 

@@ -78,6 +78,16 @@ class Resume(_Part):
     changes: list[str] = Field(default_factory=list)  # of plan and packages, old -> new
 
 
+class Predecessor(_Part):
+    """A run whose adapter was trained on: its adapter, config and examples by digest."""
+
+    adapter_sha256: str
+    workload_sha256: str
+    train_examples_sha256: str
+    backend: Backend
+    num_steps: int
+
+
 class RunRecord(_Part):
     """One backend x one config x one seed in one process."""
 
@@ -105,6 +115,7 @@ class RunRecord(_Part):
     batch_digests: list[str] = Field(default_factory=list)  # labels as they reach the model, one per step
     notes: list[str] = Field(default_factory=list)  # what was unusual: spikes of the loss
     resumes: list[Resume] = Field(default_factory=list)
+    continues: list[Predecessor] = Field(default_factory=list)  # the runs before it, oldest first
 
     @field_validator("environment")
     @classmethod
@@ -131,6 +142,19 @@ def describe_trainable(model: Any) -> Trainable:
         names_sha256=sha256_json(sorted(rows)),
         dtype=",".join(sorted(dtypes)),
     )
+
+
+def chain_after(run: RunRecord) -> list[Predecessor]:
+    """What a run that continues the adapter of ``run`` says in ``continues``."""
+    assert run.adapter_sha256 is not None
+    last = Predecessor(
+        adapter_sha256=run.adapter_sha256,
+        workload_sha256=run.workload_sha256,
+        train_examples_sha256=run.inputs.train_examples_sha256,
+        backend=run.backend,
+        num_steps=run.num_steps,
+    )
+    return [*run.continues, last]
 
 
 def status_of(error: BaseException) -> Status:

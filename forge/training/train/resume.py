@@ -22,7 +22,7 @@ from forge.training.data.inputs import Inputs
 from forge.training.data.records import several
 from forge.training.system.errors import ConfigurationError, DataError, DiskError
 from forge.training.system.files import disk_errors, remove
-from forge.training.train.record import TRAINING_VERSION, RunRecord, read_record
+from forge.training.train.record import TRAINING_VERSION, Predecessor, RunRecord, read_record
 from forge.training.train.status import NAME as STATUS
 
 _MADE_BEFORE_THE_RECORD = ("corpus.jsonl", "corpus.train.jsonl", "corpus.validation.jsonl", "examples", "workload.yaml")
@@ -38,7 +38,15 @@ _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "unsloth", 
 _REMEDY = "go back to what it was trained with, train into another directory with --out, or again with --force"
 
 
-def previous_run(run_dir: Path, workload: Workload, backend: Backend, *, resume: bool, force: bool) -> RunRecord | None:
+def previous_run(
+    run_dir: Path,
+    workload: Workload,
+    backend: Backend,
+    *,
+    resume: bool,
+    force: bool,
+    continues: list[Predecessor] | None = None,
+) -> RunRecord | None:
     """The run to resume, ``None`` to begin one. Touches nothing.
 
     Raises :class:`ConfigurationError` if the directory holds other work, :class:`DataError` if
@@ -65,9 +73,11 @@ def previous_run(run_dir: Path, workload: Workload, backend: Backend, *, resume:
             )
         return None
     before = read_record(run_dir)
-    if (before.workload_sha256, before.backend) == (workload.digest(), backend):
+    first, first_now = (_short(chain[-1].adapter_sha256 if chain else None) for chain in (before.continues, continues))
+    if (before.workload_sha256, before.backend, first) == (workload.digest(), backend, first_now):
         return before
     changed = [f"  backend: {before.backend} -> {backend}"] if before.backend != backend else []
+    changed += [f"  the adapter that it continues (--continue): {first} -> {first_now}"] if first != first_now else []
     changed += changed_keys(before.workload, workload.model_dump(mode="json"))
     raise ConfigurationError(f"{run_dir} holds a run of other settings:\n" + "\n".join(changed), remedy=_REMEDY)
 
@@ -99,6 +109,17 @@ def refuse_other_inputs(run_dir: Path, before: RunRecord, now: Inputs) -> None:
         changed.append(f"  Forge's version of training: {before.training_version} -> {TRAINING_VERSION}")
     if changed:
         raise DataError(f"{run_dir} was trained on something else:\n" + "\n".join(changed), remedy=_REMEDY)
+
+
+def refuse_other_base(predecessor: RunRecord, now: Inputs) -> None:
+    """Raise :class:`DataError` if the run whose adapter is continued was trained on another base or tokenizer."""
+    for key, what in (("base_sha256", "weights"), ("tokenizer_sha256", "tokenizer")):
+        old, new = getattr(predecessor.inputs, key), getattr(now, key)
+        if old != new:
+            raise DataError(
+                f"the adapter to continue was trained on another base: {what} {_short(old)}, here {_short(new)}",
+                remedy="continue on its own base: set model.path to it",
+            )
 
 
 def _short(digest: str | None) -> str:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from forge.training.data.inputs import Inputs, prepare_inputs, refuse_unusable_s
 from forge.training.models.base import is_here
 from forge.training.models.digests import model_shape
 from forge.training.system.environment import describe_environment
-from forge.training.system.errors import DiskError, ForgeError, MachineError
+from forge.training.system.errors import DataError, DiskError, ForgeError, MachineError
 from forge.training.system.files import as_disk_error, locked, remove, sha256_file, write_text
 from forge.training.system.oom import as_memory_error
 from forge.training.system.signals import StopRequest
@@ -42,8 +43,23 @@ from forge.training.train.checkpoint import (
     save_adapter,
 )
 from forge.training.train.metrics import Meter, cut_log
-from forge.training.train.record import Resume, RunRecord, describe_trainable, status_of
-from forge.training.train.resume import allowed_changes, clear_partials, previous_run, refuse_other_inputs, set_aside
+from forge.training.train.record import (
+    Predecessor,
+    Resume,
+    RunRecord,
+    chain_after,
+    completed_record,
+    describe_trainable,
+    status_of,
+)
+from forge.training.train.resume import (
+    allowed_changes,
+    clear_partials,
+    previous_run,
+    refuse_other_base,
+    refuse_other_inputs,
+    set_aside,
+)
 from forge.training.train.status import StatusFile
 
 
@@ -66,23 +82,28 @@ def train(
     resume: bool = False,
     force: bool = False,
     check_first: Callable[[], None] | None = None,
+    continued: Path | None = None,
 ) -> RunRecord:
     """Train and leave ``adapter/``, ``run.json``, ``steps.jsonl``, ``status.json`` in ``run_dir``.
 
     Resumes a run of the same work that is there; a complete one is returned as it is once its documents, base and
     tokenizer are seen to be the same. ``resume`` insists that there is one. ``force`` trains afresh and keeps what
-    was there in ``NAME.1`` beside it. ``check_first`` raises where training should not begin; it is asked before the
-    base is made or fetched, and again after it was. Raises the errors of :mod:`forge.training.system.errors`; record
-    and status then say how the run ended.
+    was there in ``NAME.1`` beside it. ``continued``: a complete run on whose adapter this one trains, with its own
+    examples, steps and schedule. ``check_first`` raises where training should not begin; it is asked before the base
+    is made or fetched, and again after it was. Raises the errors of :mod:`forge.training.system.errors`; record and
+    status then say how the run ended.
     """
     plan = load_plan(workload, backend, plan_overrides)
     module = load_backend(backend)
     module.refuse(workload, plan)
-    before = previous_run(run_dir, workload, backend, resume=resume, force=force)
+    predecessor = None if continued is None else completed_record(continued)
+    chain = [] if predecessor is None else chain_after(predecessor)
+    look = partial(previous_run, run_dir, workload, backend, resume=resume, force=force, continues=chain)
+    before = look()
     if check_first is not None and not _is_complete(before):
         check_first()  # nothing is left of a run that does not begin
     with locked(run_dir), StopRequest().caught() as stop:
-        before = previous_run(run_dir, workload, backend, resume=resume, force=force)
+        before = look()
         clear_partials(run_dir, listener.announce)
         is_complete = _is_complete(before)
         record: RunRecord | None = None
@@ -106,6 +127,8 @@ def train(
                 inputs = prepare_inputs(workload, base_dir, Path(made))
                 if before is not None:
                     refuse_other_inputs(run_dir, before, inputs.described)
+                if predecessor is not None:
+                    refuse_other_base(predecessor, inputs.described)
                 if before is not None and is_complete:
                     return _completed(before, workload, base_dir, run_dir, listener.announce)
                 if force:
@@ -120,11 +143,16 @@ def train(
             for note in inputs.described.notes:
                 listener.announce(note)
             write_text(run_dir / "workload.yaml", workload.to_yaml())
-            job = TrainingJob(workload, plan, backend, base_dir, run_dir, inputs.train, inputs.validation)
+            first_adapter = None if continued is None else _first_adapter(continued, chain)
+            job = TrainingJob(
+                workload, plan, backend, base_dir, run_dir, inputs.train, inputs.validation, first_adapter
+            )
             # resume or start
-            identity = describe_identity(workload.digest(), inputs.described, backend)
+            identity = describe_identity(
+                workload.digest(), inputs.described, backend, chain[-1].adapter_sha256 if chain else None
+            )
             checkpoint = _restore_newest(job, identity, listener.announce) if before else None
-            record = _begin_record(job, backend, inputs.described, before, checkpoint, listener.announce)
+            record = _begin_record(job, backend, inputs.described, chain, before, checkpoint, listener.announce)
             # trainer, loop, adapter
             saver = Saver(job, identity, resumed_from=checkpoint, on_sealed=lambda name: status.update(checkpoint=name))
             _train(module, job, checkpoint, saver, record, listener, status, stop)
@@ -162,6 +190,14 @@ def base_directory(workload: Workload) -> Path:
         message = f"the base model {workload.model.path} cannot be used (see above)"
         raise ForgeError.of_child(done.returncode, message)
     return Path(done.stdout.strip().splitlines()[-1])
+
+
+def _first_adapter(continued: Path, chain: list[Predecessor]) -> Path:
+    """The weights of a complete run's adapter. Raises :class:`DataError` if they are not those that it trained."""
+    path = continued / "adapter" / "adapter_model.safetensors"
+    if not path.is_file() or sha256_file(path) != chain[-1].adapter_sha256:
+        raise DataError(f"{path} is not the adapter that this run trained", remedy="put it back, or train it again")
+    return path
 
 
 def _is_complete(run: RunRecord | None) -> bool:
@@ -212,6 +248,7 @@ def _begin_record(
     job: TrainingJob,
     backend: Backend,
     inputs: Inputs,
+    chain: list[Predecessor],
     before: RunRecord | None,
     checkpoint: Checkpoint | None,
     announce: Callable[[str], None],
@@ -234,6 +271,7 @@ def _begin_record(
         inputs=inputs,
         model_shape=model_shape(job.base_dir),
         environment=environment,
+        continues=chain,
     )
     if before is not None:
         changes = allowed_changes(before, job.plan, environment)

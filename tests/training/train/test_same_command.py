@@ -131,3 +131,32 @@ def test_what_check_refuses_is_refused_before_anything_is_made(finished: Path) -
         assert words in checked.stdout
     assert not (finished / "never").exists()
     assert "Traceback" not in done.stderr
+
+
+def test_a_finished_run_is_trained_further_on_other_documents_and_says_of_which_it_is_made(finished: Path) -> None:
+    (finished / "more.jsonl").write_text(with_one_more(finished / "train.jsonl"))
+    kept = finished / "kept"
+    settings = (f"data.train={finished / 'more.jsonl'}", "training.max_steps=10", "optimizer.learning_rate=1e-9")
+    more = [part for setting in settings for part in ("--set", setting)]
+    done = again(finished, *more, "--continue", str(kept), out="further")
+    assert done.returncode == 0, done.stderr
+    first, further = record(kept), record(finished / "further")
+    assert [each["adapter_sha256"] for each in further["continues"]] == [first["adapter_sha256"]]
+    assert further["losses"]["first_validation_loss"] == pytest.approx(
+        first["losses"]["best_validation_loss"], rel=1e-3
+    )
+    assert again(finished, *more, out="further").returncode == 2, "the same, but not continued, is other work"
+    done = again(finished, "--continue", str(finished / "further"), "--set", "training.max_steps=2", out="third")
+    assert done.returncode == 0, done.stderr
+    third = record(finished / "third")["continues"]
+    assert [each["num_steps"] for each in third] == [first["num_steps"], 10]
+
+
+@pytest.mark.parametrize(("setting", "code"), [("lora.rank=8", 3), ("model.path={folder}/other", 3)])
+def test_an_adapter_of_another_shape_or_base_is_not_continued(finished: Path, setting: str, code: int) -> None:
+    if not (finished / "other").exists():
+        write_base(finished / "other", tied=False, hidden_size=64, intermediate_size=128, num_steps=1)
+    setting = setting.format(folder=finished)
+    done = again(finished, "--continue", str(finished / "kept"), "--set", setting, out=f"wrong-{code}-{len(setting)}")
+    assert done.returncode == code, done.stderr
+    assert "continue" in done.stderr
