@@ -6,6 +6,7 @@ library, a child process or native code prints meanwhile.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -50,6 +51,7 @@ def print_json(value: Any) -> None:
 
 def carry_out(app: Callable[..., Any], arguments: list[str]) -> int:
     """Run ``app`` and return its exit code; every error is one message, and with ``--json`` one document too."""
+    _show_any_letter()
     as_json = "--json" in arguments
     if as_json:
         sys.stdout.flush()
@@ -80,6 +82,13 @@ def carry_out(app: Callable[..., Any], arguments: list[str]) -> int:
         print_json({"error": message or f"exit code {code}", "remedy": remedy, "exit_code": code})
     restore_stdout()
     return int(code)
+
+
+def _show_any_letter() -> None:
+    """A letter that the console's encoding lacks (a name, a dash) is written as its escape and ends no command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def restore_stdout() -> None:

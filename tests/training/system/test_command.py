@@ -88,6 +88,38 @@ def test_every_error_has_an_exit_code_of_the_documented_ones() -> None:
     assert all(f"| {code} |" in documented for code in (0, 1, *codes))
 
 
+@pytest.mark.parametrize(
+    "settings", [{"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "cp1252:strict"}, {"LC_ALL": "C"}]
+)
+@pytest.mark.parametrize("utf8", ["0", "1"])
+def test_a_console_that_cannot_show_a_letter_costs_that_letter(
+    settings: dict[str, str], utf8: str, tmp_path: Path
+) -> None:
+    program = (
+        "import sys, typer\n"
+        "from forge.training.cli import logs, results\n"
+        "from forge.training.system.command import carry_out\n"
+        "from forge.training.system.errors import CheckError\n"
+        "def app(**_):\n"
+        "    typer.echo('caf\\xe9 \\u2713')\n"
+        "    sys.stdout.write('\\u2192\\n')\n"
+        "    results().print('\\U0001f40c', 'snail')\n"
+        "    logs().print('\\u2026 loading')\n"
+        "    raise CheckError('no \\u2192 way')\n"
+        "sys.exit(carry_out(app, ['go']))\n"
+    )
+    (tmp_path / "program.py").write_text(program)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "LC_", "LANG"))}
+    environment = {**kept, "PYTHONPATH": str(ROOT), "PYTHONUTF8": utf8, "PYTHONCOERCECLOCALE": "0", **settings}
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "program.py")], capture_output=True, env=environment, timeout=25, check=False
+    )
+    assert (done.returncode, b"Traceback" in done.stderr) == (8, False), done.stderr
+    assert b"snail" in done.stdout
+    assert b"loading" in done.stderr
+    assert b"way" in done.stderr
+
+
 def run_as_module(program: str, folder: Path) -> subprocess.CompletedProcess[bytes]:
     """Run by ``-m`` as Forge is: only there does the interpreter end itself by SIGINT after all."""
     (folder / "stopped_program.py").write_text(program)
