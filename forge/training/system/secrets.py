@@ -3,7 +3,8 @@
 The rules are those of bc-detect-secrets that are regular expressions for a token's format; its
 entropy and keyword rules flag tens of thousands of lines of ordinary prose and are left out.
 Never more than a rule's name and a line number leaves this module, and its option to try
-credentials out over the network stays off.
+credentials out over the network stays off. Values that vendors publish as samples, and what stands
+for a value (``changeme``, ``<token>``, ``xxxx``), are no credentials.
 
 Run plainly, the rules manage about 1 MB/s: half of them begin with a class or an option, so the
 expression is tried at every character. A cheap test that a rule cannot match without (a literal
@@ -19,6 +20,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import TYPE_CHECKING
+
+from forge.training.system.samples import is_sample
 
 if TYPE_CHECKING:
     from detect_secrets.plugins.base import RegexBasedDetector
@@ -112,6 +115,14 @@ _FURTHER_RULES: dict[str, tuple[str, re.Pattern[str]]] = {
     ),
 }
 
+# In a sample such as .env.example; a file that is only named .env is not read at all.
+_ENVIRONMENT_FILE = re.compile(r"\.env\b.*|.*\.env", re.IGNORECASE)
+_ASSIGNMENT = re.compile(
+    r"^[ \t]*(?:export[ \t]+)?\w*(?:PASSWORD|PASSWD|PASSPHRASE|SECRET|TOKEN|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY)\w*"
+    r"[ \t]*=[ \t]*[\"']?([^\s\"'#]+)",
+    re.IGNORECASE | re.MULTILINE,
+)
+
 # Formats that a setting or a message must not hold, looked for without the detector, which not every environment has.
 _CREDENTIALS = {
     **{name: pattern for name, (_, pattern) in _FURTHER_RULES.items()},
@@ -130,7 +141,10 @@ def credential_rule(text: str) -> str | None:
 
 
 def find_secrets(path: str, text: str) -> list[Secret]:
-    """Every line of ``text`` with a credential on it, by line then rule. ``path`` is only passed through."""
+    """Every line of ``text`` with a credential on it, by line then rule. Published samples and placeholders are none.
+
+    ``path``: in a file of environment variables, values that are assigned to secrets are judged besides.
+    """
     places: set[tuple[int, str]] = set()
     profile = _Text(text)
     for name, detector in _detectors():
@@ -139,7 +153,10 @@ def find_secrets(path: str, text: str) -> list[Secret]:
             places.update((line, detector.secret_type) for line in _lines_of(detector, text))
     for rule_name, (literal, pattern) in _FURTHER_RULES.items():
         if literal in text:
-            places.update((line, rule_name) for line in _matching_lines(pattern, text))
+            is_meant = _is_any if rule_name == "Private Key" else _is_meant  # base64 has runs of one letter
+            places.update((line, rule_name) for line in _matching_lines(pattern, text, is_meant))
+    if _ENVIRONMENT_FILE.fullmatch(path.rsplit("/", 1)[-1]):
+        places.update((line, "Assigned Secret") for line in _matching_lines(_ASSIGNMENT, text, _looks_assigned))
     return [Secret(path, line, rule) for line, rule in sorted(places)]
 
 
@@ -148,22 +165,46 @@ def _lines_of(detector: RegexBasedDetector, text: str) -> list[int]:
     from detect_secrets.util.code_snippet import get_code_snippet
 
     if type(detector).__name__ == "PrivateKeyDetector":  # over several lines; by line it would open the file itself
-        return [line for rule in detector.denylist for line in _matching_lines(rule, text)]
+        return [line for rule in detector.denylist for line in _matching_lines(rule, text, _is_any)]
     lines = text.split("\n")
     numbers = []
     for number, line in enumerate(lines, start=1):
         if any(rule.search(line) for rule in detector.denylist):
             context = get_code_snippet(lines, number)
-            if detector.analyze_line("", line, number, context=context, raw_context=context):
+            found = detector.analyze_line("", line, number, context=context, raw_context=context)
+            values = [_value(match) for rule in detector.denylist for match in rule.finditer(line)]
+            if found and not all(is_sample(value, line) for value in values):
                 numbers.append(number)
     return numbers
 
 
-def _matching_lines(pattern: re.Pattern[str], text: str) -> Iterator[int]:
+def _value(match: re.Match[str]) -> str:
+    """What is secret in a match: its group, or all of it where that is only the beginning, such as ``ghp``."""
+    has_group = match.re.groups > 0 and match.start(1) > match.start()
+    return match[1] if has_group else match[0]
+
+
+def _matching_lines(pattern: re.Pattern[str], text: str, is_meant: Callable[[str], bool]) -> Iterator[int]:
+    """The lines of the matches whose last group, or whole where the pattern has none, ``is_meant``."""
     line, counted = 1, 0
     for match in pattern.finditer(text):
         line, counted = line + text.count("\n", counted, match.start()), match.start()
-        yield line
+        if is_meant(match.group(pattern.groups) or ""):
+            yield line
+
+
+def _is_meant(value: str) -> bool:
+    return not is_sample(value)
+
+
+def _is_any(value: str) -> bool:
+    return True
+
+
+def _looks_assigned(value: str) -> bool:
+    """Whether a value is neither a word nor stands for one: letters and digits, at least eight characters."""
+    is_mixed = any(map(str.isalpha, value)) and any(map(str.isdigit, value))
+    return len(value) >= 8 and is_mixed and not is_sample(value)
 
 
 @cache

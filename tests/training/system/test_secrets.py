@@ -5,6 +5,8 @@ No token stands here as one literal: this repository's own scanners would rightl
 
 from __future__ import annotations
 
+import base64
+import json
 import time
 
 import pytest
@@ -111,3 +113,64 @@ def test_a_megabyte_of_the_start_of_a_token_is_scanned_in_linear_time(unit: str)
 
     seconds(1000)
     assert seconds(1_200_000) < 8 * max(seconds(300_000), 0.05)
+
+
+def unsigned(claims: dict[str, object]) -> str:
+    """A JSON Web Token with these claims."""
+    parts = [
+        base64.urlsafe_b64encode(json.dumps(part).encode()).decode().rstrip("=") for part in ({"alg": "HS256"}, claims)
+    ]
+    return ".".join([*parts, "c2lnbmF0dXJl"])
+
+
+NO_CREDENTIALS = {
+    "AWS's sample key": "AKIA" + "QPZO4MWNR7EXAMPLE"[:9] + "EXAMPLE",
+    "AWS's sample secret": 'aws_secret_access_key = "' + "k7Rw2Lk9Xv4Bn6Tm1Yc8Hd3Jf5Gs0P" + "EXAMPLEKEY" + '"',
+    "jwt.io's": unsigned({"sub": "1234567890", "name": "John Doe", "iat": 1516239022}),
+    "jwt.io's as an administrator": unsigned({"sub": "1234567890", "name": "John Doe", "admin": True}),
+    "a filled token": "ghp_" + "x" * 36,
+    "a filled webhook": "https://hooks.slack.com/services/" + "T00000000/B00000000/" + "X" * 24,
+    "Azure's emulator": "AccountKey="
+    + "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6"
+    + "tq/K1SZFPTOtr/KBHBeksoGMGw==",
+    "a word for a password": "postgres://user:" + "password@db.internal/x",
+    "a call for one": "https://me:" + "your-token-here@git.internal/x",
+    "a variable": "amqp://app:" + "$PASSWORD@queue.internal",
+    "the user's name again": "postgres://shop:" + "shop@localhost/shop",
+}
+
+
+@pytest.mark.parametrize("case", NO_CREDENTIALS)
+def test_published_samples_and_placeholders_are_no_secrets(case: str) -> None:
+    assert find_secrets("page.md", f"For example `{NO_CREDENTIALS[case]}` here.\n") == []
+
+
+CREDENTIALS = {
+    "a key beside a sample": "AKIA" + "QPZO4MWNREXAMPLE and AKIA" + "Z7QK3M5N2P8R4T6V",
+    "EXAMPLE elsewhere": "AKIA" + "EXAMPLE3M5N2P8R4",
+    "other claims": unsigned({"sub": "1234567890", "name": "Joan Doe"}),
+    "a user's password": "postgres://admin:" + "Tr0ub4dor@db.internal/x",
+    "a key with a run of one letter": PEM
+    + "\nb3BlbnNzaC1rZXktdjEA"
+    + "A" * 12
+    + "BG5vbmUAAAAEbm9uZQ"
+    + "A" * 9
+    + "BAAAAMwAAAAtzc2gtZW",
+    "a PGP key": PEM.replace("PRIVATE KEY", "PGP PRIVATE KEY BLOCK")
+    + "\n\nlQdGBGX5c2sBEADKJ4Zq7Rw2Lk9Xv4Bn6Tm1Yc8Hd3Jf5Gs0PaUeIoZq\n",
+}
+
+
+@pytest.mark.parametrize("case", CREDENTIALS)
+def test_what_only_resembles_a_sample_is_a_secret(case: str) -> None:
+    assert len(find_secrets("chapter.asc", f"See:\n{CREDENTIALS[case]}\n")) == 1
+
+
+def test_an_environment_file_is_judged_by_what_it_assigns() -> None:
+    placeholders = (
+        "SECRET_KEY=\nAPI_KEY=<your key>\nDB_PASSWORD=changeme\nJWT_SECRET='your-256-bit-secret'\nTOKEN_SECONDS=3600\n"
+    )
+    assert find_secrets(".env.example", placeholders + "MODE=a1b2c3d4e5\nexport SMTP_PASS_HINT=none\n") == []
+    found = find_secrets("a/.env.example", placeholders + "export MAIL_PASSWORD='v9Lq2xTr'\n")
+    assert found == [Secret("a/.env.example", 6, "Assigned Secret")]
+    assert find_secrets("a.md", "MAIL_PASSWORD='v9Lq2xTr'\n") == []
