@@ -1,5 +1,8 @@
 """Exact and near duplicates by Jaccard similarity of 5-word shingles, without comparing all pairs.
 
+Exact duplicates are equal but for line ends. For near ones blanks do not count, except that a line's
+depth of indentation belongs to its first word: in code and YAML it is meaning, its width is not.
+
 Similarity is exact, not estimated. Pairs are found by prefix filtering (Chaudhuri et al. 2006;
 Bayardo et al. 2007; positions as in PPJoin, Xiao et al. 2008): let every document's shingles be
 sorted by how many documents have them, rarest first. If J(x, y) >= t, then x and y share at
@@ -15,8 +18,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,12 +30,13 @@ NUM_WORDS = 5
 DUPLICATE_SIMILARITY = 0.8  # at or above: the shorter is dropped
 RELATED_SIMILARITY = 0.5  # at or above: never on both sides of a split
 
+_INDENTED = re.compile(r"^[ \t]+\S", re.MULTILINE)
 _Shingles = npt.NDArray[np.uint32]
 
 
 @dataclass(frozen=True, slots=True)
 class Duplicate:
-    """``path`` was dropped for ``kept``. ``similarity``: Jaccard's; ``exact``: the same words in the same order."""
+    """``path`` was dropped for ``kept``. ``similarity``: Jaccard's; ``exact``: equal but for line ends."""
 
     path: str
     kept: str
@@ -52,8 +57,9 @@ class Deduplicated:
 def deduplicate(paths: Sequence[str], texts: Sequence[str]) -> Deduplicated:
     """Drop documents that repeat others: of equal ones the first stays, of near ones the longest.
 
-    Blanks and line ends do not count for either, letter case not for near ones. Texts without
-    blanks between words (Chinese, Japanese) have few shingles, so only near-identical ones match.
+    Line ends do not count for either; for near ones neither do letter case and blanks, but for depths of
+    indentation. Texts without blanks between words (Chinese, Japanese) have few shingles, so only
+    near-identical ones match. For ``groups`` indentation does not count either.
     """
     first: dict[bytes, int] = {}
     duplicates, unique = [], []
@@ -63,7 +69,7 @@ def deduplicate(paths: Sequence[str], texts: Sequence[str]) -> Deduplicated:
             unique.append(index)
         else:
             duplicates.append(Duplicate(paths[index], paths[original], 1.0, True))
-    shingles, num_single = _ranked_shingles([texts[index] for index in unique])
+    shingles, num_single = _ranked_shingles(_words_with_depths(texts[index]) for index in unique)
     longest_first = sorted(range(len(unique)), key=lambda i: -len(shingles[i]))  # stable: then by path
     near = _Index(shingles, num_single, DUPLICATE_SIMILARITY)
     kept = []
@@ -75,8 +81,9 @@ def deduplicate(paths: Sequence[str], texts: Sequence[str]) -> Deduplicated:
         else:
             other, similarity = match
             duplicates.append(Duplicate(paths[unique[i]], paths[unique[other]], round(similarity, 4), False))
+    shingles, num_single = _ranked_shingles(_words(texts[index]) for index in unique)
     related = _Index(shingles, num_single, RELATED_SIMILARITY)
-    for i in kept:
+    for i in sorted(kept, key=lambda i: -len(shingles[i])):
         related.join_matches(i)
         related.add(i)
     kept.sort()
@@ -89,7 +96,7 @@ def deduplicate(paths: Sequence[str], texts: Sequence[str]) -> Deduplicated:
 
 def similar_pairs(texts: Sequence[str], others: Sequence[str], threshold: float) -> list[tuple[int, int, float]]:
     """``(text, other, similarity)`` of every pair across the two at least ``threshold`` similar, ascending."""
-    shingles, num_single = _ranked_shingles([*texts, *others])
+    shingles, num_single = _ranked_shingles(map(_words, (*texts, *others)))
     sides = [_Index(shingles, num_single, threshold) for _ in range(2)]
     pairs = []
     for i in sorted(range(len(shingles)), key=lambda i: -len(shingles[i])):
@@ -102,11 +109,33 @@ def similar_pairs(texts: Sequence[str], others: Sequence[str], threshold: float)
 
 
 def _digest(text: str) -> bytes:
-    return hashlib.sha256(" ".join(text.split()).encode("utf-8")).digest()
+    return hashlib.sha256(text.replace("\r\n", "\n").replace("\r", "\n").encode("utf-8")).digest()
 
 
-def _ranked_shingles(texts: Sequence[str]) -> tuple[list[_Shingles], int]:
-    """Each text's distinct shingles as ranks, ascending; rank 0 is the shingle of the fewest documents.
+def _words(text: str) -> list[str]:
+    return text.lower().split()
+
+
+def _words_with_depths(text: str) -> list[str]:
+    """The words, the first of each indented line with its depth: the number of lines that it stands under."""
+    if _INDENTED.search(text) is None:
+        return _words(text)
+    marked: list[str] = []
+    widths: list[int] = []  # of the lines that the present one stands under
+    for line in text.lower().expandtabs(8).split("\n"):
+        first, *others = line.split() or [""]
+        if not first:
+            continue
+        width = len(line) - len(line.lstrip())
+        while widths and widths[-1] >= width:
+            widths.pop()
+        marked += [f"{len(widths)} {first}" if widths else first, *others]
+        widths.append(width)
+    return marked
+
+
+def _ranked_shingles(texts: Iterable[Sequence[str]]) -> tuple[list[_Shingles], int]:
+    """Each text's distinct shingles, of its words, as ranks, ascending; rank 0 is the shingle of the fewest documents.
 
     Also the number of ranks that only one document has: they come first and match nothing. A
     shingle is a 64-bit mixture of five word numbers; two of ten million distinct ones are equal by
@@ -116,7 +145,7 @@ def _ranked_shingles(texts: Sequence[str]) -> tuple[list[_Shingles], int]:
     numbers.default_factory = numbers.__len__
     hashed = []
     for text in texts:
-        row = np.array(list(map(numbers.__getitem__, text.lower().split())), dtype=np.uint64)
+        row = np.array(list(map(numbers.__getitem__, text)), dtype=np.uint64)
         width = min(NUM_WORDS, len(row))
         mixed = np.zeros(len(row) - width + 1, dtype=np.uint64)
         for offset in range(width):

@@ -59,10 +59,35 @@ def test_the_result_is_that_of_comparing_all_pairs(seed: int) -> None:
     assert {frozenset(i for i in numbers if numbers[i] == g) for g in found.groups} == expected_groups
 
 
-def test_of_equal_documents_the_first_stays_and_blanks_do_not_count() -> None:
-    found = deduplicate(["a", "b", "c"], ["one two\nthree", "other", "  one two three\n\n"])
+@pytest.mark.parametrize(
+    ("other", "is_exact"),
+    [
+        ("one two\r\nthree\r\n", True),
+        ("one two\rthree\r", True),
+        ("one  two\nthree\n", False),
+        ("one two\nthree", False),
+    ],
+)
+def test_exact_means_equal_but_for_line_ends_and_of_equal_documents_the_first_stays(other: str, is_exact: bool) -> None:
+    found = deduplicate(["a", "b", "c"], ["one two\nthree\n", "something else", other])
     assert found.kept == [0, 1]
-    assert [(d.path, d.kept, d.exact) for d in found.duplicates] == [("c", "a", True)]
+    assert [(d.path, d.kept, d.exact) for d in found.duplicates] == [("c", "a", is_exact)]
+
+
+LOOP = "total = 0\nfor row in rows:\n    total += row.area\n{}print(total, row.name)\n"
+
+
+def test_files_that_differ_in_what_stands_under_what_are_both_kept_on_one_side() -> None:
+    found = deduplicate(["inner", "outer"], [LOOP.format("    "), LOOP.format("")])
+    assert (found.kept, found.duplicates) == ([0, 1], [])
+    assert found.groups[0] == found.groups[1]
+
+
+@pytest.mark.parametrize("width", ["  ", "\t", "        "])
+def test_the_width_of_an_indentation_does_not_make_another_document(width: str) -> None:
+    text = LOOP.format("    ")
+    found = deduplicate(["a", "b"], [text, text.replace("    ", width)])
+    assert [(d.similarity, d.exact) for d in found.duplicates] == [(1.0, False)]
 
 
 def test_of_near_documents_the_longest_stays() -> None:
