@@ -60,16 +60,30 @@ def dataset(
         str | None,
         typer.Option("--config", "--workload", metavar="CONFIG", help="Take its data.instructions as rules."),
     ] = None,
-    allow_secrets: Annotated[bool, typer.Option("--allow-secrets", help="Keep files with secrets in them.")] = False,
+    include: Annotated[
+        list[str] | None,
+        typer.Option("--include", metavar="GLOB", help="Take files of a kind that is skipped, in gitignore syntax."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option("--exclude", metavar="GLOB", help="Leave files out, in gitignore syntax.")
+    ] = None,
+    allow: Annotated[
+        list[str] | None, typer.Option("--allow", metavar="FILE", help="Keep this file with the secrets in it.")
+    ] = None,
+    allow_secrets: Annotated[
+        bool, typer.Option("--allow-secrets", help="Keep all files with secrets in them.")
+    ] = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Turn a repository into instruction/input/output records, documents whole."""
     from forge.training.config.workload import load_workload
     from forge.training.data.corpus import build_corpus, print_report
+    from forge.training.data.documents import choose
 
     rules = load_workload(config).data.instructions if config else ()
-    report = build_corpus(root, output, validation_share=split, rules=rules, allow_secrets=allow_secrets, force=force)
+    choice = choose(root, include or [], exclude or [], allow or [], allow_secrets=allow_secrets)
+    report = build_corpus(root, output, validation_share=split, rules=rules, choice=choice, force=force)
     print_json(report) if as_json else print_report(report, results())
 
 

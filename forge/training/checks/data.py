@@ -8,8 +8,7 @@ from pathlib import Path
 
 from forge.training.checks.finding import Finding, ok, warning
 from forge.training.config.workload import Workload
-from forge.training.data.corpus import embedded_documents
-from forge.training.data.discovery import Candidate, discover
+from forge.training.data.discovery import discover, embedded_documents
 from forge.training.data.inputs import (
     describe_overlap,
     find_overlap,
@@ -37,10 +36,13 @@ def _check_documents(workload: Workload) -> Iterator[Finding]:
     is_embedded = workload.data.documents == "embedded"
     root = (embedded_documents() if is_embedded else Path(workload.data.documents)).resolve()
     refuse_unusable_sources(workload)
-    num_files = sum(isinstance(entry, Candidate) for entry in discover(root, exclude=lambda _: False))
+    num_files = len(discover(root, exclude=lambda _: False).candidates)
     needed = 2 if workload.data.validation_share else 1
     if num_files < needed:
-        raise DataError(f"data.documents: {root} holds {num_files} files to read, {needed} are needed")
+        raise DataError(
+            f"data.documents: {root} holds {num_files} files to read, {needed} are needed",
+            remedy="add documents" + (", or hold nothing out: --set data.validation_share=0" if num_files else ""),
+        )
     yield ok("data", f"{num_files:,} files in {'the embedded documents' if is_embedded else root}")
 
 

@@ -18,23 +18,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from forge.training.config.workload import InstructionRule
-from forge.training.data.discovery import Skipped, discover, read_text
+from forge.training.data.discovery import Choice, Skipped
+from forge.training.data.documents import (
+    MAX_FILE_BYTES,
+    Document,
+    PictureCount,
+    licences,
+    read_documents,
+    ways_back,
+)
 from forge.training.data.duplicates import Duplicate, deduplicate
+from forge.training.data.notebook import fenced
 from forge.training.system.command import printable, rows_table
 from forge.training.system.errors import ConfigurationError, DataError, DiskError
 from forge.training.system.files import atomic_file, refuse_existing, sha256_file
-from forge.training.system.secrets import Secret, find_secrets
+from forge.training.system.secrets import Secret
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-MAX_FILE_BYTES = 4 << 20
 _NUM_LINES_SHOWN = 10
 _SALT = b"forge held-out documents 1\0"
 _DEFAULT_RULE = InstructionRule(prefix="", text="Set out the ideas, facts and principles of the document `{path}`")
 
 _CONTROL_MARKER = re.compile(r"<\|[A-Za-z0-9_]{1,40}\|>")
-_BACKTICKS = re.compile(r"`{3,}")
 _MARKDOWN_SUFFIXES = frozenset({".md", ".markdown", ".mdown", ".mkd", ".mdx"})
 # How Markdown names the language of a fence: the name, then suffixes and whole names of files.
 _FENCES = """
@@ -78,8 +85,10 @@ class CorpusReport:
     """``num_files``: kept and skipped ones, not what lies in skipped folders (their names end in ``/``).
 
     ``num_bytes`` and ``megabytes_per_second`` are of all text read, duplicates included; a megabyte
-    is 10^6 bytes. Secrets stand in skipped documents, or in kept ones where ``secrets_allowed``. Fewer
-    than ``validation_share`` are held out where large families of related documents stay together.
+    is 10^6 bytes. ``secrets`` stand in skipped documents, or in kept ones where the user allows them, all of them
+    where ``secrets_allowed``. ``pictures`` were left out of kept documents. ``licences``: kept documents that are named
+    as such. ``notes``: what the user should know besides. Fewer than ``validation_share`` are held out where large
+    families of related documents stay together.
     """
 
     root: str
@@ -93,23 +102,16 @@ class CorpusReport:
     folders: list[Folder]
     skipped: list[Skipped]
     duplicates: list[Duplicate]
+    skipped_by_reason: dict[str, int]
     control_markers: list[MarkerCount]
     secrets: list[Secret]
     secrets_allowed: bool
+    pictures: list[PictureCount]
+    licences: list[str]
+    notes: list[str]
     outputs: list[Output]
     seconds: float
     megabytes_per_second: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Document:
-    path: str
-    text: str
-
-
-def embedded_documents() -> Path:
-    """The folder of Markdown files that ``documents: embedded`` stands for."""
-    return Path(__file__).with_name("embedded")
 
 
 def build_corpus(
@@ -118,16 +120,18 @@ def build_corpus(
     *,
     validation_share: float = 0.0,
     rules: Sequence[InstructionRule] = (),
+    choice: Choice | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
-    allow_secrets: bool = False,
+    without_split: str = "leave --split out",
     force: bool = False,
 ) -> CorpusReport:
     """Write a repository's documents to ``output``, sorted by path, and say what became of each file.
 
     With a ``validation_share``, ``NAME.train.jsonl`` and ``NAME.validation.jsonl`` are written instead
     of ``NAME.jsonl``, both or neither. The first of ``rules`` whose prefix a path begins with words
-    its instruction, a default where none does. Raises :class:`DataError` where there is
-    nothing to use, :class:`DiskError` where an output exists (unless ``force``) or cannot be written.
+    its instruction, a default where none does. ``without_split``: what to do to hold nothing out. Raises
+    :class:`DataError` where there is nothing to use, :class:`DiskError` where an output exists (unless ``force``) or
+    cannot be written.
     """
     started = time.perf_counter()
     if not 0.0 <= validation_share < 1.0:
@@ -144,14 +148,16 @@ def build_corpus(
 
     root = root.resolve()
     exclude = _own_files([output, *sides])
-    documents, skipped, secrets = _read_documents(root, exclude, max_file_bytes, allow_secrets)
+    choice = choice or Choice()
+    read = read_documents(root, exclude=exclude, choice=choice, max_file_bytes=max_file_bytes)
+    documents, skipped = read.documents, read.skipped
     unique = deduplicate([d.path for d in documents], [d.text for d in documents])
     for duplicate in unique.duplicates:
         reason = "exact duplicate" if duplicate.exact else "near duplicate"
         skipped.append(Skipped(duplicate.path, reason, f"of {duplicate.kept}"))
     kept = [documents[index] for index in unique.kept]
     if not kept:
-        why = reasons(skipped)
+        why = "git ignores the folder itself" if _is_ignored_itself(skipped) else reasons(skipped)
         raise DataError(
             f"no usable document in {root}: {why or 'it is empty'}",
             remedy="documents are UTF-8 text files that .gitignore does not name",
@@ -159,7 +165,7 @@ def build_corpus(
 
     held: set[int] = set()
     if validation_share:
-        held = hold_out([d.path for d in kept], [d.text for d in kept], unique.groups, validation_share)
+        held = hold_out([d.path for d in kept], [d.text for d in kept], unique.groups, validation_share, without_split)
     lines = [_record_line(document, rules) for document in kept]
     train, validation = ([line for i, line in enumerate(lines) if (i in held) == side] for side in (False, True))
     outputs = _write(targets, [train, validation])
@@ -178,10 +184,14 @@ def build_corpus(
         validation_share=validation_share,
         folders=_by_folder(kept),
         skipped=sorted(skipped, key=lambda s: s.path),
+        skipped_by_reason=_counted(skipped),
         duplicates=unique.duplicates,
         control_markers=markers,
-        secrets=secrets,
-        secrets_allowed=allow_secrets,
+        secrets=read.secrets,
+        secrets_allowed=choice.allow_secrets,
+        pictures=[count for count in read.pictures if count.path in {d.path for d in kept}],
+        licences=licences([d.path for d in kept]),
+        notes=read.notes,
         outputs=outputs,
         seconds=seconds,
         megabytes_per_second=num_bytes / 1e6 / seconds,
@@ -196,25 +206,8 @@ def _own_files(outputs: list[Path]) -> Callable[[str], bool]:
     return lambda path: path in whole or (path.startswith(partial) and path.endswith(".part"))
 
 
-def _read_documents(
-    root: Path, exclude: Callable[[str], bool], max_file_bytes: int, allow_secrets: bool
-) -> tuple[list[_Document], list[Skipped], list[Secret]]:
-    documents: list[_Document] = []
-    skipped: list[Skipped] = []
-    secrets: list[Secret] = []
-    for entry in discover(root, exclude=exclude):
-        text = entry if isinstance(entry, Skipped) else read_text(entry, max_bytes=max_file_bytes)
-        if isinstance(text, Skipped):
-            skipped.append(text)
-            continue
-        leaked = find_secrets(entry.path, text)
-        secrets.extend(leaked)
-        if leaked and not allow_secrets:
-            skipped.append(Skipped(entry.path, "secret", f"line {leaked[0].line}: {leaked[0].rule}"))
-        else:
-            documents.append(_Document(entry.path, text))
-    documents.sort(key=lambda document: document.path)
-    return documents, skipped, sorted(secrets, key=lambda s: (s.path, s.line, s.rule))
+def _is_ignored_itself(skipped: list[Skipped]) -> bool:
+    return Skipped("", "ignored by .gitignore") in skipped
 
 
 def render_document(path: str, text: str) -> str:
@@ -224,17 +217,15 @@ def render_document(path: str, text: str) -> str:
     if suffix in _MARKDOWN_SUFFIXES:
         return text
     language = _LANGUAGES.get(name.lower()) or _LANGUAGES.get(suffix, "")
-    fence = "`" * max(3, 1 + max(map(len, _BACKTICKS.findall(text)), default=0))
-    end = "" if text.endswith("\n") else "\n"
-    return f"# File: {name}\n\n{fence}{language}\n{text}{end}{fence}\n"
+    return f"# File: {name}\n\n{fenced(text, language)}"
 
 
-def _record_line(document: _Document, rules: Sequence[InstructionRule]) -> str:
+def _record_line(document: Document, rules: Sequence[InstructionRule]) -> str:
     rule = next(rule for rule in (*rules, _DEFAULT_RULE) if document.path.startswith(rule.prefix))
     record = {
         "instruction": rule.text.replace("{path}", document.path),
         "input": "",
-        "output": render_document(document.path, document.text),
+        "output": document.text if document.is_markdown else render_document(document.path, document.text),
     }
     return json.dumps(record, ensure_ascii=False) + "\n"
 
@@ -264,7 +255,7 @@ def _write(targets: list[Path], sides: list[list[str]]) -> list[Output]:
     return [Output(str(t), len(side), sha256_file(t)) for t, side in zip(targets, sides, strict=False)]
 
 
-def _by_folder(documents: list[_Document]) -> list[Folder]:
+def _by_folder(documents: list[Document]) -> list[Folder]:
     sizes: dict[str, list[int]] = {}
     for document in documents:
         folder, separator, _ = document.path.partition("/")
@@ -272,18 +263,18 @@ def _by_folder(documents: list[_Document]) -> list[Folder]:
     return [Folder(name, len(rows), sum(rows)) for name, rows in sorted(sizes.items())]
 
 
-def hold_out(paths: Sequence[str], texts: Sequence[str], groups: Sequence[int], share: float) -> set[int]:
+def hold_out(paths: Sequence[str], texts: Sequence[str], groups: Sequence[int], share: float, without: str) -> set[int]:
     """Indices of the documents to hold out: about ``share`` of them, at least one, never all.
 
     ``groups``: documents with equal numbers stay on one side. Depends on paths and contents only,
     not on a random state: the same documents give the same split on every machine, and one more
     document moves few others. Groups larger than what is wanted are trained on. Raises
-    :class:`DataError` where nothing can be held out.
+    :class:`DataError` where nothing can be held out; ``without``: what to do to hold nothing out.
     """
     if len(paths) < 2:
         raise DataError(
             f"{len(paths)} document{'s' * (len(paths) != 1)} cannot be split into training and validation",
-            remedy="add documents, or leave --split out",
+            remedy=f"add documents, or {without}",
         )
     members: dict[int, list[int]] = {}
     for index, group in enumerate(groups):
@@ -291,7 +282,7 @@ def hold_out(paths: Sequence[str], texts: Sequence[str], groups: Sequence[int], 
     if len(members) < 2:
         raise DataError(
             f"all {len(paths)} documents are near copies of one another, so none can be held out",
-            remedy="add other documents, or leave --split out",
+            remedy=f"add other documents, or {without}",
         )
     wanted = min(max(1, round(share * len(paths))), len(paths) - 1)
     held: set[int] = set()
@@ -308,8 +299,11 @@ def _split_key(path: str, text: str) -> bytes:
 
 def reasons(skipped: list[Skipped]) -> str:
     """The number of skipped paths by reason, most frequent first, on one line."""
-    counted = sorted(Counter(s.reason for s in skipped).items(), key=lambda item: (-item[1], item[0]))
-    return ", ".join(f"{count:,} {reason}" for reason, count in counted)
+    return ", ".join(f"{count:,} {reason}" for reason, count in _counted(skipped).items())
+
+
+def _counted(skipped: list[Skipped]) -> dict[str, int]:
+    return dict(sorted(Counter(s.reason for s in skipped).items(), key=lambda item: (-item[1], item[0])))
 
 
 def print_report(report: CorpusReport, console: Console) -> None:
@@ -317,14 +311,17 @@ def print_report(report: CorpusReport, console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    exact = [d for d in report.duplicates if d.exact]
     near = [d for d in report.duplicates if not d.exact]
     rows = [
         ("files", f"{report.num_files:,}"),
         ("kept", f"{report.num_kept:,} documents, {report.num_characters:,} characters"),
         ("skipped", f"{len(report.skipped):,}" + (f": {reasons(report.skipped)}" if report.skipped else "")),
-        ("duplicates", f"{len(report.duplicates) - len(near):,} exact, {len(near):,} near (dropped)"),
+        ("duplicates", f"{len(exact):,} exact, {len(near):,} near (dropped)"),
         ("secrets", f"{len(report.secrets):,}" + (" (kept: --allow-secrets)" if report.secrets_allowed else "")),
         ("chat markers as text", f"{sum(m.num_markers for m in report.control_markers):,}"),
+        ("pictures left out", f"{sum(p.num_pictures for p in report.pictures):,}"),
+        ("licences", f"{len(report.licences):,}" + (" (kept: --exclude leaves them out)" if report.licences else "")),
         ("speed", f"{report.megabytes_per_second:.1f} MB/s: {report.num_bytes / 1e6:.1f} MB, {report.seconds:.2f} s"),
     ]
     if report.num_validation:
@@ -339,12 +336,21 @@ def print_report(report: CorpusReport, console: Console) -> None:
     for folder in report.folders:
         folders.add_row(Text(printable(folder.name)), f"{folder.num_documents:,}", f"{folder.num_characters:,}")
     console.print(folders)
-    usual = {"ignored by .gitignore", "tool folder", "exact duplicate", "near duplicate", "secret"}
-    listed = [s for s in report.skipped if s.reason not in usual]
-    _print_lines(console, "skipped", [f"{s.path}: {s.reason}" + (f", {s.detail}" if s.detail else "") for s in listed])
+    for reason in report.skipped_by_reason:
+        if reason not in ("exact duplicate", "near duplicate", "secret"):  # those have lists of their own
+            of_it = [s for s in report.skipped if s.reason == reason]
+            _print_lines(
+                console,
+                f"skipped, {reason}",
+                [s.path + (f": {s.detail}" if s.detail else "") for s in of_it],
+            )
     _print_lines(console, "secrets", [f"{s.path}:{s.line}: {s.rule}" for s in report.secrets])
-    _print_lines(console, "near duplicates", [f"{d.path} is {d.similarity:.0%} {d.kept}" for d in near])
+    _print_lines(console, "exact duplicates", [f"{d.path} is the same as {d.kept}" for d in exact])
+    _print_lines(console, "near duplicates", [f"{d.path} is {d.similarity:.0%} the same as {d.kept}" for d in near])
+    _print_lines(console, "pictures left out", [f"{p.path}: {p.num_pictures:,}" for p in report.pictures])
+    _print_lines(console, "licences", report.licences)
     _print_lines(console, "chat markers", [f"{m.path}: {m.num_markers:,}" for m in report.control_markers])
+    _print_lines(console, "notes", [*report.notes, *ways_back(report.skipped)])
     for output in report.outputs:
         console.print(Text(f"wrote {output.path}: {output.num_records:,} records, sha256 {output.sha256[:16]}"))
     console.print(Text(f"next: forge preview CONFIG {_settings(report.outputs)}"))

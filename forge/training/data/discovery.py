@@ -1,8 +1,7 @@
-"""Walks a repository: which files are candidates, and why every other one is not.
+"""Which files of a repository are documents to read, and why every other one is not.
 
-Follows what git would do with ``.gitignore`` files at every level below the root (those above
-it do not count: a directory that the user names is meant), and what safety demands: no link is
-followed, nothing but regular files is opened, and nothing that is named like a credential.
+What git would publish (:mod:`listing`), less what safety demands: no link is followed, nothing but regular files is
+opened. And less what only tools put there, unless the user asks for it.
 """
 
 from __future__ import annotations
@@ -10,34 +9,27 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from pathspec import GitIgnoreSpec
+from forge.training.data.gitignore import IgnoreRules, is_covered, read_rules
+from forge.training.data.listing import Skipped, list_files
+
+__all__ = ["Candidate", "Choice", "Discovered", "Skipped", "discover", "read_text"]
 
 _TOOL_FOLDERS = frozenset(
-    {".git", ".hg", ".svn", ".jj", "node_modules", "bower_components", "__pycache__", "site-packages", ".tox", ".nox"}
+    {".hg", ".svn", ".jj", "node_modules", "bower_components", "__pycache__", "site-packages", ".tox", ".nox"}
     | {".venv", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis", ".ipynb_checkpoints", ".idea", ".vscode"}
 )
+# Files that exist to hold credentials, in forms that no rule can tell from other words. Keys are told by their content.
 _CREDENTIAL_FILES = re.compile(
-    r"""\.env(\..*)? | .*\.env | \.envrc | \.netrc | _netrc | \.pgpass | \.htpasswd | \.npmrc | \.pypirc | \.dockercfg
-    | \.git-credentials | credentials(\.json)? | id_(rsa|dsa|ecdsa|ed25519)(_sk)? | .*\.tfstate(\.backup)?
-    | .*\.(pem|key|pfx|p12|jks|keystore|ppk|kdbx|asc|gpg)""",
+    r"""\.env(\..*)? | .*\.env | \.envrc | \.netrc | _netrc | \.pgpass | \.htpasswd | \.pypirc | \.dockercfg
+    | \.git-credentials | credentials(\.json)? | id_(rsa|dsa|ecdsa|ed25519)(_sk)? | .*\.tfstate(\.backup)?""",
     re.VERBOSE | re.IGNORECASE,
 )
-_MAX_IGNORE_FILE_BYTES = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Skipped:
-    """A path, relative to the root, that does not go in. A folder ends in ``/``; ``detail`` may be empty."""
-
-    path: str
-    reason: str
-    detail: str = ""
+_SAMPLE_FILES = re.compile(r"(.*[._-])?(example|sample|template|tmpl|tpl|dist|defaults?)([._-].*)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,81 +41,133 @@ class Candidate:
     num_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Ignore:
-    """One ``.gitignore``; ``prefix`` is its folder, relative to the root, ``""`` or ending in ``/``."""
+@dataclass(frozen=True)
+class Choice:
+    """What the user takes or leaves beyond the rules. ``include``, ``exclude``: patterns in gitignore syntax, from the
+    root; ``allow``: paths from the root."""
 
-    prefix: str
-    spec: GitIgnoreSpec
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    allow: frozenset[str] = frozenset()
+    allow_secrets: bool = False
+
+    def includes(self, path: bytes) -> bool:
+        """Whether a file is to be taken although its kind is skipped."""
+        return bool(self.include) and is_covered(path, self._included)
+
+    def excludes(self, path: bytes) -> bool:
+        """Whether a file is to be left out although it is a document."""
+        return bool(self.exclude) and is_covered(path, self._excluded)
+
+    def allows(self, path: str) -> bool:
+        """Whether a file is to be taken with the credentials in it."""
+        return self.allow_secrets or path in self.allow
+
+    @cached_property
+    def _included(self) -> list[IgnoreRules]:
+        return [read_rules(os.fsencode("\n".join(self.include)))]
+
+    @cached_property
+    def _excluded(self) -> list[IgnoreRules]:
+        return [read_rules(os.fsencode("\n".join(self.exclude)))]
 
 
-def discover(root: Path, *, exclude: Callable[[str], bool]) -> Iterator[Candidate | Skipped]:
-    """Yield everything under ``root``, which must be resolved, folder by folder in a fixed order.
+@dataclass
+class Discovered:
+    """``candidates`` sorted by path; ``notes``: what the user should know of how they were found."""
 
-    ``exclude``: true for an absolute path to be passed over, such as Forge's own output.
+    candidates: list[Candidate] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def embedded_documents() -> Path:
+    """The folder of Markdown files that ``documents: embedded`` stands for."""
+    return Path(__file__).with_name("embedded")
+
+
+def discover(root: Path, *, exclude: Callable[[str], bool], choice: Choice | None = None) -> Discovered:
+    """Judge everything that git would publish of ``root``, which must be resolved.
+
+    ``exclude``: true for an absolute path to be passed over, such as Forge's own output. Raises :class:`DataError`
+    where git does not answer.
     """
-    exclusions = _read_ignore(root / ".git" / "info" / "exclude", "")
-    pending: list[tuple[str, tuple[_Ignore, ...]]] = [("", (exclusions,) if exclusions else ())]
-    while pending:
-        prefix, ignores = pending.pop()
-        folder = os.path.join(root, prefix)
+    choice = choice or Choice()
+    tools = _Tools(str(root))
+    # Forge's own documents may be installed below a folder that a repository ignores
+    listing = list_files(
+        root,
+        stays_out=lambda folder: not choice.include and tools.of(folder) is not None,
+        is_alone=root == embedded_documents().resolve(),
+    )
+    found = Discovered(skipped=listing.skipped, notes=listing.notes)
+    left: dict[str, Skipped] = {}
+    for path in listing.files:
+        location = os.path.join(root, path)
+        if exclude(location):
+            continue
+        tool = tools.of(path)
+        if tool is not None and not choice.includes(os.fsencode(path)):
+            left.setdefault(tool.path, tool)
+            continue
         try:
-            with os.scandir(folder) as listing:
-                entries = sorted(listing, key=lambda entry: entry.name)
+            judged = _judge(path, location, root, choice)
         except OSError as error:
-            yield Skipped(prefix, "unreadable", error.strerror or "")
-            continue
-        tool = _tool_of({entry.name for entry in entries}) if prefix else None
-        if tool:
-            yield Skipped(prefix, "tool folder", tool)
-            continue
-        own = _read_ignore(Path(folder, ".gitignore"), prefix)
-        if own:
-            ignores = (*ignores, own)
-        for entry in entries:
-            path = prefix + entry.name
-            if exclude(entry.path):
-                continue
-            try:
-                skipped = _judge(entry, path, ignores, root)
-                if skipped is not None:
-                    yield skipped
-                elif entry.is_dir(follow_symlinks=False):
-                    pending.append((path + "/", ignores))
-                else:
-                    yield Candidate(path, entry.path, entry.stat(follow_symlinks=False).st_size)
-            except OSError as error:
-                yield Skipped(path, "unreadable", error.strerror or "")
+            judged = Skipped(path, "unreadable", error.strerror or "")
+        if isinstance(judged, Candidate):
+            found.candidates.append(judged)
+        else:
+            found.skipped.append(judged)
+    found.skipped += left.values()
+    return found
 
 
-def _tool_of(names: set[str]) -> str | None:
-    """What made a folder, told by the files in it; ``None`` where it is nothing known."""
-    if "pyvenv.cfg" in names:
-        return "a virtual environment"
-    if {"workload.yaml", ".lock"} <= names:  # the tokenizer and records of a run are no documents
-        return "a run of Forge"
-    return None
+class _Tools:
+    """Knows the folders that tools make, by their names or by what is in them."""
+
+    def __init__(self, root: str) -> None:
+        self._root = root
+        self._known: dict[str, Skipped | None] = {"": None}
+
+    def of(self, path: str) -> Skipped | None:
+        """The uppermost tool's folder that a file (or a folder, ending in ``/``) lies in."""
+        folder = path[: path.rfind("/") + 1]
+        if folder not in self._known:
+            self._known[folder] = self.of(folder[:-1]) or self._judge(folder)
+        return self._known[folder]
+
+    def _judge(self, folder: str) -> Skipped | None:
+        if folder[:-1].rpartition("/")[2] in _TOOL_FOLDERS:
+            return Skipped(folder, "tool folder")
+        if os.path.lexists(os.path.join(self._root, folder, "pyvenv.cfg")):
+            return Skipped(folder, "tool folder", "a virtual environment")
+        if all(os.path.lexists(os.path.join(self._root, folder, name)) for name in ("workload.yaml", ".lock")):
+            return Skipped(folder, "tool folder", "a run of Forge")  # its tokenizer and records are no documents
+        return None
 
 
-def _judge(entry: os.DirEntry[str], path: str, ignores: tuple[_Ignore, ...], root: Path) -> Skipped | None:
-    """Why an entry is passed over; ``None`` for a regular file or a folder to enter."""
-    is_folder = entry.is_dir(follow_symlinks=False)
-    shown = path + "/" if is_folder else path
-    if entry.name in _TOOL_FOLDERS:
-        return Skipped(shown, "tool folder")
+def _judge(path: str, location: str, root: Path, choice: Choice) -> Candidate | Skipped:
+    raw = os.fsencode(path)
     try:
-        path.encode("utf-8")
-    except UnicodeEncodeError:
-        return Skipped(shown.encode("utf-8", "backslashreplace").decode(), "file name is not UTF-8")
-    if _is_ignored(shown, ignores):
-        return Skipped(shown, "ignored by .gitignore")
-    if entry.is_symlink():
-        return Skipped(path, *_describe_link(entry.path, root))
-    if not is_folder and not entry.is_file(follow_symlinks=False):
+        path = raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return Skipped(raw.decode("utf-8", "backslashreplace"), "file name is not UTF-8")
+    if choice.excludes(raw):
+        return Skipped(path, "left out by --exclude")
+    status = os.lstat(location)
+    if stat.S_ISLNK(status.st_mode):
+        return Skipped(path, *_describe_link(location, root))
+    if not stat.S_ISREG(status.st_mode):
         return Skipped(path, "special file", "a FIFO, socket or device")
-    if not is_folder and _CREDENTIAL_FILES.fullmatch(entry.name):
-        return Skipped(path, "credentials file")
-    return None
+    if is_named_for_credentials(path) and not choice.allows(path):
+        return Skipped(path, "credentials file", "told by its name")
+    return Candidate(path, location, status.st_size)
+
+
+def is_named_for_credentials(path: str) -> bool:
+    """Whether a file's name says that it holds credentials; a sample such as ``.env.example`` is none."""
+    name = path.rsplit("/", 1)[-1]
+    return bool(_CREDENTIAL_FILES.fullmatch(name)) and not _SAMPLE_FILES.fullmatch(name)
 
 
 def _describe_link(location: str, root: Path) -> tuple[str, str]:
@@ -136,40 +180,7 @@ def _describe_link(location: str, root: Path) -> tuple[str, str]:
         return "link", "a loop, or not readable"
     if not target.is_relative_to(root):
         return "link that leaves the root", ""
-    return "link", f"to {target.relative_to(root).as_posix()}, which is read itself"
-
-
-def _is_ignored(path: str, ignores: tuple[_Ignore, ...]) -> bool:
-    """The deepest file that says something decides, and in it the last pattern that matches."""
-    for ignore in reversed(ignores):
-        verdict: bool | None = ignore.spec.check_file(path[len(ignore.prefix) :]).include
-        if verdict is not None:
-            return verdict
-    return False
-
-
-def _read_ignore(location: Path, prefix: str) -> _Ignore | None:
-    """A ``.gitignore``; lines that are no pattern are passed over, as git does."""
-    try:
-        status = os.lstat(location)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_IGNORE_FILE_BYTES:
-            return None
-        lines = location.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
-    except OSError:
-        return None
-    from pathspec import GitIgnoreSpec
-
-    return _Ignore(prefix, GitIgnoreSpec.from_lines(line for line in lines if _is_pattern(line)))
-
-
-def _is_pattern(line: str) -> bool:
-    from pathspec import GitIgnoreSpec
-
-    try:
-        GitIgnoreSpec.from_lines([line])
-    except ValueError:
-        return False
-    return True
+    return "link", f"to {target.relative_to(root).as_posix()}, which is judged by itself"
 
 
 def read_text(candidate: Candidate, *, max_bytes: int) -> str | Skipped:

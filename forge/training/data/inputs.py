@@ -107,12 +107,18 @@ def corpus_paths(workload: Workload, run_dir: Path) -> tuple[Path, Path | None, 
     if data.train is not None:
         return Path(data.train), Path(data.validation) if data.validation else None, []
     # a run that is given its corpus does without: what the gate measures has these modules not in its key
-    from forge.training.data.corpus import build_corpus, embedded_documents, reasons
+    from forge.training.data.corpus import build_corpus, reasons
+    from forge.training.data.discovery import embedded_documents
 
     assert data.documents is not None
     root = embedded_documents() if data.documents == "embedded" else Path(data.documents)
     report = build_corpus(
-        root, run_dir / "corpus.jsonl", validation_share=data.validation_share, rules=data.instructions, force=True
+        root,
+        run_dir / "corpus.jsonl",
+        validation_share=data.validation_share,
+        rules=data.instructions,
+        without_split="hold nothing out: --set data.validation_share=0",
+        force=True,
     )
     notes = [f"documents: {report.num_kept:,} kept, {len(report.skipped):,} skipped"]
     if report.skipped:
@@ -120,6 +126,7 @@ def corpus_paths(workload: Workload, run_dir: Path) -> tuple[Path, Path | None, 
     if report.secrets:
         where = several([f"{secret.path}:{secret.line}" for secret in report.secrets])
         notes.append(f"left out for what looks like credentials: {where}")
+    notes += report.notes
     if data.validation_share:
         return run_dir / "corpus.train.jsonl", run_dir / "corpus.validation.jsonl", notes
     return run_dir / "corpus.jsonl", None, notes

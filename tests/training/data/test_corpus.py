@@ -20,6 +20,7 @@ from rich.console import Console
 
 from forge.training.config.workload import InstructionRule
 from forge.training.data.corpus import build_corpus, hold_out, print_report, render_document
+from forge.training.data.discovery import Choice
 from forge.training.data.records import read_records
 from forge.training.system.environment import ROOT
 from forge.training.system.errors import ConfigurationError, DataError, DiskError
@@ -107,7 +108,7 @@ def test_files_with_secrets_are_left_out_and_named_without_the_secret(tmp_path: 
     assert "b.md:2: GitHub Token" in printed.file.getvalue()  # type: ignore[attr-defined]
     for text in (printed.file.getvalue(), repr(report), (tmp_path / "c.jsonl").read_text()):  # type: ignore[attr-defined]
         assert TOKEN[6:20] not in text
-    allowed = build_corpus(root, tmp_path / "c.jsonl", allow_secrets=True, force=True)
+    allowed = build_corpus(root, tmp_path / "c.jsonl", choice=Choice(allow_secrets=True), force=True)
     assert (allowed.num_kept, len(allowed.secrets)) == (2, 1)
 
 
@@ -194,7 +195,7 @@ def test_chat_markers_stay_in_the_text_and_are_counted_by_file(tmp_path: Path) -
 
 def test_duplicates_are_dropped_and_named(tmp_path: Path) -> None:
     text = prose(1, 200)
-    root = write(tmp_path / "r", {"a.md": text, "b.md": text + "\n", "c.md": text + " and then some", "d.md": prose(2)})
+    root = write(tmp_path / "r", {"a.md": text, "b.md": text, "c.md": text + " and then some", "d.md": prose(2)})
     report = build_corpus(root, tmp_path / "c.jsonl")
     assert [r["output"][-4:] for r in rows(tmp_path / "c.jsonl")] == ["some", prose(2)[-4:]]
     assert [(d.path, d.kept, d.exact) for d in report.duplicates] == [("a.md", "c.md", False), ("b.md", "a.md", True)]
@@ -241,9 +242,9 @@ def test_no_split_ever_divides_a_group_or_leaves_a_side_empty(documents: list[tu
     texts, groups = [d[0] for d in documents], [d[1] for d in documents]
     if len(set(groups)) < 2:
         with pytest.raises(DataError):
-            hold_out(paths, texts, groups, share)
+            hold_out(paths, texts, groups, share, "")
         return
-    held = hold_out(paths, texts, groups, share)
+    held = hold_out(paths, texts, groups, share, "")
     assert 0 < len(held) < len(documents)
     assert not {groups[i] for i in held} & {groups[i] for i in range(len(documents)) if i not in held}
     smallest = min(groups.count(g) for g in groups)
@@ -252,8 +253,8 @@ def test_no_split_ever_divides_a_group_or_leaves_a_side_empty(documents: list[tu
 
 def test_one_more_document_moves_few_others() -> None:
     paths, texts = [f"{i}.md" for i in range(200)], [prose(i) for i in range(200)]
-    before = hold_out(paths, texts, range(200), 0.1)
-    after = hold_out([*paths, "new.md"], [*texts, "new"], range(201), 0.1)
+    before = hold_out(paths, texts, range(200), 0.1, "")
+    after = hold_out([*paths, "new.md"], [*texts, "new"], range(201), 0.1, "")
     assert len(before) == len(after) == 20
     assert len(before ^ after) <= 2
 
@@ -374,8 +375,8 @@ def test_the_printed_report_names_everything_and_cannot_command_the_terminal(tmp
     print_report(report, console)
     said = console.file.getvalue()  # type: ignore[attr-defined]
     assert "\x1b[31m" not in said
-    assert "[red]c.md: binary" in said
-    assert "b\\x1b[31m.md: empty" in said
+    assert "skipped, binary:\n  [red]c.md\n" in said
+    assert "skipped, empty:\n  b\\x1b[31m.md\n" in said
     assert "3: 1 binary, 1 empty, 1 exact duplicate" in said
     assert "1 to train, 1 held out" in said
     assert "forge preview CONFIG --set 'data.train=" in said

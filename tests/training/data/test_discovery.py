@@ -1,11 +1,10 @@
-"""The walk: git's own verdict on .gitignore, and nothing that hangs, escapes or is not text."""
+"""What is read: nothing that hangs, escapes or is not text."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import socket
-import subprocess
 import tempfile
 from pathlib import Path
 
@@ -24,63 +23,14 @@ def write(root: Path, files: dict[str, str | bytes]) -> Path:
 
 def walk(root: Path) -> tuple[set[str], dict[str, str]]:
     """Paths of the candidates, and the reason of each skipped path."""
-    found = list(discover(root.resolve(), exclude=lambda path: False))
-    kept = {c.path for c in found if isinstance(c, Candidate)}
-    return kept, {s.path: s.reason for s in found if isinstance(s, Skipped)}
+    found = discover(root.resolve(), exclude=lambda path: False)
+    return {c.path for c in found.candidates}, {s.path: s.reason for s in found.skipped}
 
 
 def reason(path: Path, **limits: int) -> str:
     text = read_text(Candidate("x", str(path), os.lstat(path).st_size), max_bytes=limits.get("max_bytes", 1 << 20))
     assert isinstance(text, Skipped)
     return text.reason
-
-
-def test_gitignore_means_what_it_means_to_git_at_every_level(tmp_path: Path) -> None:
-    names = [
-        "a.md",
-        "a.log",
-        "keep.log",
-        "build/x.md",
-        "sub/build/x.md",
-        "sub/a.log",
-        "sub/deep/a.md",
-        "sub/deep/b.txt",
-    ]
-    names += ["docs/only/x.md", "docs/only/y.txt", "docs/z.md", "other/only/x.md", "star/one/two.md", "star/two.md"]
-    names += [
-        "neg/a.txt",
-        "neg/b.md",
-        "neg/c/d.md",
-        "sp ace.md",
-        "#hash.md",
-        "!bang.md",
-        "trail .md",
-        "br[a].md",
-        "é.md",
-    ]
-    root = write(tmp_path / "r", dict.fromkeys(names, "text"))
-    write(
-        root,
-        {
-            ".gitignore": "\ufeff*.log\n!keep.log\n/build/\n# a comment\n\\#hash.md\n\\!bang.md\nstar/**/two.md\n"
-            "docs/only\nsp ace.md   \nbr\\[a\\].md\r\né.md\n",
-            "sub/.gitignore": "!a.log\ndeep/*\n!deep/b.txt\nbuild\n",
-            "neg/.gitignore": "*\n!*.md\n!.gitignore\n",
-            "docs/.gitignore": "/z.md\n!only/\n",
-            ".git/info/exclude": "",
-        },
-    )
-    subprocess.run(["git", "init", "-q", str(root)], check=True)
-    (root / ".git" / "info" / "exclude").write_text("trail*\n")
-    command = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, check=True, capture_output=True).stdout.decode().split("\0")
-    assert walk(root)[0] == {name for name in listed if name}
-    assert len(walk(root)[0]) < len(names)
-
-
-def test_a_pattern_that_is_none_does_not_switch_the_others_off(tmp_path: Path) -> None:
-    root = write(tmp_path, {".gitignore": "***/[\n!\n*.log\n", "a.md": "a", "b.log": "b"})
-    assert walk(root)[0] == {".gitignore", "a.md"}
 
 
 def test_folders_of_tools_and_environments_are_not_entered(tmp_path: Path) -> None:
@@ -95,7 +45,7 @@ def test_folders_of_tools_and_environments_are_not_entered(tmp_path: Path) -> No
     root = write(tmp_path, {**dict.fromkeys(files, "a"), "runs/x/workload.yaml": "a", "runs/x/.lock": "1"})
     kept, skipped = walk(root)
     assert kept == {"src/a.py"}
-    assert set(skipped) == {".git/", "node_modules/", "src/__pycache__/", "env/", "runs/x/"}
+    assert set(skipped) == {"node_modules/", "src/__pycache__/", "env/", "runs/x/"}
     assert set(skipped.values()) == {"tool folder"}
 
 
@@ -145,8 +95,7 @@ def test_a_file_exchanged_for_a_link_after_the_walk_is_not_followed(tmp_path: Pa
 def test_a_folder_exchanged_for_a_link_after_the_walk_leads_nowhere(tmp_path: Path) -> None:
     root = write(tmp_path / "r", {"d/a.md": "inside"})
     write(tmp_path, {"outside/a.md": "outside"})
-    (found,) = discover(root, exclude=lambda path: False)
-    assert isinstance(found, Candidate)
+    (found,) = discover(root, exclude=lambda path: False).candidates
     (root / "d").rename(tmp_path / "moved")
     (root / "d").symlink_to("../outside")
     text = read_text(found, max_bytes=99)
@@ -163,8 +112,8 @@ def test_files_and_folders_that_may_not_be_read_are_named_and_passed_over() -> N
         libc, user = ctypes.CDLL(None), os.geteuid()
         libc.setfsuid(user or 65534)  # root may read everything: this thread gives it up for the while
         try:
-            found = list(discover(root.resolve(), exclude=lambda path: False))
-            read = [read_text(f, max_bytes=99) if isinstance(f, Candidate) else f for f in found]
+            found = discover(root.resolve(), exclude=lambda path: False)
+            read = [*found.skipped, *(read_text(f, max_bytes=99) for f in found.candidates)]
         finally:
             libc.setfsuid(user)
     assert "a" in read
@@ -174,11 +123,12 @@ def test_files_and_folders_that_may_not_be_read_are_named_and_passed_over() -> N
 
 @pytest.mark.parametrize(
     "name",
-    [".env", ".env.local", "prod.env", "server.PEM", "id_rsa", "id_ed25519", ".netrc", ".npmrc", "a.p12", "x.tfstate"],
+    [".env", ".env.local", "prod.env", "ID_RSA", "id_ed25519", ".netrc", "x.tfstate", ".git-credentials"],
 )
-def test_files_named_like_credentials_are_skipped_by_name(tmp_path: Path, name: str) -> None:
-    root = write(tmp_path, {name: "harmless", "id_rsa.pub": "public", "environment.md": "a"})
-    assert walk(root) == ({"id_rsa.pub", "environment.md"}, {name: "credentials file"})
+def test_files_that_exist_to_hold_credentials_are_skipped_by_name(tmp_path: Path, name: str) -> None:
+    others = ["id_rsa.pub", "environment.md", ".env.example", "sample.env", "chapter.asc", "server.pem", "keynote.key"]
+    root = write(tmp_path, dict.fromkeys([name, *others], "harmless"))
+    assert walk(root) == (set(others), {name: "credentials file"})
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from forge.training.checks.data import check_data
 from forge.training.config.workload import Workload
 from forge.training.data.batching import step_order
 from forge.training.data.duplicates import similar_pairs
@@ -132,3 +133,18 @@ def test_similar_pairs_are_those_of_comparing_all(seed: int) -> None:
     expected = [(i, j) for i, a in enumerate(one) for j, b in enumerate(other) if jaccard(a, b) >= 0.5]
     assert expected
     assert [(i, j) for i, j, _ in similar_pairs(one, other, 0.5)] == expected
+
+
+def test_one_document_alone_names_the_setting_that_helps_as_the_commands_that_train_take_it(tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "a.md").write_text("The keeper lights the lamp at dusk.")
+    settings = {"documents": str(tmp_path / "docs"), "max_length": 512}
+    work = Workload.model_validate({"name": "w", "model": {"path": str(shared_base())}, "data": settings})
+    (tmp_path / "run").mkdir()
+    for refuse in (lambda: prepare(work, tmp_path), lambda: list(check_data(work))):
+        with pytest.raises(DataError) as caught:
+            refuse()
+        assert "--set data.validation_share=0" in str(caught.value.remedy)
+        assert "--split" not in str(caught.value.remedy)
+    alone = Workload.model_validate(work.model_dump() | {"data": settings | {"validation_share": 0}})
+    assert len(prepare(alone, tmp_path).train) == 1
