@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -97,7 +98,7 @@ def base(
     from forge.training.models.base import resolve_base
 
     directory = resolve_base(path, offline=offline, revision=revision, progress=logs().print)
-    sys.stdout.write(f"{directory}\n")
+    sys.stdout.buffer.write(os.fsencode(directory) + b"\n")  # a program reads it: the name itself, whatever the console
 
 
 @app.command()

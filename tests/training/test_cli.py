@@ -118,3 +118,17 @@ def test_bad_input_is_one_message_and_its_exit_code(
 
 def test_the_schema_is_json_schema() -> None:
     assert "properties" in json.loads(forge("schema").stdout)
+
+
+def test_a_base_whose_name_the_console_cannot_show_is_found_by_the_commands_that_ask_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from forge.training.config.workload import Workload
+    from forge.training.train.run import base_directory
+    from tests.support.tiny_model import write_base
+
+    write_base(tmp_path / "modèle №1", tied=False)
+    model = {"path": str(tmp_path / "modèle №1")}
+    workload = Workload.model_validate({"name": "w", "model": model, "data": {"documents": "embedded"}})
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    assert base_directory(workload) == tmp_path / "modèle №1"

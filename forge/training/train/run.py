@@ -185,11 +185,11 @@ def base_directory(workload: Workload) -> Path:
         command += ["--revision", workload.model.revision]
     if workload.model.offline is not None:
         command += ["--offline" if workload.model.offline else "--online"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
     if done.returncode:
         message = f"the base model {workload.model.path} cannot be used (see above)"
         raise ForgeError.of_child(done.returncode, message)
-    return Path(done.stdout.strip().splitlines()[-1])
+    return Path(os.fsdecode(done.stdout.strip().splitlines()[-1]))
 
 
 def _first_adapter(continued: Path, chain: list[Predecessor]) -> Path:
