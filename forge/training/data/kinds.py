@@ -14,7 +14,7 @@ _LOCK_FILES = frozenset(
     | {"poetry.lock", "pipfile.lock", "pdm.lock", "uv.lock", "pixi.lock", "conda-lock.yml", "cargo.lock", "go.sum"}
     | {"gemfile.lock", "composer.lock", "mix.lock", "rebar.lock", "pubspec.lock", "podfile.lock", "package.resolved"}
     | {"cartfile.resolved", "packages.lock.json", "paket.lock", "gradle.lockfile", "flake.lock", "stack.yaml.lock"}
-    | {"cabal.project.freeze", ".terraform.lock.hcl", "chart.lock", "manifest.toml.lock", "module.bazel.lock"}
+    | {"cabal.project.freeze", ".terraform.lock.hcl", "chart.lock", "module.bazel.lock"}
 )
 _LOCK_CONTENT = re.compile(r'\s*\{\s*(?:"[^"]*"\s*:\s*(?:"[^"]*"|\d+|true|false)\s*,\s*){0,4}"lockfileVersion"\s*:')
 _ARMOUR = re.compile(r"\s*-----BEGIN (?!.*PRIVATE KEY)[A-Z0-9 #]+-----")
@@ -49,6 +49,13 @@ _PROSE = frozenset(
     }
     | {".wiki", ".mediawiki", ".pod", ".typ", ".rtf", ".ipynb", ".rmd", ".qmd"}
 )
+_WITH_HEADINGS = _PROSE - {
+    ".txt",
+    ".rst",
+    ".tex",
+    ".pod",
+    ".typ",
+}  # what begins a comment in code begins a heading there
 _RECORDS = frozenset({".csv", ".tsv", ".jsonl", ".ndjson"})  # a line is a record, however long
 _LONG_LINE = 500  # characters
 _MIN_MINIFIED = 1000  # characters: shorter, and it does no harm
@@ -64,7 +71,7 @@ def machine_kind(path: str, text: str) -> tuple[str, str] | None:
         return "lock file", ""
     if _ARMOUR.match(text):
         return "certificate or signature", ""
-    marker = _generated_marker(text, is_prose=suffix in _PROSE)
+    marker = _generated_marker(text, has_headings=suffix in _WITH_HEADINGS)
     if marker:
         return ("lock file" if suffix == ".lock" else "generated"), f"it says so: {marker}"
     if suffix not in _PROSE | _RECORDS and _is_minified(text, is_named_so=".min." in name):
@@ -72,18 +79,17 @@ def machine_kind(path: str, text: str) -> tuple[str, str] | None:
     return None
 
 
-def _generated_marker(text: str, *, is_prose: bool) -> str:
+def _generated_marker(text: str, *, has_headings: bool) -> str:
     """The words in a header comment that say a program wrote the file, ``""`` where there are none.
 
-    Prose has headings where code has comments, and it may speak of generated files: only an HTML comment, and
-    only as the very first line, counts there.
+    Where headings look like comments, only an HTML comment, and only as the very first line, counts.
     """
     header = []
     for line in text[:20_000].split("\n")[:_NUM_HEADER_LINES]:
-        if line.strip() and not (line.lstrip().startswith("<!--") if is_prose else _COMMENT.match(line)):
+        if line.strip() and not (line.lstrip().startswith("<!--") if has_headings else _COMMENT.match(line)):
             break
         header.append(line)
-    if is_prose:
+    if has_headings:
         header = [line for line in header if line.strip()][:1]
     found = _GENERATED.search("\n".join(header))
     return " ".join(found.group().split())[:60] if found else ""

@@ -33,7 +33,7 @@ def notebook_as_markdown(content: str) -> tuple[str, int]:
         raise ValueError("it is not a JSON object")
     cells = notebook.get("cells")
     if cells is None and isinstance(notebook.get("worksheets"), list):  # format 3
-        cells = [cell for sheet in notebook["worksheets"] for cell in _mapping(sheet).get("cells", [])]
+        cells = [cell for sheet in notebook["worksheets"] for cell in _list(_mapping(sheet).get("cells"))]
     if not isinstance(cells, list) or not all(isinstance(cell, dict) for cell in cells):
         raise ValueError("it has no list of cells")
     metadata = _mapping(notebook.get("metadata"))
@@ -45,12 +45,12 @@ def notebook_as_markdown(content: str) -> tuple[str, int]:
     for cell in cells:
         source = _text(cell.get("source", cell.get("input")))
         if cell.get("cell_type") != "code":
-            level = cell.get("level", 1) if cell.get("cell_type") == "heading" else 0
-            parts.append(f"{'#' * level} {source}" if level else source)
+            level = cell.get("level") if cell.get("cell_type") == "heading" else None
+            parts.append(f"{'#' * min(level, 6)} {source}" if isinstance(level, int) else source)
         else:
             parts.append(fenced(source, str(cell.get("language") or language or "python")) if source.strip() else "")
         num_pictures += len(_mapping(cell.get("attachments")))
-        for output in cell.get("outputs") or []:
+        for output in _list(cell.get("outputs")):
             text, has_picture = _output(_mapping(output))
             num_pictures += has_picture
             parts.append(fenced(text) if text.strip() else "")
@@ -63,14 +63,17 @@ def _output(output: dict[str, Any]) -> tuple[str, bool]:
     bundle = _mapping(output.get("data")) or output  # format 3 has no bundle
     has_picture = any(name.startswith("image/") or name in ("png", "jpeg", "svg") for name in bundle)
     if "traceback" in output:
-        lines = output["traceback"] if isinstance(output["traceback"], list) else [output["traceback"]]
-        return _ESCAPES.sub("", "\n".join(map(str, lines))), has_picture
+        return _ESCAPES.sub("", "\n".join(map(str, _list(output["traceback"])))), has_picture
     plain = bundle.get("text/markdown") or bundle.get("text/plain") or bundle.get("text")
     return _ESCAPES.sub("", _text(plain)), has_picture
 
 
 def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _text(value: Any) -> str:

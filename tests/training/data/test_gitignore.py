@@ -17,62 +17,47 @@ from forge.training.data.listing import list_files
 
 NAMES = [
     *("a", "b", "ab", "abc", "a.md", "b.txt", "a.log", ".a", "x1", "1", "A", "aXb", "z~", "a b", "a ", "a\tb", "é"),
-    *("-", "]", "[a]", "!a", "#a", "*", "?", "\\a", "^"),
+    *("-", "]", "[a]", "!a", "#a", "*", "?", "\\a", "b\\", "^"),
 ]
 PIECES = [
     *("a", "b", "ab", "abc", "1", "x", "X", "A", "é", ".md", ".txt", "#", "!", "-", "^", " ", "\t", "/", "/", "/"),
-    *(
-        "*",
-        "**",
-        "***",
-        "?",
-        "*.",
-        "\\",
-        "\\a",
-        "\\ ",
-        "\\/",
-        "[",
-        "]",
-        "[ab]",
-        "[!a]",
-        "[^a]",
-        "[a-c]",
-        "[]a]",
-        "[!]]",
-    ),
-    *("[a-", "[\\]]", "[--0]", "[/]", "[[:digit:]]", "[[:alpha:]]", "[[:upper:]]b", "[[:punct:]]", "[[:space:]]"),
-    *("[[:foo:]]", "[[:alpha:]-z]", "[a[:digit:]", "[[:]", "[c-a]"),
+    *("*", "**", "***", "?", "*.", "**/", "a**/", "\\", "\\\\", "\\a", "\\ ", "\\/"),
+    *("[", "]", "[ab]", "[!a]", "[^a]", "[a-c]", "[]a]", "[!]]", "[a-", "[c-a]", "[\\]]", "[--0]", "[a-c-z]", "[/]"),
+    *("[[:digit:]]", "[[:alpha:]]", "[[:upper:]]b", "[[:foo:]]", "[[:alpha:]-z]", "[a[:digit:]", "[[:]"),
 ]
 GLUED = re.compile(r"[^/*]\*\*")
 
 
-def pattern(choose: random.Random) -> str:
-    if choose.random() < 0.35:
-        parts = choose.choices([*NAMES, "*", "**", "a*", "*b"], k=choose.randint(1, 3))
-        text = "/".join(parts)
+def resembling(choose: random.Random, name: str) -> str:
+    """A pattern that often matches the name."""
+    return "".join(choose.choice([c, c, c, "?", "*", f"[{c}]", "[!q]", f"\\{c}", "[[:alpha:]]", "[ -z]"]) for c in name)
+
+
+def pattern(choose: random.Random, names: list[str]) -> str:
+    if choose.random() < 0.5:
+        parts = [resembling(choose, choose.choice(names)), choose.choice(["*", "**", "a*", *NAMES])]
+        text = choose.choice(["", "", "", "**/", "*/"]) + "/".join(parts[: choose.choice([1, 1, 2])])
     else:
         text = "".join(choose.choices(PIECES, k=choose.randint(1, 6)))
-    begin = choose.choices(["", "!", "/", "!/"], [5, 3, 1, 1])[0]
-    end = choose.choices(["", "/", " ", "  ", "\\ ", " \\ ", "\t", "\r"], [12, 4, 1, 1, 1, 1, 1, 1])[0]
+    begin = choose.choices(["", "!", "/", "!/"], [6, 3, 1, 1])[0]
+    end = choose.choices(["", "/", " ", "  ", "\\ ", " \\ ", "\\\\ ", "\t", "\r"], [16, 4, 1, 1, 1, 1, 1, 1, 1])[0]
     return begin + text + end
-
-
-def ignore_file(choose: random.Random, allowed: re.Pattern[str] | None) -> bytes:
-    lines = [pattern(choose) for _ in range(choose.randint(1, 5))]
-    kept = [line for line in lines if allowed is None or not allowed.search(line)]
-    return choose.choice(["", "", "\ufeff"]).encode() + "\n".join(kept).encode() + choose.choice([b"", b"\n"])
 
 
 def grow(folder: Path, choose: random.Random, depth: int, without: re.Pattern[str] | None) -> None:
     """A random tree with ignore files at all its levels."""
     folder.mkdir()
-    for name in choose.sample(NAMES, choose.randint(1, 6)):
+    names = choose.sample(NAMES, choose.randint(1, 6))
+    for name in names:
         if depth and choose.random() < 0.5:
             grow(folder / name, choose, depth - 1, without)
         else:
             (folder / name).touch()
-    if depth == 3 or choose.random() < 0.45:
-        (folder / ".gitignore").write_bytes(ignore_file(choose, without))
+    lines = [pattern(choose, names) for _ in range(choose.randint(1, 5))]
+    kept = [line for line in lines if without is None or not without.search(line)]
+    (folder / ".gitignore").write_bytes(
+        choose.choice(["", "", "\ufeff"]).encode() + "\n".join(kept).encode() + choose.choice([b"", b"\n"])
+    )
 
 
 def git_lists(tree: Path, elsewhere: Path) -> set[str]:
@@ -118,14 +103,14 @@ def test_on_random_trees_and_patterns_there_is_no_difference_to_git(
     tree = tmp_path / "tree"
     tree.mkdir()
     for seed in range(first, first + num):
-        grow(tree / str(seed), random.Random(seed), 3, glued)
+        grow(tree / str(seed), random.Random(seed), 2, glued)
     with warnings.catch_warnings(action="error"):
         own = own_lists(tree)
     git = git_lists(tree, tmp_path / "git")
     assert sorted(own - git) == []
     assert sorted(git - own) == []
     everything = sum(len(files) for _, _, files in os.walk(tree))
-    assert min(len(git), everything - len(git)) > 3 * num  # neither side says yes or no to everything
+    assert min(len(git), everything - len(git)) > 1.5 * num  # neither side says yes or no to everything
 
 
 RE_INCLUDED = {
@@ -155,7 +140,10 @@ def test_a_folder_taken_in_again_keeps_its_private_files_private(tmp_path: Path,
 def test_every_class_holds_the_bytes_that_it_holds_for_git(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     tree.mkdir()
-    names = [
+    for byte in range(1, 256):
+        if byte != ord("/"):
+            Path(os.fsdecode(bytes(tree) + b"/x" + bytes([byte]))).touch()
+    for name in (
         "alnum",
         "alpha",
         "blank",
@@ -168,14 +156,11 @@ def test_every_class_holds_the_bytes_that_it_holds_for_git(tmp_path: Path) -> No
         "space",
         "upper",
         "xdigit",
-    ]
-    characters = [bytes([byte]) for byte in range(1, 256) if byte not in b"/"]
-    for name in names:
-        (tree / name).mkdir()
-        (tree / name / ".gitignore").write_text(f"?[[:{name}:]]\n")
-        for character in characters:
-            Path(os.fsdecode(bytes(tree / name) + b"/x" + character)).touch()
-    assert own_lists(tree) == git_lists(tree, tmp_path / "git")
+    ):
+        (tree / ".gitignore").write_text(f"?[[:{name}:]]\n")
+        listed = own_lists(tree)
+        assert listed == git_lists(tree, tmp_path / "git")
+        assert 100 < len(listed) < 255
 
 
 def test_a_link_or_a_pipe_is_no_ignore_file(tmp_path: Path) -> None:
