@@ -72,6 +72,7 @@ class DataSection(_Section):
     sample: Positive | None = None  # train on so many only: the longest and, by length, an even spread of the others
     loss_on: Literal["answer", "all"] = "answer"
     control_tokens: Literal["neutralise", "drop", "fail"] = "neutralise"
+    on_unrepresentable: Literal["error", "leave_out"] = "error"  # a record that the chat template refuses or rewrites
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSection:
@@ -202,7 +203,7 @@ class Workload(_Section):
             del content[key]
         for section, key in (("model", "path"), ("model", "offline"), ("model", "revision")):
             del content[section][key]
-        for key in ("documents", "train", "validation", "instructions", "validation_share"):
+        for key in ("documents", "train", "validation", "instructions", "validation_share", "on_unrepresentable"):
             del content["data"][key]
         for key in ("save_every_steps", "save_every_minutes", "spike_limit"):
             del content["training"][key]

@@ -10,14 +10,14 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from forge.training.config.workload import DataSection
-from forge.training.data.conversation import IGNORED, Encoder, encode_conversation
+from forge.training.data.conversation import IGNORED, Encoder, UnrepresentableError, encode_conversation
 from forge.training.data.records import Message, Record, bad_lines
 from forge.training.system.errors import DataError
 from forge.training.system.files import staged_directory, write_json
@@ -25,6 +25,8 @@ from forge.training.system.files import staged_directory, write_json
 _FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})")
 _HEADING = re.compile(r"^ {0,3}#{1,6}(\s|$)")
 MIN_ANSWER_TOKENS = 32  # a part shorter than this is not worth its prompt
+_MOST_LISTED = 100  # of the records that the chat template cannot hold
+_QUESTION_CHARACTERS = 120
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class ExamplesReport:
     num_with_control_tokens: int
     dropped: list[str]  # by name: nothing left to train on, or control tokens with policy "drop"
     lengths: list[int]  # of the examples, after cutting or dividing
+    left_out: list[str] = field(default_factory=list)  # line, reason, question: the chat template cannot hold it
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ def encode_records(
     """
     rows: list[tuple[np.ndarray, np.ndarray, str]] = []
     errors: list[str] = []
+    odd: list[str] = []
     dropped: list[str] = []
     cut = tokens_cut = divided = parts = with_control = 0
     for record in records:
@@ -80,6 +84,9 @@ def encode_records(
             pieces = None
             if len(ids) > data.max_length and data.long_documents == "divide" and record.document:
                 pieces = _divided(encoder, messages, data)
+        except UnrepresentableError as error:
+            odd.append(f"{name}: {error.message}; it answers {_question(record)!r}")
+            continue
         except DataError as error:
             errors.append(f"{name}: {error.message}")
             continue
@@ -102,11 +109,12 @@ def encode_records(
             tokens_cut += len(ids) - data.max_length
             ids, labels = ids[: data.max_length], labels[: data.max_length]
         rows.append((ids, labels, name))
-    if errors:
-        raise bad_lines(source, errors)
+    _refuse(source, errors, odd, data)
     has_loss = [bool((labels[1:] != IGNORED).any()) for _, labels, _ in rows]  # the first token is never predicted
     kept = [row for row, has in zip(rows, has_loss, strict=True) if has]
     dropped += [row[2] for row, has in zip(rows, has_loss, strict=True) if not has]
+    if odd and not rows:
+        raise bad_lines(source, odd, most=_MOST_LISTED, remedy="no record is left: use another base, or other records")
     if not kept:
         raise DataError(
             f"{source}: none of {len(records)} records has a token to train within data.max_length={data.max_length}",
@@ -131,8 +139,41 @@ def encode_records(
             num_with_control_tokens=with_control,
             dropped=dropped,
             lengths=list(map(len, all_ids)),
+            left_out=odd,
         ),
     )
+
+
+def _refuse(source: Path | str, errors: list[str], odd: list[str], data: DataSection) -> None:
+    """Raise one :class:`DataError` for ``errors``, and for the records in ``odd`` unless they may be left out."""
+    found: list[DataError] = []
+    if errors:
+        found.append(bad_lines(source, errors))
+    if odd and data.on_unrepresentable == "error":
+        remedy = "correct them, or train without them: --set data.on_unrepresentable=leave_out"
+        found.append(bad_lines(source, odd, most=_MOST_LISTED, remedy=remedy))
+    if found:
+        raise DataError(
+            "\n".join(error.message for error in found), remedy="; ".join(str(error.remedy) for error in found)
+        )
+
+
+def _question(record: Record) -> str:
+    """What a record answers, shortened: `dataset` has written the document's path into it."""
+    text = " ".join(next(m.content for m in record.messages if m.role == "user").split())
+    half = _QUESTION_CHARACTERS // 2
+    return text if len(text) <= _QUESTION_CHARACTERS else f"{text[:half]} ... {text[-half:]}"
+
+
+def describe_left_out(source: str, report: ExamplesReport) -> list[str]:
+    """One text that lists the records left out because the chat template cannot hold them, where there are any."""
+    if not report.left_out:
+        return []
+    lines = report.left_out[:_MOST_LISTED]
+    more = len(report.left_out) - len(lines)
+    listed = "".join(f"\n  {line}" for line in lines) + (f"\n  and {more:,} more" if more else "")
+    count = f"{len(report.left_out):,} of {report.num_records:,} records"
+    return [f"{source}: {count} left out, which the chat template cannot hold (data.on_unrepresentable):{listed}"]
 
 
 def _divided(encoder: Encoder, messages: Sequence[Message], data: DataSection) -> list[tuple[np.ndarray, np.ndarray]]:

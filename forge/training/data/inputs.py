@@ -10,12 +10,17 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from forge.training.config.workload import Workload
-from forge.training.data.conversation import Encoder
+from forge.training.data.conversation import Encoder, load_encoder
 from forge.training.data.duplicates import DUPLICATE_SIMILARITY, similar_pairs
-from forge.training.data.examples import Examples, encode_records, sample_examples, save_examples
-from forge.training.data.records import Record, read_both, several
+from forge.training.data.examples import (
+    Examples,
+    describe_left_out,
+    encode_records,
+    sample_examples,
+    save_examples,
+)
+from forge.training.data.records import Record, of_both, read_both, several
 from forge.training.models.digests import base_sha256, tokenizer_sha256
-from forge.training.models.tokenizers import load_tokenizer
 from forge.training.system.errors import ConfigurationError, DataError
 from forge.training.system.files import read_json_object, sha256_file
 
@@ -39,7 +44,9 @@ class Inputs(BaseModel):
     num_corpus_examples: int | None = None
     num_corpus_tokens: int | None = None
     corpus_tokens_squared: int | None = None  # sum over examples of tokens^2: attention's share
-    # documents left out and why, records with nothing to train, texts on both sides of the split
+    template_date: str | None = None  # ISO 8601, what the chat template writes as today's date, if it writes one
+    # what is unusual about the chat template, documents and records left out and why, records with nothing to train,
+    # texts on both sides of the split
     notes: list[str] = Field(default_factory=list)
 
 
@@ -50,6 +57,16 @@ class PreparedInputs:
     train: Examples
     validation: Examples | None
     described: Inputs
+
+
+@dataclass(frozen=True)
+class EncodedCorpus:
+    """Both sides of a corpus, as records and as examples before ``data.sample``; ``None`` where nothing is held out."""
+
+    records: list[Record]
+    held_out: list[Record] | None
+    train: Examples
+    validation: Examples | None
 
 
 @dataclass(frozen=True)
@@ -132,24 +149,36 @@ def corpus_paths(workload: Workload, run_dir: Path) -> tuple[Path, Path | None, 
     return run_dir / "corpus.jsonl", None, notes
 
 
-def prepare_inputs(workload: Workload, base_dir: Path, run_dir: Path) -> PreparedInputs:
+def encode_corpus(
+    workload: Workload, encoder: Encoder, train_path: Path, validation_path: Path | None
+) -> EncodedCorpus:
+    """Read and encode both corpus files. Raises one :class:`DataError` for what is wrong with either."""
+    records, held_out = read_both(train_path, validation_path)
+    sides = {validation_path: held_out or [], train_path: records}
+    train, validation = of_both(
+        lambda path: encode_records(sides[path], encoder, workload.data, path), train_path, validation_path
+    )
+    return EncodedCorpus(records, held_out, train, validation)
+
+
+def prepare_inputs(
+    workload: Workload, base_dir: Path, run_dir: Path, template_date: str | None = None
+) -> PreparedInputs:
     """Build or read the corpus, tokenise it and store the examples under ``run_dir/examples``.
 
-    Raises :class:`ConfigurationError` where ``max_length`` exceeds what the base can attend to and
-    :class:`DataError` for unusable data.
+    ``template_date``: of the run that is resumed; ``None``: today. Raises :class:`ConfigurationError` where
+    ``max_length`` exceeds what the base can attend to and :class:`DataError` for unusable data.
     """
     refuse_too_long(workload, read_json_object(base_dir / "config.json"))
     train_path, validation_path, notes = corpus_paths(workload, run_dir)
-    records, held_out = read_both(train_path, validation_path)
-    encoder = Encoder(load_tokenizer(base_dir))
-    corpus = encode_records(records, encoder, workload.data, train_path)
+    encoder = load_encoder(base_dir, template_date)
+    encoded = encode_corpus(workload, encoder, train_path, validation_path)
+    corpus, validation = encoded.train, encoded.validation
     train = corpus if workload.data.sample is None else sample_examples(corpus, workload.data.sample)
     save_examples(train, run_dir / "examples" / "train", force=True)
-    validation = None
-    notes += _notes(train_path, corpus)
-    if validation_path is not None and held_out is not None:
-        validation = encode_records(held_out, encoder, workload.data, validation_path)
-        notes += _notes(validation_path, validation) + describe_overlap(find_overlap(records, held_out))
+    notes += [*encoder.remarks, *_notes(train_path, corpus)]
+    if validation_path is not None and validation is not None and encoded.held_out is not None:
+        notes += _notes(validation_path, validation) + describe_overlap(find_overlap(encoded.records, encoded.held_out))
         save_examples(validation, run_dir / "examples" / "validation", force=True)
     else:
         refuse_evaluation_of_nothing(workload)
@@ -167,6 +196,7 @@ def prepare_inputs(workload: Workload, base_dir: Path, run_dir: Path) -> Prepare
         num_corpus_examples=len(corpus),
         num_corpus_tokens=corpus.report.num_tokens,
         corpus_tokens_squared=sum(n * n for n in corpus.report.lengths),
+        template_date=encoder.template_date if encoder.is_dated else None,
         notes=notes,
     )
     return PreparedInputs(train, validation, described)
@@ -206,7 +236,8 @@ def _answer(record: Record) -> str:
 
 
 def _notes(path: Path, examples: Examples) -> list[str]:
+    notes = describe_left_out(path.name, examples.report)
     dropped = examples.report.dropped
-    if not dropped:
-        return []
-    return [f"{path.name}: nothing to train in {len(dropped):,} of its records: {several(dropped)}"]
+    if dropped:
+        notes.append(f"{path.name}: nothing to train in {len(dropped):,} of its records: {several(dropped)}")
+    return notes

@@ -8,10 +8,10 @@ which line was broken.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any, NoReturn, TypeVar
 
 from forge.training.system.errors import DataError
 
@@ -19,6 +19,7 @@ MAX_LINE_BYTES = 64 << 20  # a novel has one; `dataset` writes at most 4 MiB of 
 _NUM_ERRORS_SHOWN = 10
 _DOCUMENT_KEYS = frozenset({"instruction", "input", "output"})
 _ROLES = ("system", "user", "assistant")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,18 +81,23 @@ def read_records(path: Path | str) -> list[Record]:
 
 def read_both(train: Path, validation: Path | None) -> tuple[list[Record], list[Record] | None]:
     """The records to train on and those held out. Raises one :class:`DataError` for what is wrong with either."""
-    sides: list[list[Record]] = []
+    return of_both(read_records, train, validation)
+
+
+def of_both(question: Callable[[Path], _T], train: Path, validation: Path | None) -> tuple[_T, _T | None]:
+    """``question`` of both files. Raises one :class:`DataError` for what is wrong with either."""
+    answers: list[_T] = []
     errors: list[DataError] = []
     for path in (train, validation):
         try:
             if path is not None:
-                sides.append(read_records(path))
+                answers.append(question(path))
         except DataError as error:
             errors.append(error)
     if errors:
         remedies = dict.fromkeys(error.remedy for error in errors if error.remedy)
         raise DataError("\n".join(error.message for error in errors), remedy="; ".join(remedies) or None)
-    return sides[0], sides[1] if validation is not None else None
+    return answers[0], answers[1] if validation is not None else None
 
 
 def several(items: Sequence[str], most: int = 5) -> str:
@@ -99,14 +105,20 @@ def several(items: Sequence[str], most: int = 5) -> str:
     return ", ".join(items[:most]) + (f" and {len(items) - most:,} more" if len(items) > most else "")
 
 
-def bad_lines(path: Path | str, errors: list[str]) -> DataError:
+def bad_lines(
+    path: Path | str,
+    errors: list[str],
+    *,
+    most: int = _NUM_ERRORS_SHOWN,
+    remedy: str = "correct or remove them; nothing is skipped silently",
+) -> DataError:
     """The error for lines that cannot be used; each of ``errors`` begins with its line."""
-    shown = [f"  {error}" for error in errors[:_NUM_ERRORS_SHOWN]]
+    shown = [f"  {error}" for error in errors[:most]]
     if len(errors) > len(shown):
         shown.append(f"  and {len(errors) - len(shown):,} more")
     return DataError(
         f"{path}: {len(errors):,} line{'s' * (len(errors) > 1)} cannot be used\n" + "\n".join(shown),
-        remedy="correct or remove them; nothing is skipped silently",
+        remedy=remedy,
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from forge.training.llamacpp.install import llama_cpp_tree
 from forge.training.llamacpp.native import import_gguf
-from forge.training.system.errors import DataError, MachineError
+from forge.training.system.errors import ConfigurationError, DataError, MachineError
 from forge.training.system.files import write_json
 
 # How Qwen2 splits text before merging bytes: contractions, words, single digits, punctuation, blanks.
@@ -92,7 +92,8 @@ def rebuild_qwen2_tokenizer() -> Any:
 def load_tokenizer(directory: Path | str) -> Any:
     """A base's tokenizer, never from the hub; padding on the right (Unsloth drops the mask and relies on it).
 
-    Raises :class:`DataError` where its files cannot be used.
+    Its ``chat_template`` is one text, or ``None``. Raises :class:`DataError` where its files cannot be used,
+    :class:`ConfigurationError` for several templates without a default.
     """
     from transformers import AutoTokenizer
 
@@ -105,7 +106,28 @@ def load_tokenizer(directory: Path | str) -> Any:
             remedy="copy the tokenizer's files again from where the model came from",
         ) from error
     tokenizer.padding_side = "right"
+    tokenizer.chat_template = default_template(tokenizer.chat_template)
     return tokenizer
+
+
+def default_template(templates: Any) -> str | None:
+    """The chat template of a conversation without tools: the only one, or of several the one named ``default``.
+
+    ``templates``: a text, texts by name, a list of ``{name, template}``, or ``None``. Raises
+    :class:`ConfigurationError` for several without a default.
+    """
+    if isinstance(templates, list | tuple):
+        templates = {item.get("name"): item.get("template") for item in templates if isinstance(item, dict)}
+    if not isinstance(templates, dict):
+        return templates or None
+    template = templates.get("default")
+    if isinstance(template, str):
+        return template
+    names = ", ".join(sorted(map(str, templates))) or "none"
+    raise ConfigurationError(
+        f"the base model's tokenizer has several chat templates, and none is named default (it has: {names:.200})",
+        remedy="write the one to train with into chat_template.jinja in the base's directory",
+    )
 
 
 def save_tokenizer(tokenizer: Any, directory: Path, max_length: int) -> None:

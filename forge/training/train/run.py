@@ -124,7 +124,8 @@ def train(
                 module.prepare(plan)
                 listener.announce(f"base model {base_dir.name}, backend {backend}")
             with tempfile.TemporaryDirectory(dir=run_dir, prefix=".inputs.", suffix=".part") as made:
-                inputs = prepare_inputs(workload, base_dir, Path(made))
+                date = None if before is None else before.inputs.template_date
+                inputs = prepare_inputs(workload, base_dir, Path(made), date)
                 if before is not None:
                     refuse_other_inputs(run_dir, before, inputs.described)
                 if predecessor is not None:
