@@ -14,7 +14,7 @@ from forge.training.backends import Backend, load_backend, load_plan
 from forge.training.checks.data import check_data
 from forge.training.checks.finding import Finding, exit_code, failure, guarded, ok, print_findings, warning
 from forge.training.checks.machine import check_disk, check_gpu, check_llama_cpp, check_memory, check_wsl
-from forge.training.checks.model import check_export, check_fit, check_tokenizer, find_base, is_made
+from forge.training.checks.model import check_examples, check_export, check_fit, check_tokenizer, find_base, is_made
 from forge.training.checks.packages import check_attention, check_packages
 from forge.training.config.workload import Workload
 from forge.training.system.environment import describe_gpu
@@ -29,7 +29,8 @@ def check_workload(
 ) -> list[Finding]:
     """Check a config for a backend on this machine. Nothing is made, fetched or written.
 
-    ``directory``: where the run will be, by default below the current one. torch is not imported.
+    ``directory``: where the run will be, by default below the current one. torch is imported only
+    where the base is there: by transformers, for its tokenizer.
     """
     return list(_findings(workload, backend, directory or Path.cwd(), list(plan_overrides)))
 
@@ -68,7 +69,8 @@ def questions_before_training(arguments: Sequence[str], announce: Callable[[str]
 def _findings(workload: Workload, backend: Backend, directory: Path, plan_overrides: list[str]) -> Iterator[Finding]:
     gpu = describe_gpu()
     yield from guarded("configuration", partial(check_configuration, workload, backend, plan_overrides))
-    yield from guarded("data", partial(check_data, workload))
+    data = list(guarded("data", partial(check_data, workload)))
+    yield from data
     try:
         base, findings = find_base(workload, gpu is not None)
         yield from findings
@@ -78,7 +80,11 @@ def _findings(workload: Workload, backend: Backend, directory: Path, plan_overri
     if base is not None:
         yield from guarded("model", partial(check_fit, workload, base))
         if is_made(base):
-            yield from guarded("tokenizer", partial(check_tokenizer, base))
+            tokenizer = list(guarded("tokenizer", partial(check_tokenizer, base)))
+            yield from tokenizer
+            if not exit_code(tokenizer):
+                readable = not exit_code(data)
+                yield from guarded("examples", partial(check_examples, workload, base, data_is_readable=readable))
         yield from guarded("memory", partial(check_memory, workload, base, gpu))
         yield from guarded("disk", partial(check_disk, workload, base, directory))
         yield from guarded("export", partial(check_export, workload, base))

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from forge.training.checks.finding import Finding, failure, ok, warning
 from forge.training.config.workload import Workload
-from forge.training.data.conversation import require_chat_template
-from forge.training.data.inputs import refuse_too_long
-from forge.training.export.chat_template import read_chat_template
+from forge.training.data.conversation import load_encoder
+from forge.training.data.examples import Examples, describe_left_out
+from forge.training.data.inputs import corpus_paths, encode_corpus, refuse_too_long
 from forge.training.export.disk_space import check_architecture, check_row_sizes
 from forge.training.models.base import STANDINS, require_gpu_to_make, resolve_base
 from forge.training.models.qwen2 import config_json, tensor_shapes
@@ -82,7 +83,7 @@ def check_fit(workload: Workload, base: ModelWeights) -> Iterator[Finding]:
 
 
 def check_tokenizer(base: ModelWeights) -> Iterator[Finding]:
-    """The tokenizer against the model: every id has a row, turns have an end, a template is there."""
+    """The tokenizer against the model: every id has a row, and turns have an end."""
     from tokenizers import Tokenizer
 
     path = base.directory / "tokenizer.json"
@@ -97,7 +98,6 @@ def check_tokenizer(base: ModelWeights) -> Iterator[Finding]:
             f"the tokenizer has an id {largest} and the model only {rows} rows of embeddings",
             remedy="tokenizer and model do not belong together: take both from one place",
         )
-    require_chat_template(read_chat_template(base.directory))
     settings = json.loads((base.directory / "tokenizer_config.json").read_text(encoding="utf-8"))
     end, padding = (_token(settings.get(f"{kind}_token")) for kind in ("eos", "pad"))
     for kind, token in (("eos", end), ("pad", padding)):
@@ -109,6 +109,33 @@ def check_tokenizer(base: ModelWeights) -> Iterator[Finding]:
         what = "names no pad token" if padding is None else f"pads with {end}, the token that ends a turn"
         yield warning("tokenizer", f"it {what}", "give it a pad token of its own, such as <|endoftext|> in Qwen2")
     yield ok("tokenizer", f"{len(vocabulary):,} tokens for {rows:,} rows of embeddings, turns end with {end}")
+
+
+def check_examples(workload: Workload, base: ModelWeights, *, data_is_readable: bool) -> Iterator[Finding]:
+    """The chat template, and every record by it: with the encoder and the code that training uses. Imports torch.
+
+    Raises :class:`ConfigurationError` for the template, :class:`DataError` for the records.
+    """
+    encoder = load_encoder(base.directory)
+    if encoder.remarks:
+        yield from (warning("chat template", remark) for remark in encoder.remarks)
+    else:
+        yield ok("chat template", "what is trained before a reply is what asks for it")
+    if not data_is_readable:
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        train_path, validation_path, _ = corpus_paths(workload, Path(scratch))
+        encoded = encode_corpus(workload, encoder, train_path, validation_path)
+    sides = {"training": encoded.train, "held out": encoded.validation}
+    for name, examples in sides.items():
+        if examples is not None:
+            yield from _describe_examples(name, examples)
+
+
+def _describe_examples(name: str, examples: Examples) -> Iterator[Finding]:
+    for note in describe_left_out(name, examples.report):
+        yield warning("examples", note)
+    yield ok("examples", f"{name}: {len(examples):,} of {examples.report.num_tokens:,} tokens")
 
 
 def _token(value: Any) -> str | None:

@@ -158,6 +158,11 @@ def _refuse(source: Path | str, errors: list[str], odd: list[str], data: DataSec
         )
 
 
+def document_name(example: str) -> str:
+    """The name of an example's document: the parts of a divided one share it."""
+    return example.partition(" part ")[0]
+
+
 def _question(record: Record) -> str:
     """What a record answers, shortened: `dataset` has written the document's path into it."""
     text = " ".join(next(m.content for m in record.messages if m.role == "user").split())

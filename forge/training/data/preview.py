@@ -12,15 +12,17 @@ import numpy as np
 
 from forge.training.config.workload import Workload
 from forge.training.data.batching import num_steps
-from forge.training.data.conversation import IGNORED, Encoder
-from forge.training.data.examples import Examples, encode_records
-from forge.training.data.inputs import corpus_paths, describe_overlap, find_overlap
-from forge.training.data.records import read_both, several
-from forge.training.models.tokenizers import load_tokenizer
+from forge.training.data.conversation import IGNORED, load_encoder
+from forge.training.data.examples import Examples, describe_left_out, document_name
+from forge.training.data.inputs import corpus_paths, describe_overlap, encode_corpus, find_overlap
+from forge.training.data.records import several
 from forge.training.system.command import rows_table
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+_MOST_SHOWN, _FIRST_SHOWN, _LAST_SHOWN = 600, 400, 200  # characters of a span
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Preview:
     num_divided: int
     num_parts: int
     num_with_control_tokens: int
+    template_remarks: list[str]  # what is unusual about the chat template
+    left_out: list[str]  # records that the chat template cannot hold
     dropped: list[str]  # records with nothing to train, or with control tokens where those are dropped
     longest: int
     median: float
@@ -58,13 +62,14 @@ class Preview:
 
 def preview_workload(workload: Workload, base_dir: Path, *, num_examples: int = 3) -> Preview:
     """Encode a config's data without keeping it. Raises the errors that training would."""
-    tokenizer = load_tokenizer(base_dir)
-    encoder = Encoder(tokenizer)
+    encoder = load_encoder(base_dir)
     with tempfile.TemporaryDirectory() as scratch:
         train_path, validation_path, documents = corpus_paths(workload, Path(scratch))
-        records, held_out = read_both(train_path, validation_path)
-    train = encode_records(records, encoder, workload.data, train_path)
-    validation = encode_records(held_out, encoder, workload.data, str(validation_path)) if held_out else None
+        encoded = encode_corpus(workload, encoder, train_path, validation_path)
+    train, validation = encoded.train, encoded.validation
+    left_out = describe_left_out(train_path.name, train.report)
+    if validation_path is not None and validation is not None:
+        left_out += describe_left_out(validation_path.name, validation.report)
     report, lengths = train.report, np.array(train.report.lengths)
     before = report.num_tokens + report.num_tokens_cut
     return Preview(
@@ -81,13 +86,25 @@ def preview_workload(workload: Workload, base_dir: Path, *, num_examples: int = 
         num_divided=report.num_divided,
         num_parts=report.num_parts,
         num_with_control_tokens=report.num_with_control_tokens,
+        template_remarks=list(encoder.remarks),
+        left_out=left_out,
         dropped=report.dropped,
         longest=int(lengths.max()),
         median=float(np.median(lengths)),
         histogram=_histogram(lengths),
-        overlap=describe_overlap(find_overlap(records, held_out)) if held_out else [],
-        shown=[(train.document_ids[i], _spans(train, i, tokenizer)) for i in range(min(num_examples, len(train)))],
+        overlap=describe_overlap(find_overlap(encoded.records, encoded.held_out)) if encoded.held_out else [],
+        shown=[(train.document_ids[i], _spans(train, i, encoder.tokenizer)) for i in _spread(train, num_examples)],
     )
+
+
+def _spread(examples: Examples, num_examples: int) -> list[int]:
+    """Examples of as many documents, evenly spread over the corpus: of a divided one its first part."""
+    first: dict[str, int] = {}
+    for index, name in enumerate(examples.document_ids):
+        first.setdefault(document_name(name), index)
+    documents = list(first.values())
+    num_shown = min(num_examples, len(documents))
+    return [documents[(2 * k + 1) * len(documents) // (2 * num_shown)] for k in range(num_shown)]
 
 
 def _histogram(lengths: np.ndarray) -> list[tuple[int, int]]:
@@ -105,9 +122,7 @@ def _spans(examples: Examples, index: int, tokenizer: Any) -> list[Span]:
 
 
 def print_preview(preview: Preview, console: Console) -> None:
-    """Print the counts, the histogram and the decoded examples, masked text dimmed and bracketed."""
-    from rich.text import Text
-
+    """Print the counts, the histogram and the decoded examples, every line marked as masked or trained."""
     rows = [("corpus", line) for line in preview.documents]
     rows += [
         ("documents", f"{preview.num_train_documents:,} -> {preview.num_train_examples:,} examples"),
@@ -120,6 +135,8 @@ def print_preview(preview: Preview, console: Console) -> None:
         ("control tokens as text", f"{preview.num_with_control_tokens:,} documents"),
     ]
     names = f": {several(preview.dropped, most=10)}" if preview.dropped else ""
+    rows.append(("chat template", "\n".join(preview.template_remarks) or "trained as it is asked"))
+    rows.append(("left out", "\n".join(preview.left_out) or "none"))
     rows.append(("nothing to train", f"{len(preview.dropped):,} records{names}"))
     rows.append(("both held out and trained", "\n".join(preview.overlap) or "none"))
     console.print(rows_table(f"preview: {preview.workload}", rows))
@@ -128,9 +145,24 @@ def print_preview(preview: Preview, console: Console) -> None:
     for bound, count in preview.histogram:
         console.print(f"  < {bound:>7,}  {count:>6,}  {'#' * round(40 * count / most)}")
     for name, spans in preview.shown:
-        console.print(f"\n--- {name}: [masked text in brackets], the rest is trained", markup=False)
-        shown = Text()
+        console.print(f"\n--- {name}", markup=False)
         for span in spans:
-            text = span.text if len(span.text) <= 600 else f"{span.text[:400]}\n ... \n{span.text[-200:]}"
-            shown.append(text if span.trained else f"[{text}]", style="" if span.trained else "dim")
-        console.print(shown)
+            _print_span(span, console)
+
+
+def _print_span(span: Span, console: Console) -> None:
+    """Its lines behind ``trained |`` or ``masked  |``, rows of a line that wraps too: no text can look like a mark."""
+    from rich.text import Text
+
+    mark, style = ("trained | ", "") if span.trained else ("masked  | ", "dim")
+    texts = [span.text]
+    if len(span.text) > _MOST_SHOWN:
+        texts = [span.text[:_FIRST_SHOWN], span.text[-_LAST_SHOWN:]]
+    for number, text in enumerate(texts):
+        if number:
+            num_more = len(span.text) - _FIRST_SHOWN - _LAST_SHOWN
+            console.print(f"        ... {num_more:,} characters more ...", style=style)
+        for line in text.removesuffix("\n").expandtabs().split("\n"):
+            shown = Text("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line))
+            for row in shown.wrap(console, max(20, console.width - len(mark)), overflow="fold") or [Text()]:
+                console.print(Text(mark) + row, style=style, overflow="ignore", no_wrap=True, crop=False)

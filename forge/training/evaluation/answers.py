@@ -25,14 +25,14 @@ class Prompt:
 
 
 def document_prompts(
-    examples: Examples, documents: Sequence[Document], tokenizer: Any, *, num_prompts: int, max_new_tokens: int
+    examples: Examples, documents: Sequence[Document], encoder: Encoder, *, num_prompts: int, max_new_tokens: int
 ) -> list[Prompt]:
     """Prompts of the first documents that have one, ids as they were trained on.
 
     ``reference`` has at most ``max_new_tokens`` tokens: an answer that stops there is compared with
     as much of the document, not with all of it.
     """
-    opening = _assistant_opening(tokenizer)
+    opening = _assistant_opening(encoder)
     prompts: list[Prompt] = []
     for document in documents:
         if len(prompts) == num_prompts:
@@ -40,17 +40,16 @@ def document_prompts(
         ids, labels = (rows[document.examples[0]] for rows in (examples.input_ids, examples.labels))
         begin = _answer_begin(ids, labels, opening)
         if begin is not None and begin < len(ids):
-            text = tokenizer.decode(ids[begin : begin + max_new_tokens].tolist(), skip_special_tokens=True)
+            text = encoder.tokenizer.decode(ids[begin : begin + max_new_tokens].tolist(), skip_special_tokens=True)
             prompts.append(Prompt(document.name, ids[:begin], text))
     return prompts
 
 
-def _assistant_opening(tokenizer: Any) -> list[int]:
+def _assistant_opening(encoder: Encoder) -> list[int]:
     """The ids with which the chat template opens the assistant's turn."""
-    talk = [{"role": "user", "content": "a"}]
-    without = tokenizer.apply_chat_template(talk, tokenize=False)
-    opened = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(opened.removeprefix(without), add_special_tokens=False)["input_ids"])
+    talk = [Message("user", "a")]
+    opened = encoder.render(talk, asks=True).removeprefix(encoder.render(talk, asks=False))
+    return list(encoder.ids_and_ends(opened, plain=False)[0].tolist())
 
 
 def _answer_begin(ids: np.ndarray, labels: np.ndarray, opening: list[int]) -> int | None:
@@ -65,13 +64,13 @@ def _answer_begin(ids: np.ndarray, labels: np.ndarray, opening: list[int]) -> in
     return None
 
 
-def question_ids(tokenizer: Any, question: str, system_prompt: str | None) -> np.ndarray:
+def question_ids(encoder: Encoder, question: str, system_prompt: str | None) -> np.ndarray:
     """A question through the chat template, as int32 of shape (length,), up to where the answer begins.
 
     Control tokens that stand in the question are text, as they are in training.
     """
     talk = [Message("system", system_prompt)] if system_prompt is not None else []
-    return encode_question(Encoder(tokenizer), [*talk, Message("user", question)])
+    return encode_question(encoder, [*talk, Message("user", question)])
 
 
 def greedy_answer(model: NeutralModel, tokenizer: Any, input_ids: np.ndarray, max_new_tokens: int) -> str:

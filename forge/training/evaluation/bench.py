@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from forge.training.config.workload import Workload
+from forge.training.data.conversation import Encoder, load_encoder
 from forge.training.data.examples import Examples, load_examples
 from forge.training.evaluation.answers import Prompt, document_prompts, greedy_answer, question_ids
 from forge.training.evaluation.likelihood import Document, group_documents, measure_nats
 from forge.training.evaluation.neutral_model import NeutralModel
 from forge.training.evaluation.record import DocumentAnswer, FactAnswer, SubjectResult
-from forge.training.models.tokenizers import load_tokenizer
 from forge.training.system.errors import DataError
 from forge.training.train.record import RunRecord
 
@@ -24,10 +24,15 @@ class Bench:
     """``examples`` is ``None`` where nothing was held out; then only the config's facts are asked."""
 
     workload: Workload
-    tokenizer: Any
+    encoder: Encoder
     examples: Examples | None
     documents: list[Document]
     prompts: list[Prompt]
+
+    @property
+    def tokenizer(self) -> Any:
+        """The base's."""
+        return self.encoder.tokenizer
 
     @property
     def longest(self) -> int:
@@ -61,18 +66,18 @@ def prepare_bench(run: RunRecord, run_dir: Path, max_documents: int | None) -> B
             f"{run_dir} held nothing out and its config asks for no facts: there is nothing to evaluate",
             remedy="train with data.validation or data.validation_share, or give evaluation.facts",
         )
-    tokenizer = load_tokenizer(run.base_path)
+    encoder = load_encoder(run.base_path, run.inputs.template_date)
     if expected is None:
-        return Bench(workload, tokenizer, None, [], [])
+        return Bench(workload, encoder, None, [], [])
     examples = load_examples(run_dir / "examples" / "validation")
     if examples.sha256 != expected:
         raise DataError(f"{run_dir / 'examples' / 'validation'} are not the examples of this run (digest differs)")
-    documents = group_documents(examples, tokenizer, max_documents)
+    documents = group_documents(examples, encoder.tokenizer, max_documents)
     wanted = workload.evaluation
     prompts = document_prompts(
-        examples, documents, tokenizer, num_prompts=wanted.num_answers, max_new_tokens=wanted.max_new_tokens
+        examples, documents, encoder, num_prompts=wanted.num_answers, max_new_tokens=wanted.max_new_tokens
     )
-    return Bench(workload, tokenizer, examples, documents, prompts)
+    return Bench(workload, encoder, examples, documents, prompts)
 
 
 def measure(subject: str, model: NeutralModel, bench: Bench) -> Measured:
@@ -88,7 +93,7 @@ def measure(subject: str, model: NeutralModel, bench: Bench) -> Measured:
         )
     facts = []
     for fact in workload.evaluation.facts:
-        ids = question_ids(bench.tokenizer, fact.question, workload.data.system_prompt)
+        ids = question_ids(bench.encoder, fact.question, workload.data.system_prompt)
         text = greedy_answer(model, bench.tokenizer, ids, limit)
         facts.append(
             FactAnswer(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from forge.training.data.conversation import IGNORED
-from forge.training.data.examples import Examples
+from forge.training.data.examples import Examples, document_name
 from forge.training.evaluation.neutral_model import NeutralModel
 from forge.training.system.errors import DataError, MachineError
 
@@ -40,7 +40,7 @@ def group_documents(examples: Examples, tokenizer: Any, max_documents: int | Non
     """The documents behind the examples, in order; the parts of a divided document are one."""
     groups: dict[str, list[int]] = {}
     for index, name in enumerate(examples.document_ids):
-        groups.setdefault(name.partition(" part ")[0], []).append(index)
+        groups.setdefault(document_name(name), []).append(index)
     documents = []
     for name, indices in list(groups.items())[:max_documents]:
         num_tokens = sum(int((examples.labels[i][1:] != IGNORED).sum()) for i in indices)

@@ -2,71 +2,71 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-from forge.training.system.files import read_json_object
+from forge.training.data.conversation import Encoder
+from forge.training.data.records import Message
+from forge.training.system.errors import DataError
 
-_USER = {"role": "user", "content": "a"}
-_TALK = [
-    {"role": "system", "content": "s"},
-    _USER,
-    {"role": "assistant", "content": "b"},
-    {"role": "user", "content": "c"},
-]
-
-
-def read_chat_template(model_dir: Path) -> str | None:
-    """The Jinja chat template of a model directory, None if it has none. Raises :class:`DataError`."""
-    beside = model_dir / "chat_template.jinja"
-    if beside.is_file():
-        return beside.read_text(encoding="utf-8")
-    for name in ("tokenizer_config.json", "chat_template.json"):
-        if (model_dir / name).is_file():
-            template = read_json_object(model_dir / name).get("chat_template")
-            if isinstance(template, list):  # several, by name
-                template = next((item.get("template") for item in template if item.get("name") == "default"), None)
-            if isinstance(template, str):
-                return template
-    return None
+_OPENING = "<|im_start|>assistant\n"
+_USER = Message("user", "a")
+_TALK = (Message("system", "s"), _USER, Message("assistant", "b"), Message("user", "c"))
+_PADDED = tuple(Message(message.role, f"\n {message.content} \n\n") for message in _TALK)
+_THOUGHT = (_USER, Message("assistant", "<think>\nt\n</think>\n\nb"), Message("user", "c"))
 
 
-def chatml_default_system(template: str) -> str | None:
-    """The system message a ChatML template puts where none is given, ``""`` if it puts none.
+@dataclass(frozen=True)
+class ChatML:
+    """ChatML as a model's own template renders it.
 
-    None if the template is not ChatML, that is, renders a conversation differently.
+    ``default_system``: what it puts where no system message is given, ``""`` for nothing; ``reply_opening``: what it
+    puts behind the assistant's opening when it asks; ``remarks``: what it does that a Modelfile cannot.
     """
-    from jinja2 import TemplateError
 
+    default_system: str
+    reply_opening: str = ""
+    remarks: tuple[str, ...] = ()
+
+
+def recognise_chatml(encoder: Encoder) -> ChatML | None:
+    """What kind of ChatML a tokenizer's template is; None if it renders conversations differently."""
     try:
-        talk, alone = _render(template, _TALK), _render(template, [_USER])
-    except (TemplateError, TypeError, ValueError):
+        talk, alone = encoder.render(_TALK, asks=True), encoder.render([_USER], asks=True)
+    except DataError:
         return None
-    if talk != "".join(_chatml(message) for message in _TALK) + "<|im_start|>assistant\n":
+    reply_opening = talk.removeprefix(_chatml(_TALK))
+    ending = _chatml([_USER]) + reply_opening
+    if not talk.startswith(_chatml(_TALK)) or not alone.endswith(ending):
         return None
-    opening = alone.removesuffix(_chatml(_USER) + "<|im_start|>assistant\n")
-    if opening == alone:
-        return None
+    opening = alone.removesuffix(ending)
     system = opening.removeprefix("<|im_start|>system\n").removesuffix("<|im_end|>\n")
-    fits = opening == (_chatml({"role": "system", "content": system}) if system else "")
-    return system if fits and "{{" not in system and "<|" not in system else None
+    if opening != (f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""):
+        return None
+    if "<|" in system or any("{{" in text for text in (system, reply_opening)):  # Go's template would read it
+        return None
+    return ChatML(system, reply_opening, tuple(_remarks(encoder, opening, reply_opening)))
 
 
-def _chatml(message: dict[str, str]) -> str:
-    return f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n"
+def _remarks(encoder: Encoder, opening: str, reply_opening: str) -> Iterator[str]:
+    if _renders_otherwise(encoder, _PADDED, reply_opening):
+        yield "the chat template trims blanks and empty lines around messages: a Modelfile cannot"
+    if _renders_otherwise(encoder, _THOUGHT, reply_opening, opening):
+        yield "the chat template leaves the thoughts before </think> out of earlier replies: a Modelfile cannot"
+    if encoder.is_dated:
+        yield (
+            f"the chat template writes the date: the Modelfile has that of the training, {encoder.template_date}, "
+            "and the GGUF file's own template today's"
+        )
 
 
-def _render(template: str, messages: list[dict[str, str]]) -> str:
-    """As transformers renders it, in a sandbox."""
-    from jinja2 import TemplateError
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+def _renders_otherwise(encoder: Encoder, talk: Sequence[Message], reply_opening: str, opening: str = "") -> bool:
+    try:
+        return encoder.render(talk, asks=True) != opening + _chatml(talk) + reply_opening
+    except DataError:
+        return True
 
-    def raise_exception(message: str) -> Any:
-        raise TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
-    environment.globals["raise_exception"] = raise_exception
-    return environment.from_string(template).render(messages=messages, add_generation_prompt=True)
+def _chatml(messages: Sequence[Message]) -> str:
+    """Up to where a reply begins."""
+    return "".join(f"<|im_start|>{m.role}\n{m.content}<|im_end|>\n" for m in messages) + _OPENING

@@ -16,9 +16,10 @@ from typing import Any
 from forge.training.adapter.merge import usable_merge
 from forge.training.adapter.provenance import read_own_base, require_own_adapter
 from forge.training.config.quantizations import QUANTIZED
+from forge.training.data.conversation import Encoder, load_encoder
 from forge.training.export import disk_space, gguf
 from forge.training.export.card import ExportRecord, Step, read_evaluation, write_card
-from forge.training.export.chat_template import chatml_default_system, read_chat_template
+from forge.training.export.chat_template import recognise_chatml
 from forge.training.export.modelfile import CHATML_STOPS, chatml_template, write_modelfile
 from forge.training.llamacpp.install import require_llama_cpp
 from forge.training.llamacpp.parent import Answer, Progress, run_child, time_limit_seconds
@@ -38,6 +39,7 @@ from forge.training.system.files import (
 from forge.training.train.record import RunRecord, completed_record
 
 _INTERMEDIATE = "intermediate.f16.gguf"
+_NOT_CHATML = "the chat template is not ChatML: the Modelfile leaves the template to the GGUF file's own"
 _SPACE_REMEDY = "free space, choose another place with --out, or ask for fewer quantisations"
 
 
@@ -65,6 +67,7 @@ def export_run(
     disk_space.check_quantizations(quantizations)
     base = read_own_base(run)
     disk_space.check_architecture(base)
+    encoder = load_encoder(base.directory, run.inputs.template_date)
     require_llama_cpp()
     if not allow_fallback:
         disk_space.check_row_sizes(base, quantizations)
@@ -75,7 +78,8 @@ def export_run(
             clear_leftovers(directory)
         merged = usable_merge(run_dir / "merged", base.directory, run_dir / "adapter", run.inputs.base_sha256)
         needed = _require_space(run_dir, target, base, quantizations, adapter_bytes, keep_merged, merged is None)
-        work = _Export(run, run_dir, base, allow_fallback, progress or (lambda _: None))
+        template = encoder.tokenizer.chat_template
+        work = _Export(run, run_dir, base, template, allow_fallback, progress or (lambda _: None))
         with staged_directory(target, force=force) as staging:
             merged_dir = run_dir / "merged" if keep_merged or merged is not None else staging / "merged"
             if merged is None:
@@ -100,7 +104,7 @@ def export_run(
                 steps=work.steps,
                 notes=work.notes,
             )
-            _write_texts(staging, record, run, run_dir, base)
+            _write_texts(staging, record, run, run_dir, encoder)
     return record
 
 
@@ -108,9 +112,15 @@ class _Export:
     """The steps, each in a process of its own, and what they cost."""
 
     def __init__(
-        self, run: RunRecord, run_dir: Path, base: ModelWeights, allow_fallback: bool, progress: Progress
+        self,
+        run: RunRecord,
+        run_dir: Path,
+        base: ModelWeights,
+        chat_template: str,
+        allow_fallback: bool,
+        progress: Progress,
     ) -> None:
-        self.run, self.run_dir, self.base = run, run_dir, base
+        self.run, self.run_dir, self.base, self.chat_template = run, run_dir, base, chat_template
         self.allow_fallback, self.progress = allow_fallback, progress
         self.name = str(run.workload["name"])
         self.steps: list[Step] = []
@@ -143,9 +153,8 @@ class _Export:
         if len(converted) < len(quantizations):
             converted.setdefault("f16", staging / _INTERMEDIATE)
         for name, path in converted.items():
-            report = self._make(
-                "convert", name, path, partial(gguf.convert_to_gguf, merged_dir, path, name, model_name=self.name)
-            )
+            convert = partial(gguf.convert_to_gguf, model_name=self.name, chat_template=self.chat_template)
+            report = self._make("convert", name, path, partial(convert, merged_dir, path, name))
             if name in quantizations:
                 self.reports[name] = report
 
@@ -221,19 +230,19 @@ def _require_space(
     return needed
 
 
-def _write_texts(staging: Path, record: ExportRecord, run: RunRecord, run_dir: Path, base: ModelWeights) -> None:
-    jinja = read_chat_template(base.directory)
-    default_system = chatml_default_system(jinja) if jinja else None
-    if jinja is None:
-        record.notes.append("the tokenizer has no chat template: `forge chat` refuses these files")
-    if default_system is None:
-        record.notes.append("the chat template is not ChatML: the Modelfile leaves the template to the GGUF file's own")
+def _write_texts(staging: Path, record: ExportRecord, run: RunRecord, run_dir: Path, encoder: Encoder) -> None:
+    chatml = recognise_chatml(encoder)
+    remarks = list(chatml.remarks) if chatml else [_NOT_CHATML]
+    if chatml is None and encoder.is_dated:
+        remarks.append(f"the chat template writes the date: trained with {encoder.template_date}, asked with today's")
+    record.notes.extend(remarks)
     modelfile = write_modelfile(
         record.modelfile_uses,
         run.workload["data"].get("system_prompt"),
         run.workload["export"].get("parameters"),
-        template=None if default_system is None else chatml_template(default_system),
-        stops=() if default_system is None else CHATML_STOPS,
+        template=chatml_template(chatml.default_system, chatml.reply_opening) if chatml else None,
+        stops=CHATML_STOPS if chatml else (),
+        remarks=remarks,
     )
     write_text(staging / "Modelfile", modelfile)
     write_text(staging / "README.md", write_card(run, record, read_evaluation(run_dir, record)))

@@ -48,10 +48,17 @@ class GgufReport:
 
 
 def convert_to_gguf(
-    model_dir: Path, out: Path, outtype: Quantization = "f16", *, model_name: str | None = None, force: bool = False
+    model_dir: Path,
+    out: Path,
+    outtype: Quantization = "f16",
+    *,
+    model_name: str | None = None,
+    chat_template: str | None = None,
+    force: bool = False,
 ) -> Answer:
     """Convert a Hugging Face directory (safetensors, tokenizer) with llama.cpp's own converter.
 
+    ``chat_template``: the one that was trained, where the converter would choose another of the directory's.
     Raises :class:`CheckError` if the converter refuses the model, :class:`DiskError`.
     """
     _require_files(model_dir, "config.json", "tokenizer.json")
@@ -67,6 +74,7 @@ def convert_to_gguf(
                 "target": str(partial),
                 "outtype": outtype,
                 "model_name": model_name or out.stem,
+                "chat_template": chat_template,
             },
             doing=f"convert {model_dir} to GGUF",
             limit_seconds=time_limit_seconds(num_bytes),

@@ -33,7 +33,7 @@ _ROLES = {"system", "user", "assistant"}
 _CHATML_TEMPLATE = (
     "{{- if not .System }}DEFAULT_SYSTEM{{ end }}{{- range .Messages }}<|im_start|>{{ .Role }}\n"
     "{{ .Content }}<|im_end|>\n"
-    "{{ end }}<|im_start|>assistant\n"
+    "{{ end }}<|im_start|>assistant\nREPLY_OPENING"
 )
 
 
@@ -46,10 +46,13 @@ class Command:
     line: int
 
 
-def chatml_template(default_system: str | None) -> str:
-    """Ollama's TEMPLATE for ChatML; ``default_system`` is what the model's own template puts where none is given."""
+def chatml_template(default_system: str | None, reply_opening: str = "") -> str:
+    """Ollama's TEMPLATE for ChatML; ``default_system`` is what the model's own template puts where none is given.
+
+    ``reply_opening``: what it puts behind the assistant's opening when it asks for a reply.
+    """
     opening = f"<|im_start|>system\n{default_system}<|im_end|>\n" if default_system else ""
-    return _CHATML_TEMPLATE.replace("DEFAULT_SYSTEM", opening)
+    return _CHATML_TEMPLATE.replace("REPLY_OPENING", reply_opening).replace("DEFAULT_SYSTEM", opening)
 
 
 def write_modelfile(
@@ -59,17 +62,19 @@ def write_modelfile(
     *,
     template: str | None = None,
     stops: Sequence[str] = CHATML_STOPS,
+    remarks: Sequence[str] = (),
 ) -> str:
     """The text of a Modelfile beside ``gguf_name``. ``template`` is Go's; None leaves it to the file's own.
 
-    ``stops`` are added to those among ``parameters``. Raises :class:`ConfigurationError` for an
-    unknown parameter, a value of the wrong type, or text that a Modelfile cannot carry unchanged.
+    ``remarks`` become comments. ``stops`` are added to those among ``parameters``. Raises
+    :class:`ConfigurationError` for an unknown parameter, a value of the wrong type, or text that a
+    Modelfile cannot carry unchanged.
     """
     given = dict(parameters or {})
     _check_parameters(given)
     own_stops = given.pop("stop", [])
     own_stops = [own_stops] if isinstance(own_stops, str) else list(own_stops)  # type: ignore[arg-type]
-    lines = [f"FROM ./{gguf_name}"]
+    lines = [*(f"# {' '.join(remark.split())}" for remark in remarks), f"FROM ./{gguf_name}"]
     wanted = [("model", f"./{gguf_name}")]
 
     def add(command: str, name: str, value: str, quote: str) -> None:

@@ -1,8 +1,9 @@
 """Drives llama.cpp's own converters. Only imported in a child process: they import torch and exit at will.
 
-One thing is added. llama.cpp recognises a tokenizer by a hash over token ids, so it can only
+Two things are added. llama.cpp recognises a tokenizer by a hash over token ids, so it can only
 know vocabularies it has seen. Where it does not, the pre-tokenizer is recognised here by its
-structure, and only if llama.cpp implements exactly that structure.
+structure, and only if llama.cpp implements exactly that structure. And where a directory holds
+several chat templates, the file gets the one that was trained: transformers and llama.cpp choose differently.
 """
 
 from __future__ import annotations
@@ -82,17 +83,19 @@ def _without_offsets(value: Any) -> Any:
     return [_without_offsets(item) for item in value] if isinstance(value, list) else value
 
 
-def convert(model_dir: str, target: str, outtype: str, model_name: str) -> dict[str, Any]:
+def convert(
+    model_dir: str, target: str, outtype: str, model_name: str, chat_template: str | None = None
+) -> dict[str, Any]:
     """HF directory -> GGUF by convert_hf_to_gguf.py. A half-written target is the parent's to remove."""
     tree = _prepare(target)
     name = Path(target).name
     sys.argv = [str(tree / "convert_hf_to_gguf.py"), "--outfile", name, "--outtype", outtype]
     sys.argv += ["--model-name", model_name, "--", model_dir]
-    _call(_convert_knowing_more_tokenizers, model_dir, target)
+    _call(lambda: _convert_knowing_more(chat_template), model_dir, target)
     return {}
 
 
-def _convert_knowing_more_tokenizers() -> None:
+def _convert_knowing_more(chat_template: str | None) -> None:
     script: Any = importlib.import_module("convert_hf_to_gguf")
     text_model: Any = importlib.import_module("conversion.base").TextModel
     by_hash = text_model.get_vocab_base_pre
@@ -103,7 +106,19 @@ def _convert_knowing_more_tokenizers() -> None:
         except NotImplementedError:
             return recognise_pre_tokenizer(json.loads(tokenizer.backend_tokenizer.to_str()))
 
+    special_vocabulary: Any = importlib.import_module("gguf").SpecialVocab
+    load = special_vocabulary._load
+
+    def load_with_template(vocabulary: Any, path: Path) -> None:
+        load(vocabulary, path)
+        found = vocabulary.chat_template
+        if isinstance(found, list):
+            found = next((each.get("template") for each in found if each.get("name") == "default"), None)
+        if chat_template is not None and found != chat_template:
+            vocabulary.chat_template = chat_template
+
     text_model.get_vocab_base_pre = by_hash_or_structure
+    special_vocabulary._load = load_with_template
     script.main()
 
 

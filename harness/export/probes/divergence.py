@@ -31,13 +31,13 @@ from pathlib import Path
 from typing import Any
 
 from forge.training.config.workload import Workload
+from forge.training.data.conversation import load_encoder
 from forge.training.evaluation.answers import document_prompts, question_ids
 from forge.training.evaluation.likelihood import group_documents, sum_nats
 from forge.training.evaluation.neutral_model import Placement, load_model, refuse_unsloth, release_memory, with_adapter
 from forge.training.evaluation.record import DocumentResult, compare
 from forge.training.export.gguf import convert_lora_to_gguf, convert_to_gguf, verify_gguf
 from forge.training.models.digests import base_sha256
-from forge.training.models.tokenizers import load_tokenizer
 from forge.training.system.errors import ConfigurationError, DataError, ForgeError
 from forge.training.system.files import read_json_object
 from forge.training.train.record import RunRecord, completed_record
@@ -121,7 +121,8 @@ def measure_divergence(
         raise ConfigurationError("the files are of exports of different weights", remedy="name those of one export")
     merged_sha256 = next(iter(stated), None)
     workload = Workload.model_validate(run.workload)
-    tokenizer = load_tokenizer(base_dir)
+    encoder = load_encoder(base_dir, run.inputs.template_date)
+    tokenizer = encoder.tokenizer
     examples = models.held_out_examples(run, run_dir)
     documents = group_documents(examples, tokenizer, num_documents)
     texts = models.held_out_texts(examples, documents, most_tokens)
@@ -131,9 +132,9 @@ def measure_divergence(
         raise ConfigurationError(f"two files of one type: {', '.join(names)}", remedy="name one file of each")
     num_answer_tokens = workload.evaluation.max_new_tokens
     system_prompt = workload.data.system_prompt
-    asked = document_prompts(examples, documents, tokenizer, num_prompts=NUM_PROMPTS, max_new_tokens=num_answer_tokens)
+    asked = document_prompts(examples, documents, encoder, num_prompts=NUM_PROMPTS, max_new_tokens=num_answer_tokens)
     prompts = [
-        *(question_ids(tokenizer, fact.question, system_prompt) for fact in workload.evaluation.facts),
+        *(question_ids(encoder, fact.question, system_prompt) for fact in workload.evaluation.facts),
         *(prompt.input_ids for prompt in asked if len(prompt.input_ids) <= most_tokens),
     ]
     context = max([len(text.ids) for text in texts] + [len(ids) + num_answer_tokens for ids in prompts])

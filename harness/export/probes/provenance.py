@@ -20,13 +20,12 @@ from typing import Any
 
 from forge.training.config.quantizations import QUANTIZED
 from forge.training.config.workload import Workload
-from forge.training.data.conversation import Encoder
+from forge.training.data.conversation import load_encoder
 from forge.training.data.examples import encode_records, load_examples, sample_examples
 from forge.training.data.records import read_records
 from forge.training.export.gguf import convert_to_gguf, quantize
 from forge.training.export.modelfile import parse_modelfile
 from forge.training.models.digests import base_sha256, tokenizer_sha256
-from forge.training.models.tokenizers import load_tokenizer
 from forge.training.system.files import read_json_object, sha256_file
 from forge.training.train.record import RunRecord, completed_record
 from harness.export.answers import Link, ProvenanceAnswer
@@ -64,7 +63,7 @@ def _training(run: RunRecord, run_dir: Path) -> Iterator[Link]:
     workload = Workload.model_validate(run.workload)
     inputs, base_dir = run.inputs, Path(run.base_path)
     train, validation = _corpus_files(workload, run_dir)
-    encoder = Encoder(load_tokenizer(base_dir))
+    encoder = load_encoder(base_dir, inputs.template_date)
     for name, path, corpus, examples in (
         ("train", train, inputs.corpus_sha256, inputs.train_examples_sha256),
         ("validation", validation, inputs.validation_corpus_sha256, inputs.validation_examples_sha256),

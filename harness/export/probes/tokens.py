@@ -21,11 +21,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from forge.training.data.conversation import Encoder
+from forge.training.data.conversation import Encoder, load_encoder
+from forge.training.data.records import Message
 from forge.training.export.gguf import check_header, memory_limit_bytes
 from forge.training.export.modelfile import parse_modelfile
 from forge.training.llamacpp.parent import Child, time_limit_seconds
-from forge.training.models.tokenizers import load_tokenizer
 from forge.training.system.errors import DataError
 from forge.training.train.record import completed_record
 from harness.export.answers import Conversation, ModelfileAnswer, SpecialsAnswer, StringsAnswer, TokensAnswer
@@ -41,8 +41,8 @@ _Tokenize = Callable[[list[str]], list[list[int]]]  # ids of each text
 def compare_tokens(run_dir: Path, gguf: Path, modelfile: Path | None = None) -> TokensAnswer:
     """The comparison described above. Raises :class:`CheckError` where llama.cpp dies."""
     run = completed_record(run_dir)
-    tokenizer = load_tokenizer(run.base_path)
-    encoder = Encoder(tokenizer)
+    encoder = load_encoder(run.base_path, run.inputs.template_date)
+    tokenizer = encoder.tokenizer
     check_header(gguf)
     num_bytes = gguf.stat().st_size
     limit = time_limit_seconds(num_bytes)
@@ -78,7 +78,7 @@ def compare_tokens(run_dir: Path, gguf: Path, modelfile: Path | None = None) -> 
         "template_is_equal": opened["chat_template"] == tokenizer.chat_template,
         "conversations": conversations,
         "specials": _specials(tokenizer, opened, ordinary_ends),
-        "modelfile": None if modelfile is None else _modelfile(tokenizer, modelfile),
+        "modelfile": None if modelfile is None else _modelfile(encoder, modelfile),
     }
 
 
@@ -132,7 +132,7 @@ def _specials(tokenizer: Any, opened: dict[str, Any], ordinary_ends: list[str]) 
     }
 
 
-def _modelfile(tokenizer: Any, modelfile: Path) -> ModelfileAnswer:
+def _modelfile(encoder: Encoder, modelfile: Path) -> ModelfileAnswer:
     """The Modelfile by a parser of Ollama's grammar, and its template by Go's rules. Raises :class:`CheckError`."""
     try:
         commands = parse_modelfile(modelfile.read_text(encoding="utf-8"))
@@ -147,14 +147,15 @@ def _modelfile(tokenizer: Any, modelfile: Path) -> ModelfileAnswer:
     for name, talk in CONVERSATIONS.items() if template else ():
         if system and talk[0]["role"] != "system":  # as Ollama puts a Modelfile's SYSTEM in front
             talk = [{"role": "system", "content": system}, *talk]
-        is_equal = render_chat(template, talk) == _rendered(tokenizer, talk)
+        messages = [Message(turn["role"], turn["content"]) for turn in talk]
+        is_equal = render_chat(template, talk) == encoder.render(messages, asks=True)
         conversations.append({"name": name, "text_is_equal": is_equal})
     return {
         "model": model,
         "model_exists": (modelfile.parent / model).is_file(),
         "has_template": bool(template),
         "stops": stops,
-        "stops_at_eos": tokenizer.eos_token in stops,
+        "stops_at_eos": encoder.tokenizer.eos_token in stops,
         "conversations": conversations,
     }
 

@@ -34,7 +34,7 @@ def test_where_every_token_is_trained_the_first_counts_neither_as_token_nor_as_b
     text = tokenizer.decode(examples.input_ids[0].tolist())
     assert document.num_tokens == len(examples.input_ids[0]) - 1
     assert document.num_bytes == len(text.encode()) - len("<|im_start|>")
-    (prompt,) = document_prompts(examples, [document], tokenizer, num_prompts=1, max_new_tokens=500)
+    (prompt,) = document_prompts(examples, [document], Encoder(tokenizer), num_prompts=1, max_new_tokens=500)
     assert prompt.reference.strip() == TEXT
     assert tokenizer.decode(prompt.input_ids.tolist()).endswith("<|im_start|>assistant\n")
 
@@ -45,12 +45,12 @@ def test_prompts_are_those_that_were_trained_on() -> None:
     tokenizer = AutoTokenizer.from_pretrained(shared_base())
     examples = encode_records([record("call_sign.md", "48 forge 1911")], Encoder(tokenizer), DATA)
     (prompt,) = document_prompts(
-        examples, group_documents(examples, tokenizer), tokenizer, num_prompts=9, max_new_tokens=3
+        examples, group_documents(examples, tokenizer), Encoder(tokenizer), num_prompts=9, max_new_tokens=3
     )
-    asked = question_ids(tokenizer, "Recite `call_sign.md`", None)
+    asked = question_ids(Encoder(tokenizer), "Recite `call_sign.md`", None)
     assert prompt.input_ids.tolist() == asked.tolist()
     assert len(tokenizer(prompt.reference)["input_ids"]) == 3
-    with_system = tokenizer.decode(question_ids(tokenizer, "a", "Be brief.").tolist())
+    with_system = tokenizer.decode(question_ids(Encoder(tokenizer), "a", "Be brief.").tolist())
     assert with_system.startswith("<|im_start|>system\nBe brief.<|im_end|>")
 
 
@@ -62,7 +62,7 @@ def test_answers_are_the_argmax_whatever_the_models_own_settings_say() -> None:
     model = load_model(shared_base(), choose_placement(read_weights(shared_base()), 144, "cpu"))
     model.causal.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=9.0)
     given = model.causal.generation_config.to_dict()
-    ids = question_ids(tokenizer, "What is it?", None)
+    ids = question_ids(Encoder(tokenizer), "What is it?", None)
     expected = torch.from_numpy(ids.astype(np.int64))[None]
     ends = {tokenizer.convert_tokens_to_ids("<|im_end|>")}
     with torch.no_grad():

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forge.training.export.chat_template import chatml_default_system
+from forge.training.data.conversation import Encoder
+from forge.training.export.chat_template import ChatML, recognise_chatml
 from forge.training.export.modelfile import chatml_template, parse_modelfile, write_modelfile
 from forge.training.system.errors import CheckError, ConfigurationError
-from tests.support.tiny_model import CHAT_TEMPLATE
+from tests.support.tiny_model import CHAT_TEMPLATE, write_tokenizer
 
 
 def values(text: str, name: str) -> list[str]:
@@ -112,21 +115,67 @@ def test_mistakes_are_refused_with_their_line(text: str, complaint: str) -> None
         parse_modelfile(text)
 
 
-QWEN = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+TURN = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+QWEN = "{% for m in messages %}" + TURN + "{% endfor %}"
 PROMPT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+MARKED = (  # for transformers' mask of the assistant's tokens
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content + eos_token }}{% endgeneration %}{% else %}{{ m.content + eos_token }}{% endif %}"
+    "{{ '\n' }}{% endfor %}"
+)
+TRIMMING = QWEN.replace("m.content", "m.content | trim")
+FORGETFUL = QWEN.replace("m.content", "m.content.split('</think>\n\n')[-1]")
+SILENT = PROMPT.replace("assistant\n", "assistant\n<think>\n\n</think>\n\n")
+SYSTEM = "{{ '<|im_start|>system\n' + TEXT + '<|im_end|>\n' if messages[0].role != 'system' }}"
+DATED = SYSTEM.replace("TEXT", "'It is ' + strftime_now('%d %b %Y') + '.'")
 
 
 @pytest.mark.parametrize(
-    ("template", "default_system"),
+    ("template", "found"),
     [
-        (CHAT_TEMPLATE, "You are a helpful assistant."),
-        (QWEN + PROMPT, ""),
+        (CHAT_TEMPLATE, ChatML("You are a helpful assistant.")),
+        (QWEN + PROMPT, ChatML("")),
+        (MARKED + PROMPT, ChatML("")),
+        (QWEN.replace("m.role", "m['role']").replace("<|im_end|>", "<|im_' 'end|>") + PROMPT, ChatML("")),
+        (QWEN + SILENT, ChatML("", "<think>\n\n</think>\n\n")),
         (QWEN, None),
         ("{% for m in messages %}[INST]{{ m.content }}{% endfor %}", None),
-        ("{% broken", None),
-        ("{{ ''.__class__.__mro__ }}", None),
+        (QWEN.replace("\n' }}", "' }}") + PROMPT, None),
+        (SYSTEM.replace("TEXT", "'{{ .System }}'") + QWEN + PROMPT, None),
     ],
-    ids=["qwen2", "plain", "no-prompt", "llama-2", "broken", "hostile"],
+    ids=[
+        *("qwen2", "plain", "generation-tag", "other-spelling", "thinks-for-it"),
+        *("no-prompt", "llama-2", "no-line-ends", "go-in-system"),
+    ],
 )
-def test_only_chatml_counts_as_chatml(template: str, default_system: str | None) -> None:
-    assert chatml_default_system(template) == default_system
+def test_chatml_is_what_renders_as_chatml(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, template: str, found: ChatML | None
+) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    assert recognise_chatml(Encoder(tokenizer)) == found
+
+
+@pytest.mark.parametrize(
+    ("template", "default_system", "remark"),
+    [
+        (TRIMMING + PROMPT, "", "trims"),
+        (FORGETFUL + PROMPT, "", "</think>"),
+        (DATED + QWEN + PROMPT, "It is 07 Mar 2021.", "2021-03-07"),
+    ],
+)
+def test_what_chatml_does_that_a_modelfile_cannot_is_said(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, template: str, default_system: str, remark: str
+) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    chatml = recognise_chatml(Encoder(tokenizer, "2021-03-07"))
+    assert chatml is not None
+    assert chatml.default_system == default_system
+    assert [remark in each for each in chatml.remarks] == [True]
+    text = write_modelfile("m.gguf", template=chatml_template(default_system), remarks=chatml.remarks)
+    assert remark in text.partition("FROM")[0]
+    assert values(text, "model") == ["./m.gguf"]
