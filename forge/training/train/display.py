@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from forge.training.system.command import rows_table
 from forge.training.train.record import RunRecord
@@ -49,8 +50,8 @@ class TrainingDisplay:
         self._progress.stop()
 
     def announce(self, line: str) -> None:
-        """Say one line."""
-        self.console.print(line)
+        """Say one line, as it is: it may quote a document."""
+        self.console.print(Text(line))
 
     def show_plan(self, job: TrainingJob, start: dict[str, Any]) -> None:
         """Say what is about to be done, before the first step."""

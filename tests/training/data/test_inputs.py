@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,20 @@ import pytest
 
 from forge.training.checks.data import check_data
 from forge.training.config.workload import Workload
+from forge.training.data import conversation
 from forge.training.data.batching import step_order
 from forge.training.data.duplicates import similar_pairs
 from forge.training.data.inputs import PreparedInputs, describe_overlap, find_overlap, prepare_inputs
 from forge.training.data.preview import preview_workload
 from forge.training.data.records import Message, Record
+from forge.training.evaluation.answers import question_ids
+from forge.training.evaluation.bench import prepare_bench
 from forge.training.system.errors import DataError
+from tests.support.records import make_record
 from tests.support.similarity import jaccard
-from tests.support.tiny_model import shared_base
+from tests.support.tiny_model import CHAT_TEMPLATE, shared_base
+
+ASKING = {"name": "w", "data": {"train": "x"}, "evaluation": {"facts": [{"question": "How many?", "answer": "48"}]}}
 
 
 def prose(seed: int, num_words: int = 40) -> str:
@@ -108,6 +116,59 @@ def test_what_became_of_the_documents_is_told(tmp_path: Path) -> None:
         "left out for what looks like credentials: c.md:2",
     ]
     assert preview_workload(work, shared_base(), num_examples=0).documents == told
+
+
+def base_with(folder: Path, template: str) -> Path:
+    base = Path(shutil.copytree(shared_base(), folder / "base"))
+    (base / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return base
+
+
+def on(year: int, month: int, day: int) -> Any:
+    """A class of dates for which it is always that day."""
+    return type("Date", (date,), {"today": classmethod(lambda cls: cls(year, month, day))})
+
+
+def test_a_resume_on_another_day_trains_the_date_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from forge.training.train.run import _inputs
+
+    base = base_with(
+        tmp_path, "{{ '<|im_start|>system\n' + strftime_now('%d %b %Y') + '<|im_end|>\n' }}" + CHAT_TEMPLATE
+    )
+    work = workload(write(tmp_path / "t.jsonl", "It counts ships."))
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr(conversation, "date", on(2030, 12, 31))
+    first = _inputs(work, base, tmp_path / "run", None)
+    assert first.described.template_date == "2030-12-31"
+    monkeypatch.setattr(conversation, "date", on(2031, 1, 1))
+    before = make_record(inputs=first.described.model_dump())
+    again = _inputs(work, base, tmp_path / "run", before)
+    assert again.train.sha256 == first.train.sha256
+    assert again.described.template_date == "2030-12-31"
+    bench = prepare_bench(
+        make_record(inputs=first.described.model_dump(), base_path=str(base), workload=ASKING), tmp_path, None
+    )
+    asked = question_ids(bench.encoder, "How many?", None).tolist()
+    assert "31 Dec 2030" in bench.tokenizer.decode(asked)
+    assert prepare_inputs(work, shared_base(), tmp_path / "run").described.template_date is None
+
+
+def test_what_a_template_cannot_hold_is_told_for_both_files_in_one_message(tmp_path: Path) -> None:
+    base = base_with(tmp_path, CHAT_TEMPLATE.replace("message['content']", "message['content'].split('</think>')[-1]"))
+    sides = [
+        write(tmp_path / f"{name}.jsonl", prose(seed), f"quotes `</think>` {seed}") for seed, name in enumerate("tv")
+    ]
+    with pytest.raises(DataError) as caught:
+        prepare_inputs(workload(*sides), base, tmp_path / "run")
+    assert [f"{side}: 1 line cannot be used\n  line 2: " in caught.value.message for side in sides] == [True, True]
+    work = workload(*sides, on_unrepresentable="leave_out")
+    inputs = prepare_inputs(work, base, tmp_path / "run")
+    assert (len(inputs.train), inputs.validation and len(inputs.validation)) == (1, 1)
+    for side, note in zip("tv", inputs.described.notes, strict=True):
+        assert note.startswith(f"{side}.jsonl: 1 of 2 records left out")
+        assert "\n  line 2: " in note
+    assert preview_workload(work, base, num_examples=0).left_out == inputs.described.notes
+    assert work.digest() == workload(*sides).digest()  # what it changes is known by the examples' content
 
 
 def test_many_overlapping_texts_are_counted_and_five_are_shown() -> None:
