@@ -19,7 +19,7 @@ from forge.training.export.disk_space import check_architecture, check_row_sizes
 from forge.training.models.base import STANDINS, require_gpu_to_make, resolve_base
 from forge.training.models.qwen2 import config_json, tensor_shapes
 from forge.training.models.weights import ModelWeights, Shard, Tensor, read_weights
-from forge.training.system.errors import ConfigurationError, DataError, MachineError
+from forge.training.system.errors import ConfigurationError, DataError, ForgeError, MachineError
 from forge.training.system.files import cache_dir
 
 
@@ -114,9 +114,13 @@ def check_tokenizer(base: ModelWeights) -> Iterator[Finding]:
 def check_examples(workload: Workload, base: ModelWeights, *, data_is_readable: bool) -> Iterator[Finding]:
     """The chat template, and every record by it: with the encoder and the code that training uses. Imports torch.
 
-    Raises :class:`ConfigurationError` for the template, :class:`DataError` for the records.
+    Raises :class:`DataError` for the records.
     """
-    encoder = load_encoder(base.directory)
+    try:
+        encoder = load_encoder(base.directory)
+    except ForgeError as error:
+        yield failure("chat template", error)
+        return
     if encoder.remarks:
         yield from (warning("chat template", remark) for remark in encoder.remarks)
     else:

@@ -23,7 +23,7 @@ from forge.training.models.tokenizers import load_tokenizer
 from forge.training.system.errors import ConfigurationError, DataError
 
 IGNORED = -100  # torch's ignore_index: a label that carries no loss
-_REMEDY = "use an instruction-tuned base, or correct its chat template"
+_REMEDY = "use an instruction-tuned base, or correct its template: chat_template.jinja in its directory comes first"
 
 
 class UnrepresentableError(DataError):

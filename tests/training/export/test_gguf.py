@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import pytest
 from forge.training.adapter.merge import merge_adapter
 from forge.training.export.chat import answer, converse
 from forge.training.export.gguf import convert_lora_to_gguf, convert_to_gguf, quantize, verify_gguf
+from forge.training.models.tokenizers import load_tokenizer
 from forge.training.system.errors import CheckError, ConfigurationError, DataError, DiskError
 from tests.support.tiny_model import (
     SENTENCES,
@@ -26,6 +28,7 @@ from tests.support.tiny_model import (
     write_adapter,
     write_base,
 )
+from tests.support.tiny_run import edit_json
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -126,6 +129,21 @@ def test_llama_cpp_tokenises_as_the_tokenizer_does() -> None:
     rendered = llm.metadata["tokenizer.chat_template"]
     llm.close()
     assert rendered == tokenizer.chat_template
+
+
+@pytest.mark.parametrize("others", ["{{ 'another' }}", {"tool_use": "{{ 'tools' }}"}], ids=["another", "unreadable"])
+def test_the_trained_chat_template_is_the_files_whatever_else_the_directory_holds(tmp_path: Path, others: Any) -> None:
+    import llama_cpp
+
+    model = Path(shutil.copytree(merged_dir(), tmp_path / "model"))
+    edit_json(model / "tokenizer_config.json", chat_template=others)
+    trained = load_tokenizer(model).chat_template
+    assert trained == (model / "chat_template.jinja").read_text(encoding="utf-8")
+    convert_to_gguf(model, tmp_path / "m.gguf", chat_template=trained)
+    llm = llama_cpp.Llama(str(tmp_path / "m.gguf"), vocab_only=True, verbose=False)
+    found = llm.metadata["tokenizer.chat_template"]
+    llm.close()
+    assert found == trained
 
 
 def test_no_path_of_this_machine_is_in_a_file() -> None:
