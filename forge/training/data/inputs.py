@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from forge.training.config.workload import Workload
-from forge.training.data.conversation import Encoder, load_encoder
+from forge.training.data.conversation import Encoder, UnrepresentableError, encode_question, load_encoder
 from forge.training.data.duplicates import DUPLICATE_SIMILARITY, similar_pairs
 from forge.training.data.examples import (
     Examples,
@@ -19,7 +19,7 @@ from forge.training.data.examples import (
     sample_examples,
     save_examples,
 )
-from forge.training.data.records import Record, of_both, read_both, several
+from forge.training.data.records import Message, Record, of_both, read_both, several
 from forge.training.models.digests import base_sha256, tokenizer_sha256
 from forge.training.system.errors import ConfigurationError, DataError
 from forge.training.system.files import read_json_object, sha256_file
@@ -152,13 +152,32 @@ def corpus_paths(workload: Workload, run_dir: Path) -> tuple[Path, Path | None, 
 def encode_corpus(
     workload: Workload, encoder: Encoder, train_path: Path, validation_path: Path | None
 ) -> EncodedCorpus:
-    """Read and encode both corpus files. Raises one :class:`DataError` for what is wrong with either."""
+    """Read and encode both corpus files. Raises one :class:`DataError` for what is wrong with either.
+
+    The questions that will be asked of the trained model must be ones that the chat template can hold, too.
+    """
+    data = workload.data
     records, held_out = read_both(train_path, validation_path)
+    _refuse_unaskable(workload, encoder)
     sides = {validation_path: held_out or [], train_path: records}
-    train, validation = of_both(
-        lambda path: encode_records(sides[path], encoder, workload.data, path), train_path, validation_path
-    )
+
+    def encode(path: Path) -> Examples:
+        source = path if data.train is not None else f"{data.documents}, as {path.name}"  # which may be gone by then
+        return encode_records(sides[path], encoder, data, source)
+
+    train, validation = of_both(encode, train_path, validation_path)
     return EncodedCorpus(records, held_out, train, validation)
+
+
+def _refuse_unaskable(workload: Workload, encoder: Encoder) -> None:
+    system = [] if workload.data.system_prompt is None else [Message("system", workload.data.system_prompt)]
+    for number, fact in enumerate(workload.evaluation.facts):
+        try:
+            encode_question(encoder, [*system, Message("user", fact.question)])
+        except UnrepresentableError as error:
+            raise DataError(
+                f"evaluation.facts[{number}]: {error.message}", remedy="word the question in another way"
+            ) from error
 
 
 def prepare_inputs(

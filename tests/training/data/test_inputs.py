@@ -169,6 +169,20 @@ def test_what_a_template_cannot_hold_is_told_for_both_files_in_one_message(tmp_p
         assert "\n  line 2: " in note
     assert preview_workload(work, base, num_examples=0).left_out == inputs.described.notes
     assert work.digest() == workload(*sides).digest()  # what it changes is known by the examples' content
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    (docs / "log.md").write_text("quotes `</think>`", encoding="utf-8")
+    data = {"documents": str(docs), "validation_share": 0.0}
+    with pytest.raises(DataError, match=f"{docs}, as corpus.jsonl: 1 line .*\n.*`log.md`"):
+        preview_workload(Workload.model_validate({"name": "w", "data": data}), base)
+
+
+def test_a_fact_that_a_template_cannot_ask_for_is_an_error_before_training(tmp_path: Path) -> None:
+    base = base_with(tmp_path, CHAT_TEMPLATE.replace("message['content']", "message['content'].split('</think>')[-1]"))
+    content = workload(write(tmp_path / "t.jsonl", "It counts ships.")).model_dump()
+    facts = [{"question": question, "answer": "48"} for question in ("How many?", "What is `</think>` for?")]
+    with pytest.raises(DataError, match=r"evaluation\.facts\[1\]: the chat template rewrites"):
+        prepare_inputs(Workload.model_validate(content | {"evaluation": {"facts": facts}}), base, tmp_path / "run")
 
 
 def test_many_overlapping_texts_are_counted_and_five_are_shown() -> None:
