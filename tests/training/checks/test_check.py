@@ -20,12 +20,11 @@ from forge.training.checks.machine import check_disk, check_gpu, check_memory, m
 from forge.training.checks.model import check_export, find_base
 from forge.training.config import workload as workloads
 from forge.training.config.workload import Workload, load_workload
-from forge.training.data import inputs
 from forge.training.models.weights import read_weights
 from forge.training.system.environment import ROOT
-from forge.training.system.errors import ConfigurationError, DataError, GpuMemoryError, MachineError
+from forge.training.system.errors import ConfigurationError, GpuMemoryError, MachineError
 from forge.training.train import run
-from tests.support.tiny_model import CHAT_TEMPLATE, write_base
+from tests.support.tiny_model import write_base
 
 GPU: dict[str, Any] = {
     "name": "NVIDIA GeForce RTX 3070",
@@ -407,55 +406,3 @@ def test_a_gpu_machine_with_the_pinned_stack_passes(tmp_path: Path) -> None:
     findings = check_workload(workload(tmp_path, "qwen2-7b", **shape), "unsloth", tmp_path)
     assert said(findings, "error") == ""
     assert {"attention", "PyTorch"} <= {finding.subject for finding in findings}
-
-
-ODD = "Before `</think>` it talks to itself."
-SPLITS = CHAT_TEMPLATE.replace("message['content']", "message['content'].split('</think>')[-1]")
-
-
-def test_what_the_chat_template_cannot_hold_is_found_with_the_code_that_trains(own_base: Path, tmp_path: Path) -> None:
-    (own_base / "chat_template.jinja").write_text(SPLITS, encoding="utf-8")
-    data = {"train": write_corpus(tmp_path / "odd.jsonl", "one", ODD, "three", ODD)}
-    with pytest.raises(DataError) as raised:
-        inputs.prepare_inputs(workload(tmp_path, own_base, data=data), own_base, tmp_path / "run")
-    findings = check_workload(workload(tmp_path, own_base, data=data), "trl", tmp_path)
-    (found,) = (f for f in findings if f.subject == "examples" and f.level == "error")
-    assert (found.message, found.remedy, found.exit_code) == (raised.value.message, raised.value.remedy, 3)
-    assert "line 2: " in found.message
-    assert "line 4: " in found.message
-    data["on_unrepresentable"] = "leave_out"
-    findings = check_workload(workload(tmp_path, own_base, data=data), "trl", tmp_path)
-    assert "2 of 4 records left out" in said(findings, "warning")
-    assert "training: 2 of" in said(findings, "ok")
-
-
-@pytest.mark.parametrize(
-    ("template", "level", "fault"),
-    [
-        ("{% for %}", "error", "refuses the conversation"),
-        (CHAT_TEMPLATE.replace("assistant\n", "assistant\n<think>\n"), "error", r"assistant\n<think>\n', and renders"),
-        (CHAT_TEMPLATE.replace("assistant\n", "assistant\n<think></think>"), "warning", "<think></think>"),
-        ("{{ strftime_now('%Y') }}" + CHAT_TEMPLATE, "warning", "writes the date"),
-    ],
-    ids=["broken", "asks otherwise", "thinks", "dated"],
-)
-def test_what_a_chat_template_does_to_training_is_said(
-    own_base: Path, tmp_path: Path, template: str, level: str, fault: str
-) -> None:
-    (own_base / "chat_template.jinja").write_text(template, encoding="utf-8")
-    findings = check_workload(workload(tmp_path, own_base), "trl", tmp_path)
-    assert fault in said([finding for finding in findings if finding.subject == "chat template"], level)
-
-
-def test_several_templates_without_a_default_are_found(own_base: Path, tmp_path: Path) -> None:
-    (own_base / "chat_template.jinja").unlink()
-    edit_json(own_base / "tokenizer_config.json", chat_template=[{"name": "rag", "template": CHAT_TEMPLATE}])
-    found = check_workload(workload(tmp_path, own_base), "trl", tmp_path)
-    assert "none is named default (it has: rag)" in said(found, "error")
-    edit_json(own_base / "tokenizer_config.json", chat_template=[{"name": "default", "template": CHAT_TEMPLATE}])
-    assert "chat template" not in said(check_workload(workload(tmp_path, own_base), "trl", tmp_path), "error")
-
-
-def test_documents_that_cannot_be_read_are_one_error_and_not_two(base: Path, tmp_path: Path) -> None:
-    findings = check_workload(workload(tmp_path, base, data={"train": str(tmp_path / "absent.jsonl")}), "trl", tmp_path)
-    assert said(findings, "error").count("absent.jsonl") == 1
