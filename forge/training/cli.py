@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 import typer
 
 from forge.training.backends import Backend, choose_backend
-from forge.training.config.quantizations import GGUF_TYPES
+from forge.training.config.quantizations import GGUF_TYPES, gguf_types
 from forge.training.system.command import carry_out, print_json
 
 if TYPE_CHECKING:
@@ -290,7 +290,7 @@ def export(
     if quantizations is None:
         chosen = completed_record(run).workload["export"]["quantizations"]
     else:
-        chosen = [name.strip() for name in quantizations.split(",") if name.strip()]
+        chosen = gguf_types(quantizations)
     record = export_run(
         run,
         quantizations=chosen,

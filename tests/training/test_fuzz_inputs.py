@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,9 +119,8 @@ PLAN_OVERRIDES = st.lists(
 
 
 @fuzz(*EFFORT["plan"])
-def test_any_plan_is_read_or_refused(effort: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    workload = load_workload("smoke")
-    monkeypatch.setattr("forge.training.config.workload.WORKLOADS", tmp_path)
+def test_any_plan_is_read_or_refused(effort: int, tmp_path: Path) -> None:
+    workload = load_workload(shutil.copy(WORKLOADS / "smoke.yaml", tmp_path))
     texts = spliced(st.sampled_from(PLANS).flatmap(mutated).map(lambda content: yaml.safe_dump(content)))
 
     def body(given_input: tuple[str, str, list[str]]) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args
 
 from forge.training.system.errors import ConfigurationError
@@ -75,25 +74,23 @@ def choose_backend(name: Literal["auto", Backend]) -> Backend:
 
 
 def load_plan(workload: Workload, backend: Backend, overrides: Sequence[str] = ()) -> Plan:
-    """The plan of ``workloads/NAME.plans.yaml`` for this backend, else a default that fits anywhere.
+    """The plan for this backend from the file of plans beside the config, else a default that fits anywhere.
 
     ``overrides`` are ``key=value``. Raises :class:`ConfigurationError`.
     """
     from pydantic import ValidationError
 
-    from forge.training.config.overrides import apply_overrides, listed, unusable_text, validation_errors
+    from forge.training.config.overrides import apply_overrides, key_paths, listed, unusable_text, validation_errors
     from forge.training.config.plan import Plan
-    from forge.training.config.workload import WORKLOADS
+    from forge.training.config.workload import Workload
 
-    content = dict(load_backend(backend).DEFAULT_PLAN)
-    path = WORKLOADS / f"{workload.name}.plans.yaml"
-    if path.is_file():
-        content.update(_planned(path, backend))
+    content = {**load_backend(backend).DEFAULT_PLAN, **read_plans(workload).get(backend, {})}
     errors = apply_overrides(content, overrides, "--plan") + list(unusable_text(content))
     try:
         plan = Plan.model_validate(content)
     except ValidationError as invalid:
-        errors += validation_errors(Plan, invalid, "plan.")
+        keys = {path.rpartition(".")[2]: f"{path} of the config (--set {path}=...)" for path in key_paths(Workload)}
+        errors += validation_errors(Plan, invalid, "plan.", other_names=keys)
     if errors:
         known = ", ".join(Plan.model_fields)
         raise ConfigurationError(f"the plan is wrong\n{listed(errors)}", remedy=f"its keys are {known}")
@@ -106,15 +103,38 @@ def load_plan(workload: Workload, backend: Backend, overrides: Sequence[str] = (
     return plan
 
 
-def _planned(path: Path, backend: Backend) -> dict[str, Any]:
+def read_plans(workload: Workload) -> dict[str, dict[str, Any]]:
+    """What the file of plans beside the config gives each backend; empty where there is no such file.
+
+    It belongs to the file: the config's ``name`` plays no part. Raises :class:`ConfigurationError`.
+    """
+    path = workload.plans_path
+    if path is None or not path.exists():
+        return {}
     from forge.training.config.overrides import shown
     from forge.training.config.yaml import load_yaml
 
+    if not path.is_file():
+        raise ConfigurationError(f"{path} is no regular file", remedy="it holds the plans of the config beside it")
     plans = load_yaml(path)
     unknown = sorted(plans.keys() - set(BACKENDS))
     if unknown:
         raise ConfigurationError(f"{path}: no backend {shown(unknown[0])}", remedy=f"one of {', '.join(BACKENDS)}")
-    own = plans.get(backend) or {}
-    if not isinstance(own, dict):
-        raise ConfigurationError(f"{path}: {backend} is no mapping of keys to values", remedy="see the plans beside it")
-    return own
+    for backend, own in plans.items():
+        if not isinstance(own, dict | None):
+            raise ConfigurationError(
+                f"{path}: {backend} is no mapping of keys to values", remedy="for example: trl: {micro_batch: 2}"
+            )
+    return {backend: own or {} for backend, own in plans.items()}
+
+
+def describe_plan_source(workload: Workload, backend: Backend, overrides: Sequence[str] = ()) -> str:
+    """Where :func:`load_plan` took its plan from, for a person."""
+    plans, path = read_plans(workload), workload.plans_path
+    if backend in plans and path is not None:
+        source = path.name
+    elif plans and path is not None:
+        source = f"{backend}'s default: {path.name} has none for it"
+    else:
+        source = f"{backend}'s default"
+    return source + (f", with --plan {' '.join(overrides)}" if overrides else "")

@@ -10,7 +10,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from forge.training.backends import Backend, load_backend, load_plan
+from forge.training.backends import Backend, describe_plan_source, load_backend, load_plan
 from forge.training.checks.data import check_data
 from forge.training.checks.finding import Finding, exit_code, failure, guarded, ok, print_findings, warning
 from forge.training.checks.machine import check_disk, check_gpu, check_llama_cpp, check_memory, check_wsl
@@ -102,7 +102,7 @@ def check_configuration(workload: Workload, backend: Backend, plan_overrides: li
     yield ok(
         "plan",
         f"{backend}: {plan.micro_batch} x {plan.accumulation(workload)} examples per step, padding {plan.padding}, "
-        f"checkpointing {plan.gradient_checkpointing}",
+        f"checkpointing {plan.gradient_checkpointing} ({describe_plan_source(workload, backend)})",
     )
     module = load_backend(backend)
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -18,6 +18,7 @@ from forge.training.system.secrets import credential_rule
 
 MAX_KEY_PARTS = 8
 _MAX_ERRORS_SHOWN = 20
+_NEAR_ELSEWHERE = 0.75  # likeness, from 0 to 1; beside it difflib's own 0.6 is enough
 _CREDENTIAL_KEY = re.compile(r"token|password|passwd|secret|api_?key|credential", re.IGNORECASE)
 _ENVIRONMENT_ONLY = "credentials come from the environment only (HF_TOKEN), never from a file or an option"
 
@@ -65,9 +66,26 @@ def unusable_text(content: Any, where: str = "") -> Iterator[str]:
             yield f"{shown(where)}: half of a surrogate pair"
 
 
-def validation_errors(model: type[BaseModel], invalid: ValidationError, prefix: str = "") -> list[str]:
-    """One line per error, with the nearest known key where one is misspelt."""
-    return [prefix + _readable(model, error) for error in invalid.errors(include_url=False, include_context=False)]
+def validation_errors(
+    model: type[BaseModel], invalid: ValidationError, prefix: str = "", other_names: Mapping[str, str] | None = None
+) -> list[str]:
+    """One line per error, with the key that was meant where one is misspelt or stands in another section.
+
+    ``other_names``: what else a key may be called, and what to write instead.
+    """
+    errors = invalid.errors(include_url=False, include_context=False)
+    return [prefix + _readable(model, error, other_names or {}) for error in errors]
+
+
+def key_paths(model: Any, prefix: str = "") -> dict[str, bool]:
+    """The dotted path of every key of a config, sections included, and whether it is a section."""
+    paths: dict[str, bool] = {}
+    for name, field in model.model_fields.items():
+        is_section = isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        paths[prefix + name] = is_section
+        if is_section:
+            paths |= key_paths(field.annotation, f"{prefix}{name}.")
+    return paths
 
 
 def listed(errors: Sequence[str]) -> str:
@@ -89,14 +107,14 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _readable(model: type[BaseModel], error: Any) -> str:
+def _readable(model: type[BaseModel], error: Any, other_names: Mapping[str, str]) -> str:
     where = ".".join(shown(str(part)) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        name = str(error["loc"][-1])
-        near = difflib.get_close_matches(name[:60], _keys_beside(model, error["loc"]), 1)
-        if near:
-            return f"{where}: unknown key; did you mean {near[0]}?"
-        return f"{where}: unknown key" + (f"; {_ENVIRONMENT_ONLY}" if _CREDENTIAL_KEY.search(name) else "")
+        meant = _meant_key(model, error["loc"], error["input"], other_names)
+        if meant:
+            return f"{where}: unknown key; did you mean {meant}?"
+        is_credential = _CREDENTIAL_KEY.search(str(error["loc"][-1]))
+        return f"{where}: unknown key" + (f"; {_ENVIRONMENT_ONLY}" if is_credential else "")
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "missing":
         return f"{where}: required, and not given"
@@ -104,6 +122,27 @@ def _readable(model: type[BaseModel], error: Any) -> str:
     quoted = repr(value) if isinstance(value, str) else value  # the text '1' and the number 1 look different
     given = "" if error["type"].startswith("value_error") else f" (given: {shown(quoted)})"
     return f"{where}: {message}{given}" if where else message
+
+
+def _meant_key(
+    model: type[BaseModel], location: tuple[Any, ...], value: Any, other_names: Mapping[str, str]
+) -> str | None:
+    """Of that very name in another section, of another tool, or spelt alike: beside it, then anywhere."""
+    name = str(location[-1])[:60]
+    sections = [path for path, is_section in key_paths(model).items() if is_section == isinstance(value, dict)]
+    by_name: dict[str, list[str]] = {}
+    for path in sections:
+        by_name.setdefault(path.rpartition(".")[2], []).append(path)
+    if name in by_name:
+        return " or ".join(by_name[name])
+    if name in other_names:
+        return other_names[name]
+    near = difflib.get_close_matches(name, _keys_beside(model, location), 1)
+    if near:
+        return near[0]
+    known = {**{key: " or ".join(paths) for key, paths in by_name.items()}, **other_names}
+    near = difflib.get_close_matches(name, known, 1, cutoff=_NEAR_ELSEWHERE)
+    return known[near[0]] if near else None
 
 
 def _keys_beside(model: Any, location: tuple[Any, ...]) -> list[str]:

@@ -8,15 +8,26 @@ of the digest because data and weights are identified by their content.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 
 from forge.training.config.overrides import apply_overrides, listed, shown, unusable_text, validation_errors
-from forge.training.config.quantizations import Quantization
+from forge.training.config.quantizations import Quantization, gguf_type
 from forge.training.config.yaml import dump_yaml, load_yaml
 from forge.training.system.errors import ConfigurationError
 from forge.training.system.files import sha256_json
@@ -38,17 +49,31 @@ PathText = Annotated[str, AfterValidator(_refuse_impossible)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=(), allow_inf_nan=False)
+    """The text below a key is its comment in `forge init`, `forge schema` and an editor."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
 
 
 class ModelSection(_Section):
-    """The base model. ``path``: a directory, a hub name, or ``tiny``, ``small``, ``qwen2-7b`` (made on the spot)."""
+    """The base model."""
 
     path: PathText = "tiny"
+    """a directory, a hub name (OWNER/NAME), or tiny, small, qwen2-7b (made on the spot, for trials)"""
     revision: str | None = None
+    """of the hub: a branch, tag or commit"""
     quantization: Literal["none", "nf4"] = "none"
+    """nf4: the base in 4 bits (QLoRA), on a CUDA GPU"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    offline: bool | None = None  # None: offline where the path is local
+    """of the computation; bfloat16 on Ampere or newer, float32 on a CPU"""
+    offline: bool | None = None
+    """never (true) or always (false) ask the hub; null: what HF_HUB_OFFLINE says"""
 
 
 class InstructionRule(_Section):
@@ -59,20 +84,36 @@ class InstructionRule(_Section):
 
 
 class DataSection(_Section):
-    """The documents and how examples are made from them. ``max_length`` in tokens."""
+    """The documents, or records that are made already, and how examples are made from them."""
 
-    documents: PathText | None = None  # a directory, or "embedded"
-    train: PathText | None = None  # instruction/input/output or messages, JSONL
+    documents: PathText | None = None
+    """the folder of your documents, relative to this file; or embedded, those of the demo"""
+    train: PathText | None = None
+    """instead of documents: records in JSONL, a JSON array, CSV or Parquet"""
     validation: PathText | None = None
+    """with train: the records held out, in a file of their own"""
+    columns: dict[Literal["instruction", "input", "output", "messages", "conversations"], str] = Field(
+        default_factory=dict
+    )
+    """what train and validation call these, where they call them otherwise: {instruction: question, output: answer}"""
     validation_share: Share = 0.1
+    """share of the documents held out of training, to judge by"""
     instructions: tuple[InstructionRule, ...] = Field(default=(), strict=False)
+    """what is asked of documents by the beginning of their path: [{prefix: docs/, text: "Explain `{path}`"}]"""
     system_prompt: str | None = None
+    """stands before every example, and in the Modelfile"""
     max_length: Positive = 2048
+    """tokens of the longest example: memory grows with it"""
     long_documents: Literal["divide", "cut"] = "divide"
-    sample: Positive | None = None  # train on so many only: the longest and, by length, an even spread of the others
+    """a document longer than that is divided at headings, nothing lost; or cut, the rest lost"""
+    sample: Positive | None = None
+    """train on so many only: the longest and, by length, an even spread of the others"""
     loss_on: Literal["answer", "all"] = "answer"
+    """learn the answers only, or the questions too"""
     control_tokens: Literal["neutralise", "drop", "fail"] = "neutralise"
-    on_unrepresentable: Literal["error", "leave_out"] = "error"  # a record that the chat template refuses or rewrites
+    """chat markers that stand in a document: read as text, drop the document, or refuse"""
+    on_unrepresentable: Literal["error", "leave_out"] = "error"
+    """a record that the chat template refuses or rewrites: refuse, or leave it out and say so"""
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSection:
@@ -82,31 +123,45 @@ class DataSection(_Section):
 
 
 class LoraSection(_Section):
-    """Low-rank adaptation, Hu et al. 2021; scale = alpha / rank (alpha / sqrt(rank) with rsLoRA)."""
+    """Low-rank adaptation, Hu et al. 2021."""
 
     rank: Positive = 16
+    """of the adapter's matrices: more can hold more, and takes more memory"""
     alpha: Positive = 32
+    """the adapter's weight is alpha / rank (alpha / sqrt(rank) with use_rslora)"""
     dropout: Share = 0.0
+    """share of the adapter's inputs left out at random while training"""
     targets: tuple[str, ...] = Field(
         default=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         min_length=1,
         strict=False,
     )
+    """the base's linear layers that get an adapter"""
     use_rslora: bool = False
+    """rank-stabilised scale, for high ranks"""
 
 
 class OptimizerSection(_Section):
     """Names are those of ``transformers.TrainingArguments``."""
 
     name: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit"] = "adamw_torch"
+    """the 8-bit ones take a quarter of the memory, on a CUDA GPU"""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    """the highest one, at the end of the warm-up"""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's"""
     adam_beta1: Share = 0.9
+    """decay of the mean of the gradients"""
     adam_beta2: Share = 0.999
+    """decay of the mean of their squares"""
     adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """added to the root of that mean"""
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    """how the learning rate falls"""
     warmup_ratio: Share = 0.03
+    """share of the steps in which it rises"""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """a longer gradient is shortened to this"""
 
     @property
     def is_8bit(self) -> bool:
@@ -120,17 +175,26 @@ class OptimizerSection(_Section):
 
 
 class TrainingSection(_Section):
-    """One optimizer step trains on ``effective_batch`` examples. ``max_steps`` overrides ``epochs``."""
+    """How long, and when to save and to judge."""
 
     epochs: Annotated[float, Field(gt=0, le=10_000)] = 3.0
+    """how often every example is trained"""
     max_steps: Positive | None = None
+    """optimizer steps, instead of epochs"""
     effective_batch: Annotated[int, Field(gt=0, le=100_000)] = 8
+    """examples of one optimizer step; how many at a time is the plan's micro_batch"""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    """of the adapter's first values, the order and the dropout"""
     evaluate_every_steps: Positive | None = None
+    """held-out loss while training; the best adapter is kept"""
     early_stopping_patience: Positive | None = None
+    """end the run when so many of those did not improve it"""
     save_every_steps: Positive | None = None
-    save_every_minutes: Annotated[float, Field(gt=0)] | None = 10.0  # a kill costs at most so much
-    spike_limit: Positive | None = None  # end the run at this many loss spikes in a row; None: only report them
+    """a checkpoint, so that an interrupted run resumes"""
+    save_every_minutes: Annotated[float, Field(gt=0)] | None = 10.0
+    """likewise: a kill costs at most so much"""
+    spike_limit: Positive | None = None
+    """end the run at this many loss spikes in a row; null: only report them"""
 
     @model_validator(mode="after")
     def _is_a_run_of_this_world(self) -> TrainingSection:
@@ -153,39 +217,50 @@ class Fact(_Section):
 
 
 class EvaluationSection(_Section):
-    """``num_answers``: greedy answers scored by ROUGE against their documents; 0 = none."""
+    """What the base, the adapter, the merged model and the GGUF are asked."""
 
     num_answers: Annotated[int, Field(ge=0)] = 0
+    """held-out documents whose greedy answer is scored by ROUGE"""
     max_new_tokens: Positive = 64
+    """of each answer"""
     facts: tuple[Fact, ...] = Field(default=(), strict=False)
+    """[{question: ..., answer: ...}]: the answer is found where it stands, letter by letter, in the model's"""
+    require_facts: bool = True
+    """`forge run` fails (exit code 8) where a fact is known before training or not after it; false: only says so"""
 
 
 class GateSection(_Section):
-    """What the acceptance gate measures of this config, fixed before the first measurement.
-
-    ``num_steps`` optimizer steps per run, of which the first ``num_warmup_steps`` are not timed.
-    """
+    """What the acceptance gate measures of this config, fixed before the first measurement."""
 
     num_pairs: Annotated[int, Field(ge=2)] = 5
+    """of runs that are compared"""
     num_steps: Positive = 10
+    """optimizer steps of each"""
     num_warmup_steps: Positive = 2
+    """of them, the first that are not timed"""
 
 
 Tracker = Literal["tensorboard", "wandb", "mlflow", "comet_ml", "trackio", "clearml", "neptune", "swanlab"]
 
 
 class ExportSection(_Section):
-    """GGUF files to make and the Modelfile's PARAMETER lines."""
+    """The GGUF files and the Modelfile."""
 
-    quantizations: tuple[Quantization, ...] = Field(default=("f16", "q8_0", "q4_k_m"), min_length=1, strict=False)
+    quantizations: tuple[Annotated[Quantization, BeforeValidator(gguf_type)], ...] = Field(
+        default=("f16", "q8_0", "q4_k_m"), min_length=1, strict=False
+    )
+    """GGUF files to make; q4_k_m is about a third of f16"""
     parameters: dict[str, int | float | str | list[str]] = Field(default_factory=dict)
+    """the Modelfile's PARAMETER lines: {temperature: 0.7, num_ctx: 4096}"""
 
 
 class Workload(_Section):
-    """A whole config; ``name`` is also the default run directory's name."""
+    """A whole config. Made of a file, it knows which: its plan lies beside it (:attr:`plans_path`)."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+    """of the run directory (runs/NAME-BACKEND) and of the GGUF files"""
     description: str = ""
+    """one line, for the model card"""
     model: ModelSection = ModelSection()
     data: DataSection
     lora: LoraSection = LoraSection()
@@ -195,6 +270,18 @@ class Workload(_Section):
     export: ExportSection = ExportSection()
     gate: GateSection = GateSection()
     report_to: tuple[Tracker, ...] = Field(default=("tensorboard",), strict=False)
+    """who keeps the curves: tensorboard, wandb, mlflow, ..., or none: []"""
+    _path: Path | None = PrivateAttr(default=None)
+
+    @property
+    def path(self) -> Path | None:
+        """The file that it was read from, absolute."""
+        return self._path
+
+    @property
+    def plans_path(self) -> Path | None:
+        """The file of plans of the file it was read from: ``mine.plans.yaml`` beside ``mine.yaml``."""
+        return self._path.with_name(f"{self._path.stem}.plans.yaml") if self._path else None
 
     def digest(self) -> str:
         """SHA-256 of what changes the mathematics; paths and output settings are left out."""
@@ -203,7 +290,10 @@ class Workload(_Section):
             del content[key]
         for section, key in (("model", "path"), ("model", "offline"), ("model", "revision")):
             del content[section][key]
-        for key in ("documents", "train", "validation", "instructions", "validation_share", "on_unrepresentable"):
+        for key in (
+            *("documents", "train", "validation", "columns", "instructions", "validation_share"),
+            "on_unrepresentable",
+        ):
             del content["data"][key]
         for key in ("save_every_steps", "save_every_minutes", "spike_limit"):
             del content["training"][key]
@@ -229,6 +319,23 @@ def changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 _PATHS = (("model", "path"), ("data", "documents"), ("data", "train"), ("data", "validation"))
 _SOURCES = ("documents", "train")
 _WORDS = {"tiny", "small", "qwen2-7b", "embedded"}
+# Of transformers, peft and the configs of other tools.
+_NAMES_ELSEWHERE = {
+    **dict.fromkeys(("base_model", "model_name_or_path", "model_id"), "model.path"),
+    **dict.fromkeys(("load_in_4bit", "load_in_8bit"), "model.quantization"),
+    **dict.fromkeys(("dataset", "datasets", "train_file"), "data.train"),
+    **dict.fromkeys(("max_seq_length", "sequence_len", "cutoff_len", "max_seq_len"), "data.max_length"),
+    **dict.fromkeys(("r", "lora_r", "lora_rank"), "lora.rank"),
+    **dict.fromkeys(("lora_target_modules", "target_modules"), "lora.targets"),
+    **{"lora_alpha": "lora.alpha", "lora_dropout": "lora.dropout"},
+    **{"lr": "optimizer.learning_rate", "lr_scheduler_type": "optimizer.schedule", "optim": "optimizer.name"},
+    **dict.fromkeys(("warmup_steps", "warmup"), "optimizer.warmup_ratio"),
+    **dict.fromkeys(("num_train_epochs", "num_epochs"), "training.epochs"),
+    **dict.fromkeys(("batch_size", "gradient_accumulation_steps"), "training.effective_batch"),
+    **{"eval_steps": "training.evaluate_every_steps", "save_steps": "training.save_every_steps"},
+    "per_device_train_batch_size": "micro_batch of the plan (--plan micro_batch=...)",
+    "output_dir": "the option --out",
+}
 
 
 def load_workload(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Workload:
@@ -247,11 +354,19 @@ def load_workload(source: str | Path, overrides: list[str] | tuple[str, ...] = (
     _resolve_paths(content, Path.cwd())
     try:
         workload = Workload.model_validate(content)
+        workload._path = path
     except ValidationError as invalid:
-        errors += validation_errors(Workload, invalid)
+        errors += validation_errors(Workload, invalid, other_names=_other_names())
     if errors:
         raise _invalid(path, errors)
     return workload
+
+
+def _other_names() -> dict[str, str]:
+    """What other tools call our keys, and the plan's keys, which stand in no config."""
+    from forge.training.config.plan import Plan
+
+    return _NAMES_ELSEWHERE | {key: f"{key} of the plan (--plan {key}=...)" for key in Plan.model_fields}
 
 
 def _refuse_unusable_text(path: Path, content: dict[str, Any]) -> None:
@@ -264,7 +379,7 @@ def _refuse_unusable_text(path: Path, content: dict[str, Any]) -> None:
 def _invalid(path: Path, errors: list[str]) -> ConfigurationError:
     return ConfigurationError(
         f"{path}: {len(errors):,} error{'s' * (len(errors) > 1)}\n{listed(errors)}",
-        remedy="`forge schema` prints every key with its type and default",
+        remedy="`forge schema --key SECTION` prints a section's keys, with what they mean and their defaults",
     )
 
 
@@ -279,18 +394,49 @@ def _choose_source(content: dict[str, Any], overrides: Sequence[str]) -> None:
 
 def _find(source: str | Path) -> Path:
     path = Path(source)
-    try:
+    with contextlib.suppress(OSError, ValueError):  # a name too long, or with a NUL in it
         if path.is_file():
+            _refuse_other_files(path)
             return path.absolute()
-    except (OSError, ValueError):  # a name too long, or with a NUL in it
-        pass
+        if str(source) and path.is_dir():
+            _refuse_folder(path)
     known = sorted(p.stem for p in WORKLOADS.glob("*.yaml") if "." not in p.stem)
     if str(source) in known:
         return WORKLOADS / f"{source}.yaml"
     near = difflib.get_close_matches(str(source)[:60], known, 1)
+    if not known:  # installed without a checkout
+        raise ConfigurationError(
+            f"no config {shown(repr(str(source)))}: not a file, and this Forge is installed without the configs of its"
+            " checkout",
+            remedy="name a YAML file; `forge init FOLDER` writes one for the documents in a folder",
+        )
     raise ConfigurationError(
-        f"no config {shown(repr(str(source)))}: neither a file nor one of {', '.join(known) or '(none)'}",
-        remedy=f"did you mean {near[0]}?" if near else "name a YAML file or one of those",
+        f"no config {shown(repr(str(source)))}: neither a file nor one of {', '.join(known)}",
+        remedy=f"did you mean {near[0]}?"
+        if near
+        else "name a YAML file or one of those; `forge init FOLDER` writes one",
+    )
+
+
+def _refuse_other_files(path: Path) -> None:
+    if path.name.endswith(".plans.yaml"):
+        config = path.with_name(path.name.removesuffix(".plans.yaml") + ".yaml")
+        raise ConfigurationError(f"{path} holds plans, not a config", remedy=f"name the config beside it: {config}")
+    if path.name == "run.json":
+        _refuse_folder(path.parent)
+
+
+def _refuse_folder(path: Path) -> None:
+    quoted = shlex.quote(str(path))
+    if (path / "run.json").is_file() or (path / "workload.yaml").is_file():
+        raise ConfigurationError(
+            f"{path} is a run, not a config",
+            remedy=f"forge status {quoted}, forge evaluate {quoted} or forge export {quoted};"
+            f" the config it was trained with: {path / 'workload.yaml'}",
+        )
+    raise ConfigurationError(
+        f"{str(path)!r} is a folder, not a config",
+        remedy=f"name a YAML file; `forge init {quoted}` writes one for the documents in it",
     )
 
 

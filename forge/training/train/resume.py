@@ -25,7 +25,10 @@ from forge.training.system.files import disk_errors, remove
 from forge.training.train.record import TRAINING_VERSION, Predecessor, RunRecord, read_record
 from forge.training.train.status import NAME as STATUS
 
-_MADE_BEFORE_THE_RECORD = ("corpus.jsonl", "corpus.train.jsonl", "corpus.validation.jsonl", "examples", "workload.yaml")
+_MADE_BEFORE_THE_RECORD = (
+    *("corpus.jsonl", "corpus.train.jsonl", "corpus.validation.jsonl", "examples"),
+    *("workload.yaml", "workload.plans.yaml"),
+)
 _MADE_BY_A_RUN = (
     *("checkpoints", "best", "adapter", "steps.jsonl", "tensorboard", "merged", "export", "evaluation.json"),
     *("outcome.json", "report.html", *_MADE_BEFORE_THE_RECORD),

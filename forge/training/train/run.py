@@ -20,10 +20,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from forge.training.backends import Backend, BackendModule, load_backend, load_plan
+from forge.training.backends import (
+    Backend,
+    BackendModule,
+    describe_plan_source,
+    load_backend,
+    load_plan,
+    read_plans,
+)
 from forge.training.backends.job import StepObserver, TrainingJob
 from forge.training.config.plan import Plan
 from forge.training.config.workload import Workload, changed_keys
+from forge.training.config.yaml import dump_yaml
 from forge.training.data.inputs import Inputs, prepare_inputs, refuse_unusable_sources
 from forge.training.models.base import is_here
 from forge.training.models.digests import model_shape
@@ -94,6 +102,8 @@ def train(
     status then say how the run ended.
     """
     plan = load_plan(workload, backend, plan_overrides)
+    plan_source = describe_plan_source(workload, backend, plan_overrides)
+    plans = {**read_plans(workload), backend: plan.model_dump()}  # beside workload.yaml: it trains as it did
     module = load_backend(backend)
     module.refuse(workload, plan)
     predecessor = None if continued is None else completed_record(continued)
@@ -122,7 +132,7 @@ def train(
                 check_first()
             if not is_complete:
                 module.prepare(plan)
-                listener.announce(f"base model {base_dir.name}, backend {backend}")
+                listener.announce(f"base model {base_dir.name}, backend {backend}, plan: {plan_source}")
             with tempfile.TemporaryDirectory(dir=run_dir, prefix=".inputs.", suffix=".part") as made:
                 date = None if before is None else before.inputs.template_date
                 inputs = prepare_inputs(workload, base_dir, Path(made), date)
@@ -143,6 +153,7 @@ def train(
                 status.update()
             for note in inputs.described.notes:
                 listener.announce(note)
+            write_text(run_dir / "workload.plans.yaml", dump_yaml(plans))
             write_text(run_dir / "workload.yaml", workload.to_yaml())
             first_adapter = None if continued is None else _first_adapter(continued, chain)
             job = TrainingJob(

@@ -18,7 +18,6 @@ from forge.training.checks import machine, packages
 from forge.training.checks.check import Finding, check_workload, exit_code, print_findings
 from forge.training.checks.machine import check_disk, check_gpu, check_memory, memory_floor_bytes
 from forge.training.checks.model import check_export, find_base
-from forge.training.config import workload as workloads
 from forge.training.config.workload import Workload, load_workload
 from forge.training.models.weights import read_weights
 from forge.training.system.environment import ROOT
@@ -303,9 +302,9 @@ def test_the_legacy_stack_is_refused_in_another_interpreter(base: Path, tmp_path
 def test_what_a_backend_cannot_do_is_found_and_train_refuses_it_before_it_does_anything(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: Backend, plan: str, named: str
 ) -> None:
-    monkeypatch.setattr(workloads, "WORKLOADS", tmp_path)
     (tmp_path / "w.plans.yaml").write_text(f"{backend}: {plan}\n", encoding="utf-8")
-    asked = workload(tmp_path, base)
+    (tmp_path / "w.yaml").write_text(workload(tmp_path, base).to_yaml(), encoding="utf-8")
+    asked = load_workload(tmp_path / "w.yaml")
     (finding,) = [f for f in check_workload(asked, backend, tmp_path) if f.subject == "backend"]
     assert named in finding.message
     assert finding.exit_code == 2

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forge.training.backends import load_plan
+from forge.training.backends import describe_plan_source, load_plan
 from forge.training.config.plan import Plan
-from forge.training.config.workload import Workload, load_workload
+from forge.training.config.workload import WORKLOADS, Workload, load_workload
 from forge.training.data.batching import micro_batches, num_steps, step_order
 from forge.training.system.errors import ConfigurationError
 
@@ -65,6 +67,38 @@ def test_a_micro_batch_that_does_not_divide_the_effective_batch_is_refused() -> 
 def test_an_unknown_plan_key_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="microbatch"):
         load_plan(workload(), "trl", ["microbatch=3"])
+
+
+def write_config(path: Path, name: str = "mine", plans: str | None = "trl: {micro_batch: 4}\n") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"name: {name}\ndata: {{train: corpus.jsonl}}\n")
+    if plans is not None:
+        path.with_name(f"{path.stem}.plans.yaml").write_text(plans)
+    return path
+
+
+def test_a_plan_beside_the_config_is_read_and_the_name_plays_no_part(tmp_path: Path) -> None:
+    for path in (tmp_path / "mine.yaml", tmp_path / "a" / "other.yml", tmp_path / "b" / "v1.2.yaml"):
+        for name in ("mine", "genome_8k", path.stem):
+            loaded = load_workload(write_config(path, name), ["name=renamed"])
+            assert load_plan(loaded, "trl").micro_batch == 4
+            assert load_plan(loaded, "trl", ["micro_batch=2"]).micro_batch == 2
+            assert describe_plan_source(loaded, "trl") == f"{path.stem}.plans.yaml"
+            assert describe_plan_source(loaded, "legacy") == f"legacy's default: {path.stem}.plans.yaml has none for it"
+
+
+def test_a_config_without_a_plan_has_the_default_whatever_it_is_called(tmp_path: Path) -> None:
+    loaded = load_workload(write_config(tmp_path / "genome_8k.yaml", "genome_8k", plans=None))
+    assert load_plan(loaded, "trl") == load_plan(workload(), "trl") != load_plan(load_workload("genome_8k"), "trl")
+    assert describe_plan_source(loaded, "trl", ["micro_batch=2"]) == "trl's default, with --plan micro_batch=2"
+
+
+def test_the_shipped_workloads_have_the_plans_beside_them() -> None:
+    for path in sorted(WORKLOADS.glob("*.plans.yaml")):
+        loaded = load_workload(path.name.removesuffix(".plans.yaml"))
+        assert loaded.plans_path == path
+        for backend, own in yaml.safe_load(path.read_text()).items():
+            assert load_plan(loaded, backend).model_dump().items() >= own.items()
 
 
 def test_a_document_longer_than_the_others_together_has_a_micro_batch_of_its_own() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from functools import cache
@@ -10,10 +11,12 @@ from typing import Any, get_args
 
 import pytest
 import typer
+from pydantic import ValidationError
 
 from forge.training.cli import app
-from forge.training.config.quantizations import GGUF_TYPES, QUANTIZED, Quantization
+from forge.training.config.quantizations import GGUF_TYPES, QUANTIZED, Quantization, gguf_type, gguf_types
 from forge.training.config.workload import Workload
+from forge.training.system.errors import ConfigurationError
 
 _ASK = """
 import json
@@ -52,3 +55,35 @@ def test_schema_help_and_quantiser_name_exactly_the_rows() -> None:
     assert set(QUANTIZED) < set(GGUF_TYPES)
     (option,) = (o for o in typer.main.get_command(app).commands["export"].params if "--quant" in o.opts)
     assert ",".join(GGUF_TYPES) in option.help
+
+
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [("Q4_K_M", "q4_k_m"), ("q4km", "q4_k_m"), ("Q8_0", "q8_0"), ("q8-0", "q8_0"), ("BF16", "bf16"), ("q2_K", "q2_k")],
+)
+def test_a_type_is_known_by_its_usual_spellings(written: str, name: str) -> None:
+    assert gguf_type(written) == name
+    assert gguf_types(f" {written}, f32,") == [name, "f32"]
+    content = {"name": "w", "data": {"train": "x"}, "export": {"quantizations": [written]}}
+    assert Workload.model_validate(content).export.quantizations == (name,)
+
+
+@pytest.mark.parametrize(
+    ("written", "hint"),
+    [
+        ("q4_0", "did you mean q4_k_m?"),
+        ("q5ks", "did you mean q5_k_m?"),
+        ("fp16", "did you mean f16?"),
+        ("IQ2_XS", "It is one of f32,"),
+        ("", "It is one of f32,"),
+    ],
+)
+def test_an_unknown_type_is_refused_with_the_nearest(written: str, hint: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(hint)):
+        gguf_type(written)
+    content = {"name": "w", "data": {"train": "x"}, "export": {"quantizations": ["f16", written]}}
+    with pytest.raises(ValidationError, match=re.escape(hint)):
+        Workload.model_validate(content)
+    if written:
+        with pytest.raises(ConfigurationError, match=re.escape(hint)):
+            gguf_types(f"f16,{written}")

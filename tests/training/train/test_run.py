@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from forge.training.backends import load_plan
+from forge.training.config.workload import load_workload
 from tests.support import run_command as command
 from tests.support.run_command import Ended, Running
 from tests.support.tiny_run import NUM_STEPS, adapter, arguments, lines, record, status
@@ -65,6 +67,17 @@ def test_the_command_of_a_complete_run_changes_nothing(folder: Path, reference: 
     assert {path: path.read_bytes() for path in before if path != lock} == {
         p: b for p, b in before.items() if p != lock
     }
+
+
+def test_a_runs_own_config_keeps_the_plan_that_it_ran_with(folder: Path, reference: dict[str, Any]) -> None:
+    assert "plan: smoke.plans.yaml" in run(folder, "planned", "--set", "training.max_steps=2").stderr
+    done = run(folder, "planned", "--set", "training.max_steps=2", "--force", "--plan", "micro_batch=2")
+    assert "smoke.plans.yaml, with --plan micro_batch=2" in done.stderr
+    plan = record(folder / "planned")["plan"]
+    assert plan != reference["plan"]
+    own = load_workload(folder / "planned" / "workload.yaml", ["name=other"])
+    assert load_plan(own, "trl").model_dump() == plan
+    assert load_plan(own, "unsloth") == load_plan(load_workload("smoke"), "unsloth")
 
 
 def test_a_run_of_other_settings_is_refused_and_kept(folder: Path, reference: dict[str, Any]) -> None:
