@@ -52,6 +52,26 @@ def results() -> Console:
     return Console(highlight=False, soft_wrap=True)
 
 
+def _say_versions(wanted: bool) -> None:
+    if wanted:
+        from forge.training.system.environment import describe_versions
+
+        sys.stdout.write(describe_versions())
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_say_versions, is_eager=True, help="Forge, its commit, torch, transformers."
+        ),
+    ] = False,
+) -> None:
+    """Documents in, a tested GGUF model out."""
+
+
 @app.command()
 def dataset(
     root: Annotated[Path, typer.Argument(metavar="ROOT", help="The repository of documents.")],
@@ -344,11 +364,19 @@ def run(
 
 
 @app.command()
-def schema() -> None:
-    """Print the JSON schema of a config, for editors."""
+def schema(
+    key: Annotated[
+        str | None, typer.Option("--key", help="A section, a key or `plan`: as YAML with comments, for people.")
+    ] = None,
+) -> None:
+    """Print the JSON schema of a config, for editors; with --key what one section means, for people."""
+    from forge.training.config.commented import describe_key
     from forge.training.config.workload import Workload
 
-    print_json(Workload.model_json_schema())
+    if key is None:
+        print_json(Workload.model_json_schema())
+    else:
+        sys.stdout.write(describe_key(key))
 
 
 def main() -> NoReturn:

@@ -275,7 +275,8 @@ def _describe_data(workload: Workload) -> dict[str, Any]:
     try:
         if data.train is not None:
             validation = sha256_file(data.validation) if data.validation else None
-            return {"train_sha256": sha256_file(data.train), "validation_sha256": validation}
+            columns = {"columns": dict(data.columns)} if data.columns else {}
+            return {"train_sha256": sha256_file(data.train), "validation_sha256": validation} | columns
         assert data.documents is not None
         root = _training() / "data" / "embedded" if data.documents == "embedded" else Path(data.documents)
         files = sorted(p for p in root.rglob("*") if p.is_file() and ".git" not in p.relative_to(root).parts)

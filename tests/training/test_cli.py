@@ -7,12 +7,17 @@ import os
 import resource
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import typer
+import yaml
 
+from forge import __version__
 from forge.training.cli import app
+from forge.training.config.workload import OptimizerSection
+from forge.training.system.environment import ROOT
 
 COMMANDS = tuple(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 
@@ -59,7 +64,37 @@ def test_every_command_explains_itself(command: str) -> None:
     assert command in done.stdout
 
 
+def test_the_version_names_the_commit_and_the_libraries_and_imports_none() -> None:
+    code = (
+        "import sys\nfrom forge.training.cli import app\ntry:\n    app(['--version'])\nexcept SystemExit:\n    pass\n"
+        "print({'torch', 'transformers', 'numpy', 'pydantic'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    first, torch, transformers, imported = done.stdout.splitlines()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert first.startswith(f"forge {__version__} (commit {commit[:10]}")
+    assert (torch, transformers) == (f"torch {version('torch')}", f"transformers {version('transformers')}")
+    assert imported == "set()"
+    assert forge("--version").returncode == 0
+
+
+def test_a_section_of_the_schema_is_yaml_of_the_defaults_with_a_comment_to_each_key() -> None:
+    done = forge("schema", "--key", "optimizer")
+    assert yaml.safe_load(done.stdout) == OptimizerSection().model_dump(mode="json") | {"adam_epsilon": 1.0e-8}
+    for name in OptimizerSection.model_fields:
+        (line,) = [n for n, text in enumerate(done.stdout.splitlines()) if text.startswith(f"{name}:")]
+        assert "  # " in done.stdout.splitlines()[line] or done.stdout.splitlines()[line - 1].startswith("# ")
+    assert forge("schema", "--key", "lora.rank").stdout.startswith("rank: 16  # ")
+    assert forge("schema", "--key", "plan.micro_batch").stdout.startswith("micro_batch: 1  # ")
+    assert json.loads(forge("schema").stdout)["title"] == "Workload"
+
+
 BAD = [
+    (("schema", "--key", "learning_rate"), 2, "did you mean optimizer.learning_rate"),
+    (("schema", "--key", "lora.rank.x"), 2, "no key lora.rank.x"),
+    (("schema", "--key", ""), 2, "the sections"),
+    (("train", "smoke", "--set", "training.learning_rate=1"), 2, "did you mean optimizer.learning_rate"),
+    (("export", "nowhere", "--quant", "q4_0"), 2, "did you mean q4_k_m"),
     (("nonsense",), 2, "nonsense"),
     (("train", "no-such-config"), 2, "no-such-config"),
     (("train", "smok"), 2, "did you mean smoke"),
@@ -103,7 +138,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_bad_input_is_one_message_and_its_exit_code(
     arguments: tuple[str, ...], code: int, said: str, files: dict[str, str], tmp_path: Path
 ) -> None:
-    as_json = arguments[0] != "chat"
+    as_json = arguments[0] not in ("chat", "schema")
     done = forge(*(a.format(**files) for a in arguments), *(["--json"] if as_json else []), cwd=tmp_path)
     assert done.returncode == code, done.stderr
     assert said in done.stderr

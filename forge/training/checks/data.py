@@ -49,7 +49,7 @@ def _check_documents(workload: Workload) -> Iterator[Finding]:
 def _check_records(workload: Workload) -> Iterator[Finding]:
     data = workload.data
     assert data.train is not None
-    train, held_out = read_both(Path(data.train), Path(data.validation) if data.validation else None)
+    train, held_out = read_both(Path(data.train), Path(data.validation) if data.validation else None, data.columns)
     yield ok("data", f"{len(train):,} records in {data.train}")
     if held_out is not None:
         yield ok("data", f"{len(held_out):,} records held out in {data.validation}")
@@ -63,7 +63,7 @@ def _check_secrets(records: Sequence[Record], path: str) -> Iterator[Finding]:
     """What `forge dataset` would have left out; a model can recite it. The legacy environment has no detector."""
     if find_spec("detect_secrets") is None:
         return
-    secrets = [(r.line, secret.rule) for r in records for m in r.messages for secret in find_secrets("", m.content)]
+    secrets = [(r.place, secret.rule) for r in records for m in r.messages for secret in find_secrets("", m.content)]
     if secrets:
-        where = several([f"line {line}: {rule}" for line, rule in secrets])
+        where = several([f"{place}: {rule}" for place, rule in secrets])
         yield warning("secrets", f"{path} holds what looks like credentials: {where}", "take them out")

@@ -110,7 +110,7 @@ def shown(value: Any) -> str:
 def _readable(model: type[BaseModel], error: Any, other_names: Mapping[str, str]) -> str:
     where = ".".join(shown(str(part)) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        meant = _meant_key(model, error["loc"], error["input"], other_names)
+        meant = meant_key(model, error["loc"], error["input"], other_names)
         if meant:
             return f"{where}: unknown key; did you mean {meant}?"
         is_credential = _CREDENTIAL_KEY.search(str(error["loc"][-1]))
@@ -124,10 +124,14 @@ def _readable(model: type[BaseModel], error: Any, other_names: Mapping[str, str]
     return f"{where}: {message}{given}" if where else message
 
 
-def _meant_key(
-    model: type[BaseModel], location: tuple[Any, ...], value: Any, other_names: Mapping[str, str]
+def meant_key(
+    model: type[BaseModel], location: tuple[Any, ...], value: Any, other_names: Mapping[str, str] | None = None
 ) -> str | None:
-    """Of that very name in another section, of another tool, or spelt alike: beside it, then anywhere."""
+    """The key that an unknown one was meant to be; ``value``: what it was given, a mapping where it is a section.
+
+    One of that very name in another section, one of another tool, or one spelt alike: beside it, then anywhere.
+    """
+    other_names = other_names or {}
     name = str(location[-1])[:60]
     sections = [path for path, is_section in key_paths(model).items() if is_section == isinstance(value, dict)]
     by_name: dict[str, list[str]] = {}

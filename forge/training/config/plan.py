@@ -36,16 +36,26 @@ class Plan(BaseModel):
     and the allocator's pool are there before the first step is timed.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
-    micro_batch: Annotated[int, Field(gt=0)] = 1  # examples
-    gradient_checkpointing: Literal["none", "full", "offload"] = "full"  # offload: to pinned host memory
+    micro_batch: Annotated[int, Field(gt=0)] = 1
+    """examples at a time; divides training.effective_batch"""
+    gradient_checkpointing: Literal["none", "full", "offload"] = "full"
+    """what is kept for the backward pass; offload: in pinned host memory, unsloth only"""
     padding: Literal["longest", "none"] = "longest"
+    """none: the examples of a micro-batch in one row, borders masked"""
     attention: Literal["default", "flash", "mixed"] = "default"
+    """flash leaves cuDNN's kernels out; mixed: only where documents are short"""
     rehearsal: bool = True
-    grouping: Literal["none", "length", "tokens"] = "none"  # within an optimizer step only
-    mlp_tile_tokens: Annotated[int, Field(gt=0)] | None = None  # None: whole; unsloth only
-    loss_chunk_gib: Annotated[float, Field(gt=0)] | None = None  # None: the backend's choice; unsloth only
+    """the largest micro-batch once before the first step: what does not fit is known at once"""
+    grouping: Literal["none", "length", "tokens"] = "none"
+    """which examples of a step go together: in order, by length, or about as many tokens each"""
+    mlp_tile_tokens: Annotated[int, Field(gt=0)] | None = None
+    """longer micro-batches go through each MLP in tiles of so many tokens; null: whole; unsloth only"""
+    loss_chunk_gib: Annotated[float, Field(gt=0)] | None = None
+    """of logits that the loss holds at a time; null: the backend's choice; unsloth only"""
 
     def accumulation(self, workload: Workload) -> int:
         """Micro-batches per optimizer step."""

@@ -90,6 +90,15 @@ def dump_yaml(content: dict[str, Any]) -> str:
     return str(yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
 
 
+def dump_entry(key: str, value: Any) -> str:
+    """``key: value`` as :func:`dump_yaml` has it, lists and mappings of plain values on one line."""
+    style = None if isinstance(value, list | dict) else False
+    dumped = yaml.dump(
+        {key: value}, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=style, width=10**6
+    )
+    return str(dumped)
+
+
 def load_yaml(path: Path) -> dict[str, Any]:
     """Read one mapping from a YAML file of at most 64 KiB. Raises :class:`ConfigurationError`."""
     try:

@@ -19,6 +19,7 @@ import numpy as np
 from forge.training.config.workload import DataSection
 from forge.training.data.conversation import IGNORED, Encoder, UnrepresentableError, encode_conversation
 from forge.training.data.records import Message, Record, bad_lines
+from forge.training.data.rows import Unit
 from forge.training.system.errors import DataError
 from forge.training.system.files import staged_directory, write_json
 
@@ -78,7 +79,7 @@ def encode_records(
         messages = list(record.messages)
         if data.system_prompt is not None and messages[0].role != "system":
             messages.insert(0, Message("system", data.system_prompt))
-        name = f"line {record.line}"
+        name = record.place
         try:
             ids, labels, contaminated = encode_conversation(encoder, messages, data.loss_on)
             pieces = None
@@ -109,12 +110,15 @@ def encode_records(
             tokens_cut += len(ids) - data.max_length
             ids, labels = ids[: data.max_length], labels[: data.max_length]
         rows.append((ids, labels, name))
-    _refuse(source, errors, odd, data)
+    unit: Unit = records[0].unit if records else "line"
+    _refuse(source, errors, odd, data, unit)
     has_loss = [bool((labels[1:] != IGNORED).any()) for _, labels, _ in rows]  # the first token is never predicted
     kept = [row for row, has in zip(rows, has_loss, strict=True) if has]
     dropped += [row[2] for row, has in zip(rows, has_loss, strict=True) if not has]
     if odd and not rows:
-        raise bad_lines(source, odd, most=_MOST_LISTED, remedy="no record is left: use another base, or other records")
+        raise bad_lines(
+            source, odd, unit, most=_MOST_LISTED, remedy="no record is left: use another base, or other records"
+        )
     if not kept:
         raise DataError(
             f"{source}: none of {len(records)} records has a token to train within data.max_length={data.max_length}",
@@ -144,14 +148,14 @@ def encode_records(
     )
 
 
-def _refuse(source: Path | str, errors: list[str], odd: list[str], data: DataSection) -> None:
+def _refuse(source: Path | str, errors: list[str], odd: list[str], data: DataSection, unit: Unit) -> None:
     """Raise one :class:`DataError` for ``errors``, and for the records in ``odd`` unless they may be left out."""
     found: list[DataError] = []
     if errors:
-        found.append(bad_lines(source, errors))
+        found.append(bad_lines(source, errors, unit))
     if odd and data.on_unrepresentable == "error":
         remedy = "correct them, or train without them: --set data.on_unrepresentable=leave_out"
-        found.append(bad_lines(source, odd, most=_MOST_LISTED, remedy=remedy))
+        found.append(bad_lines(source, odd, unit, most=_MOST_LISTED, remedy=remedy))
     if found:
         raise DataError(
             "\n".join(error.message for error in found), remedy="; ".join(str(error.remedy) for error in found)

@@ -20,6 +20,7 @@ from forge.training.data.examples import (
     save_examples,
 )
 from forge.training.data.records import Message, Record, of_both, read_both, several
+from forge.training.data.rows import Unit
 from forge.training.models.digests import base_sha256, tokenizer_sha256
 from forge.training.system.errors import ConfigurationError, DataError
 from forge.training.system.files import read_json_object, sha256_file
@@ -85,6 +86,8 @@ class Overlap:
     num_held_out: int
     equal_lines: list[int]
     near: list[NearPair]  # the most similar trained record of each
+    unit: Unit = "line"  # of the held-out records
+    train_unit: Unit = "line"
 
 
 def refuse_unusable_sources(workload: Workload) -> None:
@@ -94,7 +97,7 @@ def refuse_unusable_sources(workload: Workload) -> None:
     """
     data = workload.data
     if data.train is not None:
-        read_both(Path(data.train), Path(data.validation) if data.validation else None)
+        read_both(Path(data.train), Path(data.validation) if data.validation else None, data.columns)
     elif data.documents not in (None, "embedded") and not Path(str(data.documents)).is_dir():
         raise DataError(f"data.documents: no directory {data.documents}", remedy="name the folder of your documents")
 
@@ -157,7 +160,7 @@ def encode_corpus(
     The questions that will be asked of the trained model must be ones that the chat template can hold, too.
     """
     data = workload.data
-    records, held_out = read_both(train_path, validation_path)
+    records, held_out = read_both(train_path, validation_path, data.columns)
     _refuse_unaskable(workload, encoder)
     sides = {validation_path: held_out or [], train_path: records}
 
@@ -233,7 +236,7 @@ def find_overlap(train: Sequence[Record], held_out: Sequence[Record]) -> Overlap
         if similarity > most.get(j, (0.0, 0))[0]:
             most[j] = (similarity, i)
     near = [NearPair(held_out[left[j]].line, train[i].line, s) for j, (s, i) in sorted(most.items())]
-    return Overlap(len(held_out), [held_out[i].line for i in equal], near)
+    return Overlap(len(held_out), [held_out[i].line for i in equal], near, _unit(held_out), _unit(train))
 
 
 def describe_overlap(overlap: Overlap) -> list[str]:
@@ -241,13 +244,19 @@ def describe_overlap(overlap: Overlap) -> list[str]:
     lines = []
     if overlap.equal_lines:
         where = several([str(line) for line in overlap.equal_lines])
-        lines.append(
-            f"{len(overlap.equal_lines)} of {overlap.num_held_out} held-out texts are trained too: lines {where}"
-        )
+        equal = f"{len(overlap.equal_lines)} of {overlap.num_held_out} held-out texts are trained too"
+        lines.append(f"{equal}: {overlap.unit}s {where}")
     if overlap.near:
-        where = several([f"line {n.held_out_line} is {n.similarity:.0%} line {n.train_line}" for n in overlap.near])
+        here, there = overlap.unit, overlap.train_unit
+        where = several(
+            [f"{here} {n.held_out_line} is {n.similarity:.0%} {there} {n.train_line}" for n in overlap.near]
+        )
         lines.append(f"{len(overlap.near)} of {overlap.num_held_out} held-out texts are nearly trained ones: {where}")
     return lines
+
+
+def _unit(records: Sequence[Record]) -> Unit:
+    return records[0].unit if records else "line"
 
 
 def _answer(record: Record) -> str:

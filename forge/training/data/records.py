@@ -1,24 +1,32 @@
-"""The strict JSONL reader: every bad line is named, nothing is guessed, text is kept exactly.
+"""Records: what a row of a corpus says, in whichever of the usual forms. Every bad row is named, nothing is guessed.
 
-Our own because the common readers accept what they should not: ``json`` keeps the last of two
-equal keys and takes NaN, ``datasets`` turns a missing answer into the word "None" and hides
-which line was broken.
+Forms: ``instruction``, ``input``, ``output`` (Alpaca's, and what `forge dataset` writes); ``messages`` of ``role`` and
+``content`` (OpenAI's); ``conversations`` of ``from`` and ``value`` (ShareGPT's). Text is kept exactly.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
+from forge.training.data.rows import FORMATS, BadRow, Row, Rows, Unit, open_rows
 from forge.training.system.errors import DataError
 
-MAX_LINE_BYTES = 64 << 20  # a novel has one; `dataset` writes at most 4 MiB of a file
 _NUM_ERRORS_SHOWN = 10
-_DOCUMENT_KEYS = frozenset({"instruction", "input", "output"})
-_ROLES = ("system", "user", "assistant")
+_DOCUMENT_KEYS = ("instruction", "input", "output")
+_TURN_KEYS = {"messages": ("role", "content"), "conversations": ("from", "value")}
+_ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
+_SPEAKERS = _ROLES | {"human": "user", "gpt": "assistant"}
+_ACCEPTED = (
+    "a record has instruction and output (and perhaps input), or messages, or conversations; where its columns are"
+    " called otherwise, say so: data.columns: "
+)
+# What others call them, for the example in that remedy.
+_QUESTIONS = ("question", "prompt", "query", "problem", "title", "text", "input")
+_ANSWERS = ("answer", "completion", "response", "solution", "reply", "target")
 _T = TypeVar("_T")
 
 
@@ -32,56 +40,58 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One line of a corpus. ``document``: from instruction/input/output, its answer may be divided."""
+    """One row of a corpus. ``document``: from instruction/input/output, its answer may be divided.
+
+    ``line``: where it stands, counted in ``unit``: lines of JSONL and CSV, rows of Parquet, records of an array.
+    """
 
     line: int
     messages: tuple[Message, ...]
     document: bool
+    unit: Unit = "line"
+
+    @property
+    def place(self) -> str:
+        """For messages: ``line 3``."""
+        return f"{self.unit} {self.line}"
 
 
-class _BadLine(Exception):
-    """Why a line is no record."""
+def read_records(path: Path | str, columns: Mapping[Any, str] | None = None) -> list[Record]:
+    """Read a file of records: JSONL, a JSON array, CSV, TSV or Parquet.
 
-
-def read_records(path: Path | str) -> list[Record]:
-    """Read ``instruction``/``input``/``output`` or ``messages`` records, one JSON object per line.
-
-    A BOM at the start, CRLF and blank lines are accepted; other keys are left unread.
-    Raises :class:`DataError` naming the first ten bad lines and how many more there are.
+    ``columns``: what the file calls ``instruction``, ``input``, ``output``, ``messages`` or ``conversations``, where it
+    calls them otherwise. A BOM at the start, CRLF and blank lines are accepted; other keys are left unread, but for a
+    ``system`` text, which comes first, and a ``history``, which is refused.
+    Raises :class:`DataError` naming the first ten bad rows and how many more there are.
     """
     path = Path(path)
+    names = {key: key for key in (*_DOCUMENT_KEYS, *_TURN_KEYS)} | dict(columns or {})
     records: list[Record] = []
     errors: list[str] = []
-    try:
-        if path.is_dir():
-            raise DataError(f"{path} is a directory", remedy="name a JSONL file; `forge dataset` makes one")
-        if path.exists() and not path.is_file():
-            raise DataError(f"{path} is not a regular file")
-        with open(path, "rb") as stream:
-            for number, raw in _lines(stream):
-                if number == 1:
-                    raw = raw.removeprefix(b"\xef\xbb\xbf")
-                    _refuse_other_formats(path, raw)
-                if not raw.strip():
-                    continue
-                try:
-                    records.append(_record(number, raw))
-                except _BadLine as bad:
-                    errors.append(f"line {number}: {bad}")
-    except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist", remedy="`forge dataset ROOT -o FILE` makes a corpus") from error
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+    is_form_unknown = False
+    with open_rows(path) as rows:
+        _refuse_other_columns(path, rows, names)
+        for row in rows.each:
+            try:
+                records.append(_record(row, names, rows.unit))
+            except _NoForm as bad:
+                errors.append(f"{row.place}: {bad}")
+                is_form_unknown = True
+            except BadRow as bad:
+                errors.append(f"{row.place}: {bad}")
     if errors:
-        raise bad_lines(path, errors)
+        remedy = _ACCEPTED + "{instruction: question, output: answer}" if is_form_unknown else None
+        raise bad_lines(path, errors, rows.unit, remedy)
     if not records:
-        raise DataError(f"{path} has no records", remedy="it must hold one JSON object per line")
+        raise DataError(f"{path} has no records", remedy=f"a file of records is {FORMATS}")
     return records
 
 
-def read_both(train: Path, validation: Path | None) -> tuple[list[Record], list[Record] | None]:
+def read_both(
+    train: Path, validation: Path | None, columns: Mapping[Any, str] | None = None
+) -> tuple[list[Record], list[Record] | None]:
     """The records to train on and those held out. Raises one :class:`DataError` for what is wrong with either."""
-    return of_both(read_records, train, validation)
+    return of_both(partial(read_records, columns=columns), train, validation)
 
 
 def of_both(question: Callable[[Path], _T], train: Path, validation: Path | None) -> tuple[_T, _T | None]:
@@ -108,142 +118,136 @@ def several(items: Sequence[str], most: int = 5) -> str:
 def bad_lines(
     path: Path | str,
     errors: list[str],
+    unit: Unit = "line",
+    remedy: str | None = None,
     *,
     most: int = _NUM_ERRORS_SHOWN,
-    remedy: str = "correct or remove them; nothing is skipped silently",
 ) -> DataError:
-    """The error for lines that cannot be used; each of ``errors`` begins with its line."""
+    """The error for rows that cannot be used; each of ``errors`` begins with its place."""
     shown = [f"  {error}" for error in errors[:most]]
     if len(errors) > len(shown):
         shown.append(f"  and {len(errors) - len(shown):,} more")
     return DataError(
-        f"{path}: {len(errors):,} line{'s' * (len(errors) > 1)} cannot be used\n" + "\n".join(shown),
-        remedy=remedy,
+        f"{path}: {len(errors):,} {unit}{'s' * (len(errors) > 1)} cannot be used\n" + "\n".join(shown),
+        remedy=remedy or "correct or remove them; nothing is skipped silently",
     )
 
 
-def _lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines, split at \\n only, so that U+2028 is text. Of one that is too long only the beginning."""
-    number = 0
-    while raw := stream.readline(MAX_LINE_BYTES + 1):
-        number += 1
-        yield number, raw
-        while len(raw) > MAX_LINE_BYTES and not raw.endswith(b"\n"):  # its rest, without keeping it
-            raw = stream.readline(MAX_LINE_BYTES + 1)
+class _NoForm(BadRow):
+    """A row in none of the forms."""
 
 
-def _refuse_other_formats(path: Path, first: bytes) -> None:
-    if first.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError(f"{path} is UTF-16", remedy="save it as UTF-8")
-    if first.strip() == b"[":
-        raise DataError(f"{path} is one JSON array", remedy="put each record on a line of its own, no brackets")
+def _refuse_other_columns(path: Path, rows: Rows, names: Mapping[str, str]) -> None:
+    """A table without the columns of any form is one error, not one per row."""
+    if rows.columns is None:
+        return
+    found = rows.columns
+    asked = [name for key, name in names.items() if name != key and name not in found]
+    if not asked and (
+        any(names[key] in found for key in _TURN_KEYS) or {names["instruction"], names["output"]} <= {*found}
+    ):
+        return
+    question = next((name for name in found if name.lower() in _QUESTIONS), "question")
+    answer = next((name for name in found if name.lower() in _ANSWERS), "answer")
+    hint = f"{{instruction: {question}, output: {answer}}}"
+    if len(found) == 1 and any(mark in found[0] for mark in ";\t|"):
+        hint += "; CSV is separated by commas, .tsv by tabs"
+    what = f"no column {asked[0]}" if asked else "no columns of a record"
+    raise DataError(f"{path} has {what}: it has {_keys(found)}", remedy=_ACCEPTED + hint)
 
 
-def _record(number: int, raw: bytes) -> Record:
-    value = _parse(raw)
-    if isinstance(value, list):
-        raise _BadLine("an array, not an object; put each record on a line of its own")
-    if not isinstance(value, dict):
-        raise _BadLine(f"{_kind(value)}, not an object")
-    if "messages" in value:
-        mixed = sorted(_DOCUMENT_KEYS & value.keys())
+def _record(row: Row, names: Mapping[str, str], unit: Unit) -> Record:
+    if row.problem is not None:
+        raise BadRow(row.problem)
+    fields = row.value
+    if isinstance(fields, list):
+        raise BadRow("an array, not an object; put each record on a line of its own")
+    if not isinstance(fields, dict):
+        raise BadRow(f"{_kind(fields)}, not an object")
+    talks = [key for key in _TURN_KEYS if names[key] in fields]
+    if talks:
+        mixed = [names[key] for key in (*talks[1:], *sorted(_DOCUMENT_KEYS)) if names[key] in fields]
         if mixed:
-            raise _BadLine(f"both messages and {', '.join(mixed)}; use one form")
-        return Record(number, _conversation(value["messages"]), False)
-    missing = [key for key in ("instruction", "output") if key not in value]
+            raise BadRow(f"both {names[talks[0]]} and {', '.join(mixed)}; use one form")
+        messages = _conversation(fields[names[talks[0]]], names[talks[0]], _TURN_KEYS[talks[0]])
+        return Record(row.number, (*_system(fields, messages), *messages), False, unit)
+    missing = [names[key] for key in ("instruction", "output") if names[key] not in fields]
     if missing:
-        present = ", ".join(key if key.isprintable() else repr(key) for key in sorted(value)[:8]) or "nothing"
-        raise _BadLine(f"{' and '.join(missing)} missing (it has: {present:.200})")
-    question, answer = _text(value, "instruction"), _text(value, "output")
-    extra = _text(value, "input", may_be_empty=True) if "input" in value else ""
+        raise _NoForm(f"{' and '.join(missing)} missing (it has: {_keys(sorted(fields))})")
+    question, answer = _text(fields, names["instruction"]), _text(fields, names["output"])
+    extra = _text(fields, names["input"], may_be_empty=True) if names["input"] in fields else ""
     if extra.strip():
         question = f"{question}\n\n{extra}"
-    messages = (Message("user", question), Message("assistant", answer))
-    return Record(number, messages, True)
+    if fields.get("history"):
+        raise BadRow("history is not read: write its turns as messages")
+    return Record(
+        row.number, (*_system(fields, ()), Message("user", question), Message("assistant", answer)), True, unit
+    )
 
 
-def _parse(raw: bytes) -> Any:
-    if len(raw) > MAX_LINE_BYTES:
-        raise _BadLine(f"longer than {MAX_LINE_BYTES:,} bytes")
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise _BadLine(f"not UTF-8 at byte {error.start + 1}") from error
-    if "\0" in text:
-        raise _BadLine("a NUL character")
-    try:
-        return _DECODER.decode(text)
-    except json.JSONDecodeError as error:
-        raise _BadLine(f"broken JSON at column {error.colno}: {error.msg}") from error
-    except RecursionError as error:
-        raise _BadLine("broken JSON: nested too deeply") from error
-    except ValueError as error:  # an integer of more digits than Python converts
-        raise _BadLine(f"broken JSON: {str(error).split(';')[0]}") from error
+def _system(fields: dict[str, Any], messages: Sequence[Message]) -> tuple[Message, ...]:
+    """The ``system`` text beside a record's own form, where its turns have none."""
+    text = fields.get("system")
+    if not isinstance(text, str) or not text.strip() or (messages and messages[0].role == "system"):
+        return ()
+    return (Message("system", _text(fields, "system")),)
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise _BadLine(f"key {twice!r:.60} appears twice")
-    return result
-
-
-def _constant(name: str) -> NoReturn:
-    raise _BadLine(f"{name} is not JSON")
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
+def _keys(names: Sequence[str]) -> str:
+    shown = ", ".join(key if key.isprintable() else repr(key) for key in names[:8])
+    return f"{shown:.200}" if shown else "nothing"
 
 
 def _text(fields: dict[str, Any], key: str, *, may_be_empty: bool = False, where: str = "") -> str:
     value = fields[key]
     if not isinstance(value, str):
-        raise _BadLine(f"{where}{key} is {_kind(value)}, not text")
+        raise BadRow(f"{where}{key} is {_kind(value)}, not text")
     if not may_be_empty and not value.strip():
-        raise _BadLine(f"{where}{key} is {'only blanks' if value else 'empty'}")
+        raise BadRow(f"{where}{key} is {'only blanks' if value else 'empty'}")
     if "\0" in value:
-        raise _BadLine(f"{where}{key} has a NUL character")
+        raise BadRow(f"{where}{key} has a NUL character")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise _BadLine(f"{where}{key} has half of a surrogate pair at character {error.start + 1}") from error
+        raise BadRow(f"{where}{key} has half of a surrogate pair at character {error.start + 1}") from error
     return value
 
 
-def _conversation(value: Any) -> tuple[Message, ...]:
+def _conversation(value: Any, name: str, keys: tuple[str, str]) -> tuple[Message, ...]:
     if not isinstance(value, list):
-        raise _BadLine(f"messages is {_kind(value)}, not an array")
+        raise BadRow(f"{name} is {_kind(value)}, not an array")
     messages: list[Message] = []
     for index, turn in enumerate(value, start=1):
         where = f"message {index}: "
         if not isinstance(turn, dict):
-            raise _BadLine(f"{where}{_kind(turn)}, not an object")
-        for key in ("role", "content"):
+            raise BadRow(f"{where}{_kind(turn)}, not an object")
+        speaker, content = next((pair for pair in (keys, *_TURN_KEYS.values()) if pair[0] in turn), keys)
+        for key in (speaker, content):
             if key not in turn:
-                raise _BadLine(f"{where}{key} missing")
-        role = turn["role"]
-        if role not in _ROLES:
-            raise _BadLine(f"{where}role is {role!r:.60}, not one of {', '.join(_ROLES)}")
+                raise BadRow(f"{where}{key} missing")
+        roles = _SPEAKERS if speaker == "from" else _ROLES
+        said = turn[speaker]
+        if not isinstance(said, str) or said not in roles:
+            raise BadRow(f"{where}{speaker} is {said!r:.60}, not one of {', '.join(roles)}")
+        role = roles[said]
         _refuse_disorder(where, [m.role for m in messages[-1:]], role)
-        messages.append(Message(role, _text(turn, "content", where=where)))
+        messages.append(Message(role, _text(turn, content, where=where)))
     if not messages:
-        raise _BadLine("messages is empty")
+        raise BadRow(f"{name} is empty")
     if messages[-1].role != "assistant":
-        raise _BadLine("the last message is not the assistant's, so it has nothing to learn")
+        raise BadRow("the last message is not the assistant's, so it has nothing to learn")
     return tuple(messages)
 
 
 def _refuse_disorder(where: str, before: list[str], role: str) -> None:
     if role == "system" and before:
-        raise _BadLine(f"{where}a system message may only stand first")
+        raise BadRow(f"{where}a system message may only stand first")
     expected = "assistant" if before == ["user"] else "user"
     if role not in ("system", expected):
-        raise _BadLine(f"{where}{expected} expected, found {role}; user and assistant take turns")
+        raise BadRow(f"{where}{expected} expected, found {role}; user and assistant take turns")
 
 
 def _kind(value: Any) -> str:
-    """What JSON calls a value that was read from it."""
+    """What JSON calls a value that was read from it; of Parquet, Python's name of others."""
     names = {bool: "a boolean", int: "a number", float: "a number", str: "text", list: "an array", dict: "an object"}
-    return names.get(type(value), "null")
+    return "null" if value is None else names.get(type(value), type(value).__name__)

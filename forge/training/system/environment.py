@@ -15,6 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from forge import __version__
+
 ROOT = Path(__file__).resolve().parents[3]
 
 PACKAGES = (
@@ -61,6 +63,14 @@ def describe_environment(*, with_torch: bool) -> dict[str, Any]:
         "gpu": describe_gpu(),
         "torch": _describe_torch() if with_torch else None,
     }
+
+
+def describe_versions() -> str:
+    """Forge with its commit, torch and transformers, a line each. Imports none of them."""
+    state = _git_state()
+    commit = f" (commit {state['commit'][:10]}{', with changes' if state['is_dirty'] else ''})" if state else ""
+    others = "".join(f"{name} {package_version(name) or 'not installed'}\n" for name in ("torch", "transformers"))
+    return f"forge {__version__}{commit}\n{others}"
 
 
 def package_version(name: str) -> str | None:

@@ -75,7 +75,7 @@ def _training(run: RunRecord, run_dir: Path) -> Iterator[Link]:
         yield _link(f"examples, {name}", "run.json", examples, stored)
         made = None
         if path is not None and path.is_file():
-            encoded = encode_records(read_records(path), encoder, workload.data)
+            encoded = encode_records(read_records(path, workload.data.columns), encoder, workload.data)
             if name == "train" and workload.data.sample is not None:
                 encoded = sample_examples(encoded, workload.data.sample)
             made = encoded.sha256

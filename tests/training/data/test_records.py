@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forge.training.data import records
+from forge.training.data import rows
 from forge.training.data.records import Message, Record, read_both, read_records
 from forge.training.system.errors import DataError
 
@@ -133,8 +133,9 @@ def test_all_bad_lines_are_counted_and_ten_are_shown(tmp_path: Path) -> None:
         (b"", "has no records"),
         (b"\xef\xbb\xbf", "has no records"),
         (b"\n\r\n  \n", "has no records"),
-        (b"[\n" + GOOD.encode() + b"\n]\n", "is one JSON array"),
-        (f"[{GOOD},{GOOD}]".encode(), "line 1: an array, not an object"),
+        (b"PK\x03\x04xl/workbook.xml", "is a ZIP archive or a spreadsheet"),
+        (b"\x1f\x8b\x08", "is compressed by gzip"),
+        (b'{\n  "instruction": "a",\n  "output": "b"\n}\n', "one JSON object over several lines"),
         (GOOD.encode("utf-16"), "is UTF-16"),
         (GOOD.encode("utf-16-be"), "line 1: a NUL character"),
         (GOOD.encode("utf-32"), "is UTF-16"),
@@ -163,7 +164,7 @@ def test_a_line_of_fifteen_megabytes_is_read(tmp_path: Path) -> None:
 def test_a_line_longer_than_the_limit_is_named_and_the_lines_after_it_keep_their_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(records, "MAX_LINE_BYTES", len(GOOD) + 1)
+    monkeypatch.setattr(rows, "MAX_LINE_BYTES", len(GOOD) + 1)
     with pytest.raises(DataError) as caught:
         read(tmp_path, f"{GOOD}\n{GOOD[:-1]}    }}\n{'x' * 1000}\n{GOOD}\n{{}}\n" + "y" * 300)
     named = [line.split(":")[0] for line in caught.value.message.splitlines()[1:]]
@@ -172,7 +173,7 @@ def test_a_line_longer_than_the_limit_is_named_and_the_lines_after_it_keep_their
 
 
 def test_a_huge_file_without_a_line_end_takes_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "MAX_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(rows, "MAX_LINE_BYTES", 1 << 20)
     path = tmp_path / "c.jsonl"
     with open(path, "wb") as stream:
         stream.truncate(100 << 20)
