@@ -73,6 +73,30 @@ def options(
 
 
 @app.command()
+def init(
+    root: Annotated[Path | None, typer.Argument(metavar="FOLDER", help="Your documents.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The config to write.")] = Path("mine.yaml"),
+    base: Annotated[str | None, typer.Option("--base", help="The base; default: what this machine can train.")] = None,
+    template: Annotated[bool, typer.Option("--template", help="Print every key with its default instead.")] = False,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Write a commented config for your documents and this machine; then `forge run` it."""
+    from forge.training.config.commented import template as plain_template
+    from forge.training.system.errors import ConfigurationError
+
+    if template:
+        sys.stdout.write(plain_template())
+        return
+    if root is None:
+        raise ConfigurationError("no folder was named", remedy="forge init FOLDER, or forge init --template")
+    from forge.training.init import print_initialised, write_config
+
+    written = write_config(root, output, base=base, force=force)
+    print_json(written) if as_json else print_initialised(written, results())
+
+
+@app.command()
 def dataset(
     root: Annotated[Path, typer.Argument(metavar="ROOT", help="The repository of documents.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The corpus, JSONL.")] = Path("corpus.jsonl"),

@@ -86,7 +86,7 @@ def run_pipeline(
     if outcome.answers:
         outcome.seconds["ask the GGUF"] = time.perf_counter() - started
     write_json(run_dir / "outcome.json", {"seconds": outcome.seconds, "answers": outcome.answers})
-    _judge(run_dir, outcome)
+    _judge(workload, run_dir, outcome, console)
     return outcome
 
 
@@ -114,8 +114,8 @@ def _ask_all(workload: Workload, run_dir: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _judge(run_dir: Path, outcome: Outcome) -> None:
-    """The planted facts: absent before, present after, in every form of the model."""
+def _judge(workload: Workload, run_dir: Path, outcome: Outcome, console: Console) -> None:
+    """The facts: absent before, present after, in every form of the model; only told where they are not required."""
     path = run_dir / "evaluation.json"
     evaluation = read_json_object(path) if path.is_file() else {}
     wrong = [f"{row['model']} does not say it: {row['answer']!r:.200}" for row in outcome.answers if not row["found"]]
@@ -124,7 +124,9 @@ def _judge(run_dir: Path, outcome: Outcome) -> None:
         if row["found"] != expected:
             verb = "does not say it" if expected else "knew it before training"
             wrong.append(f"{row['subject']} {verb}: {row['answer']!r:.200}")
-    if wrong:
+    if wrong and not workload.evaluation.require_facts:
+        console.print(f"facts: {len(wrong)} answers are not as wanted; evaluation.require_facts is false: no failure")
+    elif wrong:
         raise CheckError("the planted fact: " + "; ".join(wrong), remedy="train longer, or look at evaluation.json")
 
 

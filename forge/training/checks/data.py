@@ -8,14 +8,17 @@ from pathlib import Path
 
 from forge.training.checks.finding import Finding, ok, warning
 from forge.training.config.workload import Workload
+from forge.training.data.corpus import passed_over
 from forge.training.data.discovery import discover, embedded_documents
 from forge.training.data.inputs import (
     describe_overlap,
     find_overlap,
+    own_files,
     refuse_evaluation_of_nothing,
     refuse_unusable_sources,
 )
 from forge.training.data.records import Record, read_both, several
+from forge.training.system.command import counted
 from forge.training.system.errors import DataError
 from forge.training.system.secrets import find_secrets
 
@@ -36,23 +39,23 @@ def _check_documents(workload: Workload) -> Iterator[Finding]:
     is_embedded = workload.data.documents == "embedded"
     root = (embedded_documents() if is_embedded else Path(workload.data.documents)).resolve()
     refuse_unusable_sources(workload)
-    num_files = len(discover(root, exclude=lambda _: False).candidates)
+    num_files = len(discover(root, exclude=passed_over(own_files(workload))).candidates)
     needed = 2 if workload.data.validation_share else 1
     if num_files < needed:
         raise DataError(
-            f"data.documents: {root} holds {num_files} files to read, {needed} are needed",
+            f"data.documents: {root} holds {counted(num_files, 'file')} to read, {needed} needed",
             remedy="add documents" + (", or hold nothing out: --set data.validation_share=0" if num_files else ""),
         )
-    yield ok("data", f"{num_files:,} files in {'the embedded documents' if is_embedded else root}")
+    yield ok("data", f"{counted(num_files, 'file')} in {'the embedded documents' if is_embedded else root}")
 
 
 def _check_records(workload: Workload) -> Iterator[Finding]:
     data = workload.data
     assert data.train is not None
     train, held_out = read_both(Path(data.train), Path(data.validation) if data.validation else None, data.columns)
-    yield ok("data", f"{len(train):,} records in {data.train}")
+    yield ok("data", f"{counted(len(train), 'record')} in {data.train}")
     if held_out is not None:
-        yield ok("data", f"{len(held_out):,} records held out in {data.validation}")
+        yield ok("data", f"{counted(len(held_out), 'record')} held out in {data.validation}")
         for line in describe_overlap(find_overlap(train, held_out)):
             remedy = "their loss says nothing about new documents; `forge dataset ROOT --split 0.1` splits by document"
             yield warning("data", line, remedy)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from forge.training.system.command import counted
 from forge.training.system.errors import ForgeError
 
 if TYPE_CHECKING:
@@ -66,4 +67,4 @@ def print_findings(findings: Sequence[Finding], console: Console) -> None:
         if finding.remedy:
             console.print(Text(f"{'':<{width + 9}}  -> {finding.remedy}"))
     counts = {level: sum(finding.level == level for finding in findings) for level in styles}
-    console.print(f"{counts['ok']} ok, {counts['warning']} warnings, {counts['error']} errors")
+    console.print(f"{counts['ok']} ok, {counted(counts['warning'], 'warning')}, {counted(counts['error'], 'error')}")

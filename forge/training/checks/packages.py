@@ -38,9 +38,11 @@ def check_packages(workload: Workload, backend: Backend, has_gpu: bool) -> Itera
         needed.add("bitsandbytes")
     file = module.PINNED_BY or f"requirements-{'gpu' if has_gpu or module.NEEDS_GPU else 'cpu'}.txt"
     missing = [name for name, version in installed.items() if name in needed and version is None]
-    if missing:
-        remedy = f"install {file}" + (" on a machine with a CUDA GPU" if module.NEEDS_GPU and not has_gpu else "")
-        yield failure("packages", MachineError(f"not installed: {', '.join(missing)}", remedy=remedy))
+    for source, names in _by_file(missing, file).items():
+        remedy = f"install {source}" if source else f"install {', '.join(names)}"
+        if not has_gpu and (module.NEEDS_GPU or source == "requirements-gpu.txt"):
+            remedy += " on a machine with a CUDA GPU"
+        yield failure("packages", MachineError(f"not installed: {', '.join(names)}", remedy=remedy))
     pins = _read_pins(file)
     differing = [
         f"{name} {version} (pinned {pins[name]})"
@@ -60,6 +62,15 @@ def check_packages(workload: Workload, backend: Backend, has_gpu: bool) -> Itera
     elif pins and not missing:
         yield ok("packages", f"as pinned in {file}")
     yield from _check_floors(backend, is_pinned=module.PINNED_BY is not None)
+
+
+def _by_file(missing: list[str], file: str) -> dict[str, list[str]]:
+    """The missing packages by the requirements file that holds them: ``file`` where it does, "" where none is here."""
+    files = (file, "requirements-cpu.txt", "requirements-gpu.txt", "requirements-legacy.txt")
+    by_file: dict[str, list[str]] = {}
+    for name in missing:
+        by_file.setdefault(next((each for each in files if name in _read_pins(each)), ""), []).append(name)
+    return by_file
 
 
 def _read_pins(file: str) -> dict[str, str]:

@@ -88,6 +88,7 @@ def template() -> str:
 
 def _entry(name: str, value: Any, comment: str, above: list[str], width: int) -> list[str]:
     entry = f"{name}:" if value is PydanticUndefined else dump_entry(name, value)
+    comment = f"required: {comment}" if value is PydanticUndefined else comment
     first, *others = entry.splitlines()
     if not comment:
         return [*above, first, *others]
@@ -101,7 +102,7 @@ def _comment(field: Any) -> str:
     values = _literals(field.annotation)
     if values and not all(str(value) in text for value in values):
         text += f" ({', '.join(map(str, values))})"
-    return f"required: {text}" if field.is_required() else text
+    return text
 
 
 def _literals(annotation: Any) -> tuple[Any, ...]:

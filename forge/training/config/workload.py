@@ -192,7 +192,7 @@ class TrainingSection(_Section):
     save_every_steps: Positive | None = None
     """a checkpoint, so that an interrupted run resumes"""
     save_every_minutes: Annotated[float, Field(gt=0)] | None = 10.0
-    """likewise: a kill costs at most so much"""
+    """a checkpoint as often: a kill costs at most so much"""
     spike_limit: Positive | None = None
     """end the run at this many loss spikes in a row; null: only report them"""
 

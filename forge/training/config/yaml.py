@@ -92,7 +92,8 @@ def dump_yaml(content: dict[str, Any]) -> str:
 
 def dump_entry(key: str, value: Any) -> str:
     """``key: value`` as :func:`dump_yaml` has it, lists and mappings of plain values on one line."""
-    style = None if isinstance(value, list | dict) else False
+    is_plain = not any(isinstance(item, dict) for item in value) if isinstance(value, list) else isinstance(value, dict)
+    style = None if is_plain else False
     dumped = yaml.dump(
         {key: value}, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=style, width=10**6
     )

@@ -123,13 +123,15 @@ def build_corpus(
     choice: Choice | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
     without_split: str = "leave --split out",
+    own: Sequence[Path] = (),
     force: bool = False,
 ) -> CorpusReport:
     """Write a repository's documents to ``output``, sorted by path, and say what became of each file.
 
     With a ``validation_share``, ``NAME.train.jsonl`` and ``NAME.validation.jsonl`` are written instead
     of ``NAME.jsonl``, both or neither. The first of ``rules`` whose prefix a path begins with words
-    its instruction, a default where none does. ``without_split``: what to do to hold nothing out. Raises
+    its instruction, a default where none does. ``own``: files and folders that are no documents. ``without_split``:
+    what to do to hold nothing out. Raises
     :class:`DataError` where there is nothing to use, :class:`DiskError` where an output exists (unless ``force``) or
     cannot be written.
     """
@@ -147,7 +149,7 @@ def build_corpus(
         refuse_existing(target, force)
 
     root = root.resolve()
-    exclude = _own_files([output, *sides])
+    exclude = passed_over([output, *sides, *own])
     choice = choice or Choice()
     read = read_documents(root, exclude=exclude, choice=choice, max_file_bytes=max_file_bytes)
     documents, skipped = read.documents, read.skipped
@@ -198,9 +200,9 @@ def build_corpus(
     )
 
 
-def _own_files(outputs: list[Path]) -> Callable[[str], bool]:
-    """True for the outputs of this or an earlier call, and for what an interrupted one left beside them."""
-    places = [(str(o.parent.resolve()), o.name) for o in outputs]
+def passed_over(own: Sequence[Path]) -> Callable[[str], bool]:
+    """True for Forge's own files, such as a corpus, and for what an interrupted command left beside them."""
+    places = [(str(o.parent.resolve()), o.name) for o in own]
     whole = {os.path.join(*place) for place in places}
     partial = tuple(os.path.join(folder, f".{name}.") for folder, name in places)
     return lambda path: path in whole or (path.startswith(partial) and path.endswith(".part"))

@@ -121,6 +121,11 @@ def refuse_evaluation_of_nothing(workload: Workload) -> None:
         )
 
 
+def own_files(workload: Workload) -> list[Path]:
+    """The config's own files: among the documents, they would teach the model its own training."""
+    return [path for path in (workload.path, workload.plans_path) if path is not None]
+
+
 def corpus_paths(workload: Workload, run_dir: Path) -> tuple[Path, Path | None, list[str]]:
     """The corpus files, and what became of the documents where they are built from ``data.documents``."""
     data = workload.data
@@ -138,6 +143,7 @@ def corpus_paths(workload: Workload, run_dir: Path) -> tuple[Path, Path | None, 
         validation_share=data.validation_share,
         rules=data.instructions,
         without_split="hold nothing out: --set data.validation_share=0",
+        own=[*own_files(workload), run_dir],
         force=True,
     )
     notes = [f"documents: {report.num_kept:,} kept, {len(report.skipped):,} skipped"]

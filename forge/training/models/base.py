@@ -99,12 +99,19 @@ def resolve_base(
         return _standin(path, say)
     if Path(path).is_dir():
         return check_base(Path(path).absolute())
+    refuse_unknown_name(path)
+    return check_base(_fetched(path, offline, revision))
+
+
+def refuse_unknown_name(path: str) -> None:
+    """Raise :class:`ConfigurationError` for what is neither a directory nor a stand-in, nor looks like a hub name."""
+    if path in STANDINS or Path(path).is_dir():
+        return
     if path.startswith(("/", ".", "~")) or path.count("/") != 1:
         raise ConfigurationError(
             f"model.path: no directory {path}",
             remedy=f"name a model directory, a hub name (OWNER/NAME) or one of {', '.join(STANDINS)}",
         )
-    return check_base(_fetched(path, offline, revision))
 
 
 def is_here(path: str, *, revision: str | None = None) -> bool:

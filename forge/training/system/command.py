@@ -121,6 +121,11 @@ def printable(text: str, kept: str = "") -> str:
     return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
 
 
+def counted(number: int, noun: str) -> str:
+    """``1 record``, ``2,000 records``."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def rows_table(title: str, rows: Iterable[tuple[str, str]]) -> Table:
     """Names in bold and their values, two columns without a header. Values are text, never markup."""
     from rich.table import Table

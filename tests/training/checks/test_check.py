@@ -196,7 +196,7 @@ def test_documents_are_counted_and_a_missing_folder_is_an_error(base: Path, tmp_
     assert "no directory" in said(check_workload(workload(tmp_path, base, data=given), "trl", tmp_path), "error")
     docs.mkdir()
     (docs / "a.md").write_text("# A\n", encoding="utf-8")
-    assert "1 files to read, 2 are needed" in said(
+    assert "1 file to read, 2 needed" in said(
         check_workload(workload(tmp_path, base, data=given), "trl", tmp_path), "error"
     )
     (docs / "b.md").write_text("# B\n", encoding="utf-8")
@@ -315,6 +315,40 @@ def test_what_a_backend_cannot_do_is_found_and_train_refuses_it_before_it_does_a
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("absent", "changes", "has_gpu", "file"),
+    [
+        (
+            "bitsandbytes",
+            {"model": {"quantization": "nf4"}},
+            False,
+            "requirements-gpu.txt on a machine with a CUDA GPU",
+        ),
+        ("bitsandbytes", {"optimizer": {"name": "adamw_8bit"}}, True, "requirements-gpu.txt"),
+        ("peft", {}, False, "requirements-cpu.txt"),
+        ("peft", {}, True, "requirements-gpu.txt"),
+    ],
+)
+def test_the_remedy_for_a_missing_package_names_a_file_that_holds_it(
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    absent: str,
+    changes: dict[str, Any],
+    has_gpu: bool,
+    file: str,
+) -> None:
+    real = packages.package_version
+    monkeypatch.setattr(packages, "package_version", lambda name: None if name == absent else real(name))
+    asked = workload(tmp_path, base, **changes)
+    found = [f for f in packages.check_packages(asked, "trl", has_gpu=has_gpu) if "not installed" in f.message]
+    assert [(f.message, f.remedy) for f in found] == [(f"not installed: {absent}", f"install {file}")]
+    assert f"\n{absent}==" in (ROOT / file.split()[0]).read_text()
+    monkeypatch.setattr(packages, "ROOT", tmp_path)  # installed without its checkout
+    found = [f for f in packages.check_packages(asked, "trl", has_gpu=has_gpu) if "not installed" in f.message]
+    assert [f.remedy for f in found] == [f"install {absent}"]
+
+
 def test_versions_below_the_security_floor_are_errors_except_in_the_legacy_stack(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -395,7 +429,7 @@ def test_findings_are_printed_one_a_line_with_their_remedy() -> None:
         "ok       data  3 records",
         "error    GPU   none [here]",
         "               -> buy one",
-        "1 ok, 0 warnings, 1 errors",
+        "1 ok, 0 warnings, 1 error",
     ]
 
 
