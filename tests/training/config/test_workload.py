@@ -281,6 +281,7 @@ MEANT = {
     "learning_rate=1e-4": "optimizer.learning_rate",
     "training.learning_rate=1e-4": "optimizer.learning_rate",
     "model.rank=8": "lora.rank",
+    "gate.max_steps=8": "training.max_steps",
     "epoch=2": "training.epochs",
     "lora.epochs=2": "training.epochs",
     "lernrate.learning_rates=1": None,
