@@ -25,6 +25,7 @@ from forge.training.checks.layout import Layout, suggest_layout
 from forge.training.checks.model import find_base
 from forge.training.config.commented import WIDTH, commented_yaml
 from forge.training.config.overrides import unusable_text
+from forge.training.config.plan import Plan
 from forge.training.config.workload import InstructionRule, Workload, load_workload
 from forge.training.config.yaml import dump_yaml
 from forge.training.data.corpus import CorpusReport, build_corpus, reasons
@@ -105,9 +106,9 @@ def write_config(root: Path, output: Path, *, base: str | None = None, force: bo
     text = _head(root, output, layout) + commented_yaml(
         content, notes=_notes(layout, documents, facts, content), leave_out=_left_out(content)
     )
-    default = load_backend(backend).DEFAULT_PLAN
+    default = Plan.model_validate(load_backend(backend).DEFAULT_PLAN).model_dump()
     plans: dict[str, Any] = {
-        name: {key: value for key, value in plan.items() if default.get(key) != value}
+        name: {key: value for key, value in plan.items() if default[key] != value}
         for name, plan in layout.plans.items()
     }
     has_plans = any(plans.values())

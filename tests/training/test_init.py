@@ -104,6 +104,11 @@ def test_what_it_writes_passes_check(written: Initialised, tmp_path: Path) -> No
     assert any("mine.plans.yaml" in row["message"] for row in found)
 
 
+def test_a_plan_that_is_the_default_is_not_written(tmp_path: Path) -> None:
+    written = write_config(documents(tmp_path / "docs"), tmp_path / "mine.yaml", base="someone/0.5B-model")
+    assert (written.plans, list(tmp_path.glob("*.plans.yaml"))) == (None, [])
+
+
 @pytest.mark.parametrize("there", ["mine.yaml", "mine.plans.yaml"])
 def test_nothing_that_is_there_is_overwritten(tmp_path: Path, there: str) -> None:
     docs = documents(tmp_path / "docs")
