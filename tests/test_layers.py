@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = {
     "forge.training": [
         *("system", "config", "llamacpp", "models", "data", "backends", "train", "adapter", "evaluation", "export"),
-        *("checks", "init", "pipeline", "cli", "__main__"),
+        *("report", "checks", "init", "pipeline", "cli", "__main__"),
     ],
     "harness": [
         *("stats", "simulation", "measurement", "documents", "trained_base", "verdict", "recorder", "compare"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from harness.report.arms import ablation as ablation_of
 from harness.report.arms import arms_by_workload
 from harness.report.evidence import Evidence
-from harness.report.page.content import Report
+from harness.report.page.gate_report import Report
 from harness.report.sections import (
     ablation,
     context,

@@ -20,12 +20,12 @@ from pydantic import BaseModel, ValidationError
 
 from forge.training.checks.machine import memory_floor_bytes
 from forge.training.config.workload import Workload
+from forge.training.report.page.content import printable
 from forge.training.system.errors import CheckError, DataError
 from forge.training.system.files import read_json_object
 from forge.training.train.record import RunRecord
 from harness.measurement.metrics import Metric, measure, training_steps
 from harness.measurement.results import Outcome, Store, TrialState
-from harness.report.page.content import printable
 from harness.verdict import Verdict
 
 KINDS = ("metric", "claim", "ablation", "max_context", "matmul_peak", "not_run", "parity", "export", "reliability")

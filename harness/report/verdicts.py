@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from forge.training.report.page.content import Row, Table
+from forge.training.report.page.numbers import NONE
 from forge.training.system.errors import DataError
 from harness.export import claims as export
 from harness.parity import claims as parity
@@ -16,8 +18,6 @@ from harness.perf.claims import CLAIMS, Claim, judge
 from harness.reliability import claims as reliability
 from harness.reliability.suite import BACKENDS
 from harness.report.evidence import NOT_ONE_GATE, REMEDY, Entry, Evidence, is_same
-from harness.report.page.content import Row, Table
-from harness.report.page.numbers import NONE
 from harness.verdict import STATUSES, Status, Verdict, worst
 
 # A verdict and the entry that states it; None where no entry does. ``run_ids`` are the runs and the probe it rests on.

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from harness.report.charts.style import colour, finished, legend, name_axes
-from harness.report.charts.svg import GOOD, INK, MUTED, SMALL_SIZE, mark, paper
-from harness.report.page.content import Chart
+from forge.training.report.charts.style import colour, finished, legend, name_axes
+from forge.training.report.charts.svg import GOOD, INK, MUTED, SMALL_SIZE, mark, paper
+from forge.training.report.page.content import Chart
 
 
 def within_band(

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from forge.training.backends import BACKENDS
+from forge.training.report.page.content import Row, Section, Table
+from forge.training.report.page.numbers import NONE, count, gib, spread, with_range
 from harness.report.evidence import Evidence, Run
-from harness.report.page.content import Row, Section, Table
-from harness.report.page.numbers import NONE, count, gib, spread, with_range
 
 
 def build(evidence: Evidence, used: Iterable[Run]) -> Section:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from harness.report.charts.bars import Bar, bars
+from forge.training.report.charts.bars import Bar, bars
+from forge.training.report.page.content import Chart, Row, Section, Table
+from forge.training.report.page.numbers import NONE, duration, gib, number, percent
 from harness.report.evidence import Entry, Evidence, figures_of
-from harness.report.page.content import Chart, Row, Section, Table
-from harness.report.page.numbers import NONE, duration, gib, number, percent
 from harness.report.verdicts import Judged, verdict_table
 
 

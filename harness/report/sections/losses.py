@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
+from forge.training.report.charts.curves import curves
+from forge.training.report.page.content import Chart, Row, Section, Table
+from forge.training.report.page.numbers import NONE
 from harness.perf.suite import LEGACY as BASELINE
 from harness.report.arms import ArmRuns, baseline_of
-from harness.report.charts.points import curves
 from harness.report.evidence import Run
-from harness.report.page.content import Chart, Row, Section, Table
-from harness.report.page.numbers import NONE
 
 _AXES = ("optimizer step", "nats per trained token")
 _Losses = dict[int, float]  # by step

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from forge.training.report.page.content import Row, Section, Table
+from forge.training.report.page.numbers import NONE, tied
 from harness.reliability.claims import STOP_LIMIT_SECONDS
 from harness.report.evidence import figures_of
-from harness.report.page.content import Row, Section, Table
-from harness.report.page.numbers import NONE, tied
 from harness.report.verdicts import Judged, label, verdict_table
 
 _Measured = tuple[str, str, str]  # what, its value, what it is compared with

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from forge.training.report.page.content import Row, Section, Table
+from forge.training.report.page.numbers import NONE, digits, number, percent, spread, tied, times
 from harness.perf.claims import Claim
 from harness.report.charts.points import Estimate, margins
 from harness.report.evidence import Evidence
-from harness.report.page.content import Row, Section, Table
-from harness.report.page.numbers import NONE, digits, number, percent, spread, tied, times
 from harness.report.verdicts import Judged
 from harness.verdict import Verdict
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from forge.training.backends import BACKENDS
-from harness.report.charts.style import LOOKS
+from forge.training.report.charts.style import LOOKS
 from tests.support.recorded_gate import small_gate
 from tests.support.report_pages import Page, report_of, whole
 

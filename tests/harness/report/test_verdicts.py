@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
+from forge.training.report.page.content import Table
 from forge.training.system.errors import DataError
 from harness.perf.claims import CLAIMS, judge
 from harness.report.arms import ablation, arms_by_workload
 from harness.report.evidence import Entry, Evidence, read_evidence
-from harness.report.page.content import Table
 from harness.report.sections import missing
 from harness.report.verdicts import EXPECTED, SUITES, Judged, judge_all, label, overall
 from harness.verdict import Verdict

@@ -26,10 +26,11 @@ TEXT_SIZE = 10.5
 SMALL_SIZE = 9.5
 INK, MUTED, RULE, PAPER = "#010101", "#010102", "#010103", "#010104"
 GOOD, BAD, DOUBT = "#010105", "#010106", "#010107"
-BACKEND_COLOURS: dict[str, str] = {backend: f"#0102{place:02x}" for place, backend in enumerate(BACKENDS)}
+SERIES = (*BACKENDS, "train", "held-out")  # what a chart compares: backends, or the two losses of one run
+SERIES_COLOURS: dict[str, str] = {name: f"#0102{place:02x}" for place, name in enumerate(SERIES)}
 _VARIABLES = {
     **{INK: "ink", MUTED: "muted", RULE: "rule", PAPER: "paper", GOOD: "good", BAD: "bad", DOUBT: "doubt"},
-    **{colour: name for name, colour in BACKEND_COLOURS.items()},
+    **{colour: name for name, colour in SERIES_COLOURS.items()},
 }
 _SETTINGS: dict[str, Any] = {
     "svg.fonttype": "none",  # text as text, in the page's font

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 # What XML cannot hold (and a terminal should not): control characters, halves of surrogate pairs, non-characters.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
@@ -61,22 +61,23 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Listing:
+    """Text to be copied or read as it is: commands."""
+
+    caption: str
+    text: str
+
+
+Part = Chart | Table | Listing
+
+
+@dataclass(frozen=True)
 class Section:
-    """``parts`` are charts (neighbours stand side by side) and tables, in order."""
+    """``parts`` in order; charts that are neighbours stand side by side."""
 
     name: str
     title: str
     intro: str = ""
-    parts: tuple[Chart | Table, ...] = ()
+    parts: tuple[Part, ...] = ()
     notes: tuple[str, ...] = ()
     sections: tuple[Section, ...] = ()
-
-
-@dataclass(frozen=True)
-class Report:
-    """``status`` is the worst of the claims'; ``facts`` are the few lines under the headline."""
-
-    status: str
-    headline: str
-    facts: tuple[str, ...]
-    sections: tuple[Section, ...] = field(default=())

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from harness.report.charts.style import colour, finished, is_variant, legend, name_axes, text_width
-from harness.report.charts.svg import INK, MUTED, RULE, SMALL_SIZE, TEXT_SIZE, WIDTH, mark, paper
-from harness.report.page.content import Chart
+from forge.training.report.charts.style import colour, finished, is_variant, legend, name_axes, text_width
+from forge.training.report.charts.svg import INK, MUTED, RULE, SMALL_SIZE, TEXT_SIZE, WIDTH, mark, paper
+from forge.training.report.page.content import Chart
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

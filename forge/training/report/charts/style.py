@@ -1,7 +1,7 @@
-"""What the charts share: how each backend looks, names beside points, legends, axis titles.
+"""What the charts share: how each series looks, names beside points, legends, axis titles.
 
 Colour is never the only sign: a mark is labelled, or has a shape or a line style of its own. Looks are dealt out to
-the list of backends in order: a new backend takes the next one.
+the list of backends in order: a new backend takes the next one. The losses of one run have their own.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from itertools import cycle
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from forge.training.backends import BACKENDS
-from harness.report.charts import svg
-from harness.report.charts.svg import BACKEND_COLOURS, INK, MUTED, PAPER, SMALL_SIZE, WIDTH, mark
-from harness.report.page.content import Chart
+from forge.training.report.charts import svg
+from forge.training.report.charts.svg import INK, MUTED, PAPER, SERIES_COLOURS, SMALL_SIZE, WIDTH, mark
+from forge.training.report.page.content import Chart
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
 class Look(NamedTuple):
-    """How a backend is drawn. ``light``, ``dark``: colours on paper of that kind. ``line``: style of its lines."""
+    """How a series is drawn. ``light``, ``dark``: colours on paper of that kind. ``line``: style of its lines."""
 
     light: str
     dark: str
@@ -36,23 +36,26 @@ LOOKS = (
     Look("#1f7a72", "#62c7bd", "P", {"linewidth": 2.2, "linestyle": (0, (2, 2))}),
     Look("#a3286f", "#ef8dc2", "p", {"linewidth": 1.3, "linestyle": (0, (8, 3))}),
 )
-_LOOK_OF: dict[str, Look] = dict(zip(BACKENDS, cycle(LOOKS), strict=False))
+_LOOK_OF: dict[str, Look] = {
+    **dict(zip(BACKENDS, cycle(LOOKS), strict=False)),
+    "train": Look("#8d8980", "#8f8a80", "o", {"linewidth": 1.1}),
+    "held-out": Look("#2f68b1", "#7db0f0", "s", {"linewidth": 2.2}),
+}
 _VARIANT = {"linewidth": 1.6, "linestyle": (0, (1, 1.5))}
 _CHARACTER = 0.56  # mean width of a character, in text sizes; generous, since the page's font is not known here
 _LINE = 14.0  # pixels from one line of text to the next
 
 
-def colour_variables() -> str:
-    """The backends' colours as CSS: a variable each, for light and for dark pages."""
+def colour_variables(series: Sequence[str]) -> str:
+    """The colours of those series as CSS: a variable each, for light and for dark pages."""
     light, dark = (
-        " ".join(f"--{backend}: {getattr(look, scheme)};" for backend, look in _LOOK_OF.items())
-        for scheme in ("light", "dark")
+        " ".join(f"--{name}: {getattr(_LOOK_OF[name], scheme)};" for name in series) for scheme in ("light", "dark")
     )
     return f":root {{ {light} }}\n@media screen and (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n"
 
 
 def colour(backend: str) -> str:
-    return BACKEND_COLOURS.get(backend, MUTED)
+    return SERIES_COLOURS.get(backend, MUTED)
 
 
 def marker(backend: str) -> str:
