@@ -34,6 +34,7 @@ Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", hel
 PlanOption = Annotated[list[str] | None, typer.Option("--plan", metavar="KEY=VALUE", help="Override a plan key.")]
 ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or a name in workloads/.")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory written by `forge train`.")]
+Plain = Annotated[bool, typer.Option("--plain", help="No colours, no bar; so too where the output is no terminal.")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Run directory; default runs/NAME-BACKEND.")]
 BackendOption = Annotated[Literal["auto", Backend], typer.Option("--backend", help="What trains.")]
 
@@ -229,18 +230,22 @@ def train(
     ] = None,
     no_check: Annotated[bool, typer.Option("--no-check", help="Train whatever `forge check` would say.")] = False,
     force: ForceRun = False,
+    plain: Plain = False,
     as_json: Json = False,
 ) -> None:
     """Train an adapter. The same command again resumes a run that was stopped, and leaves a complete one as it is."""
     from forge.training.backends import load_plan
     from forge.training.checks.check import questions_before_training
     from forge.training.config.workload import load_workload
+    from forge.training.system.command import make_plain
     from forge.training.system.errors import GpuMemoryError
     from forge.training.system.oom import restart_with_plan, smaller_micro_batch
     from forge.training.train.display import TrainingDisplay
     from forge.training.train.run import Listener
     from forge.training.train.run import train as train_run
 
+    if plain:
+        make_plain()
     loaded, chosen = load_workload(workload, overrides or []), choose_backend(backend)
     default = Path("runs") / f"{loaded.name}-{chosen}"
     if continue_run is not None:
@@ -249,7 +254,14 @@ def train(
     arguments = [part for setting in overrides or [] for part in ("--set", setting)]
     arguments += [part for setting in plan or [] for part in ("--plan", setting)]
     with TrainingDisplay(logs()) as display:
-        listener = Listener(display.announce, display.show_plan, display.show_step)
+        listener = Listener(
+            display.announce,
+            display.show_plan,
+            display.show_step,
+            display.show_evaluating,
+            display.show_evaluation,
+            display.show_sample,
+        )
         ask = questions_before_training(
             [workload, "--backend", chosen, "--out", str(run_dir), *arguments], display.announce
         )
@@ -273,17 +285,31 @@ def train(
                 raise
             display.announce(f"{error.message}\nresuming in a fresh process with plan.micro_batch={smaller}")
             restart_with_plan(f"micro_batch={smaller}")
-    print_json(record) if as_json else display.show_summary(record, run_dir, results())
+    _refresh_report(run_dir)
+    if as_json:
+        print_json(record)
+    else:
+        display.show_summary(record, run_dir, results())
+        _say_next(run_dir)
 
 
 @app.command()
 def status(run: RunArgument, as_json: Json = False) -> None:
     """Show how far a run is, and whether its process is still alive."""
-    from forge.training.train.display import describe_status_line
+    from forge.training.train.display import show_status
     from forge.training.train.status import describe_status
 
     where = describe_status(run)
-    print_json(where) if as_json else results().print(describe_status_line(where), markup=False)
+    print_json(where) if as_json else show_status(where, results())
+
+
+@app.command()
+def report(run: RunArgument) -> None:
+    """Write RUN/report.html again: one page of what a run was, learned, answers and made."""
+    from forge.training.report.run_report import write_report
+    from forge.training.system.command import say, shown_path
+
+    say(results(), shown_path(write_report(run)), "report: ")
 
 
 @app.command()
@@ -308,7 +334,12 @@ def evaluate(
         force=force,
         progress=logs().print,
     )
-    print_json(evaluation) if as_json else print_evaluation(evaluation, results())
+    _refresh_report(run)
+    if as_json:
+        print_json(evaluation)
+    else:
+        print_evaluation(evaluation, results())
+        _say_next(run)
 
 
 @app.command()
@@ -345,7 +376,12 @@ def export(
         allow_fallback=allow_fallback,
         progress=logs().print,
     )
-    print_json(record) if as_json else print_export(record, results())
+    _refresh_report(run, export_dir=out)
+    if as_json:
+        print_json(record)
+    else:
+        print_export(record, results())
+        _say_next(run, export_dir=out)
 
 
 @app.command()
@@ -373,18 +409,32 @@ def run(
     plan: PlanOption = None,
     out: Out = None,
     force: ForceRun = False,
+    plain: Plain = False,
     as_json: Json = False,
 ) -> None:
     """Everything in order, resumable at each step: check, train, evaluate, export, ask the GGUF."""
     from forge.training.config.workload import load_workload
     from forge.training.pipeline import print_outcome, run_pipeline
+    from forge.training.system.command import make_plain
 
+    if plain:
+        make_plain()
     loaded, chosen = load_workload(workload, overrides or []), choose_backend(backend)
     run_dir = (out or Path("runs") / f"{loaded.name}-{chosen}").absolute()
-    outcome = run_pipeline(
-        loaded, workload, chosen, run_dir, overrides=overrides or [], plan=plan or [], force=force, console=logs()
-    )
-    print_json(outcome) if as_json else print_outcome(outcome, results())
+    os.environ[_STEP_OF_RUN] = "1"
+    try:
+        outcome = run_pipeline(
+            loaded, workload, chosen, run_dir, overrides=overrides or [], plan=plan or [], force=force, console=logs()
+        )
+    finally:
+        del os.environ[_STEP_OF_RUN]
+        if (run_dir / "run.json").is_file():
+            _refresh_report(run_dir)
+    if as_json:
+        print_json(outcome)
+    else:
+        print_outcome(outcome, results())
+        _say_next(run_dir)
 
 
 @app.command()
@@ -401,6 +451,34 @@ def schema(
         print_json(Workload.model_json_schema())
     else:
         sys.stdout.write(describe_key(key))
+
+
+_STEP_OF_RUN = "FORGE_STEP_OF_RUN"  # set by `run` for its steps: it writes the page and says what is next, once
+
+
+def _refresh_report(run_dir: Path, *, export_dir: Path | None = None) -> None:
+    """Write the run's page again. A page that fails is said and ends no command: what it shows is there already."""
+    if _STEP_OF_RUN in os.environ:
+        return
+    from forge.training.report.run_report import write_report
+    from forge.training.system.command import say
+
+    try:
+        write_report(run_dir, export_dir=export_dir)
+    except Exception as error:
+        say(logs(), f"report.html was not written: {error}")
+
+
+def _say_next(run_dir: Path, *, export_dir: Path | None = None) -> None:
+    """Where the run's page is and the command to type next."""
+    if _STEP_OF_RUN in os.environ:
+        return
+    from forge.training.system.command import say, say_next, shown_path
+    from forge.training.train.status import next_command
+
+    if (run_dir / "report.html").is_file():
+        say(results(), shown_path(run_dir / "report.html"), "report: ")
+    say_next(results(), next_command(run_dir, export_dir))
 
 
 def main() -> NoReturn:

@@ -13,6 +13,7 @@ from forge.training.checks.machine import check_llama_cpp
 from forge.training.config.workload import Workload
 from forge.training.evaluation.bench import has_anything_to_evaluate
 from forge.training.export.chat import answer
+from forge.training.system.command import say, shown_path
 from forge.training.system.errors import CheckError, ForgeError
 from forge.training.system.files import read_json_object, sha256_file, write_json
 from forge.training.system.signals import run_following
@@ -141,5 +142,5 @@ def print_outcome(outcome: Outcome, console: Console) -> None:
         table.add_row(name, "before" if seconds is None else f"{seconds:.1f}")
     console.print(table)
     for row in outcome.answers:
-        console.print(f"{row['model']}: {row['answer']}", markup=False)
-    console.print(f"everything is in {outcome.run_dir}", markup=False)
+        say(console, row["answer"], f"{row['model']}: ")
+    say(console, shown_path(Path(outcome.run_dir)), "run directory: ")

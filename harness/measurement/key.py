@@ -65,6 +65,7 @@ def identify(spec: RunSpec) -> Identity:
             # left out of the digest, because they change no mathematics; they take time
             "save_every_steps": workload.training.save_every_steps,
             "save_every_minutes": workload.training.save_every_minutes,
+            "sample_answers": workload.training.sample_answers,
             "report_to": list(workload.report_to),
         },
         "plan": load_plan(workload, spec.backend, spec.plan_overrides).model_dump(mode="json"),

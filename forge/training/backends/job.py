@@ -20,6 +20,7 @@ class TrainingJob:
     """``base_dir`` holds the 16-bit base model, ``run_dir`` everything the run leaves.
 
     ``first_adapter``: the safetensors file of the adapter that is trained on; ``None``: a new one.
+    ``template_date``: the day that a dated chat template says, ISO 8601.
     """
 
     workload: Workload
@@ -30,6 +31,7 @@ class TrainingJob:
     train: Examples
     validation: Examples | None
     first_adapter: Path | None = None
+    template_date: str | None = None
 
     @property
     def num_steps(self) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from forge.training.system.command import counted
+from forge.training.system.command import counted, say
 from forge.training.system.errors import ForgeError
 
 if TYPE_CHECKING:
@@ -61,10 +61,10 @@ def print_findings(findings: Sequence[Finding], console: Console) -> None:
     styles = {"ok": "green", "warning": "yellow", "error": "bold red"}
     width = max((len(finding.subject) for finding in findings), default=0)
     for finding in findings:
-        line = Text(f"{finding.level:<7}", style=styles[finding.level])
-        line.append(f"  {finding.subject:<{width}}  {finding.message}", style="default not bold")
-        console.print(line)
+        lead = Text(f"{finding.level:<7}", style=styles[finding.level])
+        lead.append(f"  {finding.subject:<{width}}  ", style="default not bold")
+        say(console, finding.message, lead)
         if finding.remedy:
-            console.print(Text(f"{'':<{width + 9}}  -> {finding.remedy}"))
+            say(console, finding.remedy, f"{'':<{width + 9}}  -> ")
     counts = {level: sum(finding.level == level for finding in findings) for level in styles}
-    console.print(f"{counts['ok']} ok, {counted(counts['warning'], 'warning')}, {counted(counts['error'], 'error')}")
+    say(console, f"{counts['ok']} ok, {counted(counts['warning'], 'warning')}, {counted(counts['error'], 'error')}")

@@ -195,6 +195,8 @@ class TrainingSection(_Section):
     """a checkpoint as often: a kill costs at most so much"""
     spike_limit: Positive | None = None
     """end the run at this many loss spikes in a row; null: only report them"""
+    sample_answers: bool = True
+    """at each evaluation the model being trained answers one fixed question"""
 
     @model_validator(mode="after")
     def _is_a_run_of_this_world(self) -> TrainingSection:
@@ -295,7 +297,7 @@ class Workload(_Section):
             "on_unrepresentable",
         ):
             del content["data"][key]
-        for key in ("save_every_steps", "save_every_minutes", "spike_limit"):
+        for key in ("save_every_steps", "save_every_minutes", "spike_limit", "sample_answers"):
             del content["training"][key]
         return sha256_json(content)
 

@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import re
-import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -29,7 +28,7 @@ from forge.training.data.documents import (
 )
 from forge.training.data.duplicates import Duplicate, deduplicate
 from forge.training.data.notebook import fenced
-from forge.training.system.command import printable, rows_table
+from forge.training.system.command import printable, rows_table, say, say_next
 from forge.training.system.errors import ConfigurationError, DataError, DiskError
 from forge.training.system.files import atomic_file, refuse_existing, sha256_file
 from forge.training.system.secrets import Secret
@@ -332,7 +331,7 @@ def print_report(report: CorpusReport, console: Console) -> None:
         rows.insert(2, ("split", f"{report.num_train:,} to train, {report.num_validation:,} held out{why}"))
     console.print(rows_table(f"dataset: {printable(report.root)}", rows))
     folders = Table(title="kept by folder", title_justify="left")
-    folders.add_column("folder")
+    folders.add_column("folder", overflow="fold")
     folders.add_column("documents", justify="right")
     folders.add_column("characters", justify="right")
     for folder in report.folders:
@@ -354,21 +353,16 @@ def print_report(report: CorpusReport, console: Console) -> None:
     _print_lines(console, "chat markers", [f"{m.path}: {m.num_markers:,}" for m in report.control_markers])
     _print_lines(console, "notes", [*report.notes, *ways_back(report.skipped)])
     for output in report.outputs:
-        console.print(Text(f"wrote {output.path}: {output.num_records:,} records, sha256 {output.sha256[:16]}"))
-    console.print(Text(f"next: forge preview CONFIG {_settings(report.outputs)}"))
-
-
-def _settings(outputs: list[Output]) -> str:
+        say(console, f"wrote {output.path}: {output.num_records:,} records, sha256 {output.sha256[:16]}")
     names = ("data.train", "data.validation")
-    return " ".join(f"--set {shlex.quote(f'{n}={o.path}')}" for n, o in zip(names, outputs, strict=False))
+    settings = [part for n, o in zip(names, report.outputs, strict=False) for part in ("--set", f"{n}={o.path}")]
+    say_next(console, ["forge", "preview", "CONFIG", *settings])
 
 
 def _print_lines(console: Console, title: str, lines: list[str]) -> None:
-    from rich.text import Text
-
     if lines:
-        console.print(f"{title}:")
+        say(console, f"{title}:")
     for line in lines[:_NUM_LINES_SHOWN]:
-        console.print(Text(f"  {printable(line)}"))
+        say(console, printable(line), "  ")
     if len(lines) > _NUM_LINES_SHOWN:
-        console.print(f"  and {len(lines) - _NUM_LINES_SHOWN:,} more (--json lists all)")
+        say(console, f"and {len(lines) - _NUM_LINES_SHOWN:,} more (--json lists all)", "  ")

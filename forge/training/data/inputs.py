@@ -37,6 +37,8 @@ class Inputs(BaseModel):
     validation_corpus_sha256: str | None = None
     train_examples_sha256: str
     validation_examples_sha256: str | None = None
+    num_train_records: int | None = None
+    num_divided_records: int | None = None  # of those, longer than data.max_length and trained as several examples
     num_train_examples: int
     num_validation_examples: int
     num_train_tokens: int  # of the examples, once, not times the epochs
@@ -217,6 +219,8 @@ def prepare_inputs(
         validation_corpus_sha256=sha256_file(validation_path) if validation_path else None,
         train_examples_sha256=train.sha256,
         validation_examples_sha256=validation.sha256 if validation else None,
+        num_train_records=train.report.num_records,
+        num_divided_records=train.report.num_divided,
         num_train_examples=len(train),
         num_validation_examples=len(validation) if validation else 0,
         num_train_tokens=train.report.num_tokens,

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from forge.training.data.conversation import IGNORED, Encoder, encode_question
+from forge.training.data.conversation import Encoder
 from forge.training.data.examples import Examples
-from forge.training.data.records import Message
+from forge.training.data.questions import answer_begin, assistant_opening, end_ids
 from forge.training.evaluation.likelihood import Document
 from forge.training.evaluation.neutral_model import NeutralModel
 
@@ -32,45 +32,17 @@ def document_prompts(
     ``reference`` has at most ``max_new_tokens`` tokens: an answer that stops there is compared with
     as much of the document, not with all of it.
     """
-    opening = _assistant_opening(encoder)
+    opening = assistant_opening(encoder)
     prompts: list[Prompt] = []
     for document in documents:
         if len(prompts) == num_prompts:
             break
         ids, labels = (rows[document.examples[0]] for rows in (examples.input_ids, examples.labels))
-        begin = _answer_begin(ids, labels, opening)
+        begin = answer_begin(ids, labels, opening)
         if begin is not None and begin < len(ids):
             text = encoder.tokenizer.decode(ids[begin : begin + max_new_tokens].tolist(), skip_special_tokens=True)
             prompts.append(Prompt(document.name, ids[:begin], text))
     return prompts
-
-
-def _assistant_opening(encoder: Encoder) -> list[int]:
-    """The ids with which the chat template opens the assistant's turn."""
-    talk = [Message("user", "a")]
-    opened = encoder.render(talk, asks=True).removeprefix(encoder.render(talk, asks=False))
-    return list(encoder.ids_and_ends(opened, plain=False)[0].tolist())
-
-
-def _answer_begin(ids: np.ndarray, labels: np.ndarray, opening: list[int]) -> int | None:
-    """Where the first answer begins; where prompts are trained too, after the assistant's first opening."""
-    trained = labels != IGNORED
-    if not trained[0]:
-        return int(np.argmax(trained))
-    width = len(opening)
-    for begin in range(len(ids) - width):
-        if width and ids[begin] == opening[0] and ids[begin : begin + width].tolist() == opening:
-            return begin + width
-    return None
-
-
-def question_ids(encoder: Encoder, question: str, system_prompt: str | None) -> np.ndarray:
-    """A question through the chat template, as int32 of shape (length,), up to where the answer begins.
-
-    Control tokens that stand in the question are text, as they are in training.
-    """
-    talk = [Message("system", system_prompt)] if system_prompt is not None else []
-    return encode_question(encoder, [*talk, Message("user", question)])
 
 
 def greedy_answer(model: NeutralModel, tokenizer: Any, input_ids: np.ndarray, max_new_tokens: int) -> str:
@@ -83,7 +55,7 @@ def greedy_answer(model: NeutralModel, tokenizer: Any, input_ids: np.ndarray, ma
     model.causal.generation_config = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
-        eos_token_id=_end_ids(tokenizer, given),
+        eos_token_id=end_ids(tokenizer, given),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
     )
     ids = torch.from_numpy(input_ids.astype(np.int64))[None].to(model.device)
@@ -93,10 +65,3 @@ def greedy_answer(model: NeutralModel, tokenizer: Any, input_ids: np.ndarray, ma
     finally:
         model.causal.generation_config = given
     return str(tokenizer.decode(produced[0, len(input_ids) :].tolist(), skip_special_tokens=True))
-
-
-def _end_ids(tokenizer: Any, given: Any) -> list[int]:
-    """Every token that ends a turn: the tokenizer's, and those the model's own settings name."""
-    named = given.eos_token_id if given is not None else None
-    ends = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
-    return sorted(int(end) for end in ends if end is not None)

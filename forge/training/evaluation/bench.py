@@ -11,7 +11,8 @@ from typing import Any
 from forge.training.config.workload import Workload
 from forge.training.data.conversation import Encoder, load_encoder
 from forge.training.data.examples import Examples, load_examples
-from forge.training.evaluation.answers import Prompt, document_prompts, greedy_answer, question_ids
+from forge.training.data.questions import question_ids
+from forge.training.evaluation.answers import Prompt, document_prompts, greedy_answer
 from forge.training.evaluation.likelihood import Document, group_documents, measure_nats
 from forge.training.evaluation.neutral_model import NeutralModel
 from forge.training.evaluation.record import DocumentAnswer, FactAnswer, SubjectResult

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from forge.training.system.command import say
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -138,13 +140,13 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     console.print(table)
     for pair in evaluation.comparisons:
         better = f"better on {pair.num_documents_better} of {pair.num_documents} documents"
-        console.print(f"{describe_comparison(pair)}; {better}", markup=False)
+        say(console, f"{describe_comparison(pair)}; {better}")
     for fact in evaluation.facts:
         answer = " ".join(fact.answer.split())
         verb = "says" if fact.found else "does not say"
-        console.print(f"{fact.subject} {verb} {fact.expected!r}: {answer:.160}", markup=False)
+        say(console, f"{fact.subject} {verb} {fact.expected!r}: {answer:.160}")
     for note in evaluation.notes:
-        console.print(f"note: {note}", markup=False)
+        say(console, note, "note: ")
 
 
 def _figure(value: float | None, digits: int) -> str:

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from forge.training.evaluation.record import Evaluation, describe_comparison
 from forge.training.export.gguf import GgufReport
 from forge.training.llamacpp.install import COMMIT, VERSION
+from forge.training.system.command import say, shown_path
 from forge.training.system.files import read_json_object
 from forge.training.train.record import RunRecord
 
@@ -63,7 +64,7 @@ def print_export(record: ExportRecord, console: Console) -> None:
 
     files = Table(title=f"export: {record.model}", title_justify="left")
     for column in ("file", "GB", "tensor types", "sha256"):
-        files.add_column(column)
+        files.add_column(column, overflow="fold")
     for report in record.all_files():
         files.add_row(report.name, f"{report.num_bytes / 1e9:.3f}", _types(report), report.sha256[:12])
     steps = Table(title="steps", title_justify="left")
@@ -76,9 +77,8 @@ def print_export(record: ExportRecord, console: Console) -> None:
     console.print(files)
     console.print(steps)
     for note in record.notes:
-        console.print(f"note: {note}", markup=False)
-    example = f'forge chat {record.out_dir}/{record.modelfile_uses} "..."'
-    console.print(f"next: {example}", markup=False)
+        say(console, note, "note: ")
+    say(console, shown_path(Path(record.out_dir)), "export: ")
 
 
 def write_card(run: RunRecord, export: ExportRecord, evaluation: Evaluation | None) -> str:
@@ -138,15 +138,19 @@ def _types(report: GgufReport) -> str:
 def _how_to_run(run: RunRecord, export: ExportRecord) -> str:
     name = export.modelfile_uses
     parameters = run.workload.get("export", {}).get("parameters", {})
-    context = parameters.get("num_ctx", 2048)
-    lines = ["## How to run", "", "```sh", f"ollama create {export.model.lower()} -f Modelfile"]
-    lines += [f"ollama run {export.model.lower()}", f"llama-cli -m {name} -c {context} --jinja -cnv", "```"]
+    lines = ["## How to run", "", "```sh", *use_commands(export.model, name, parameters), "```"]
     system = run.workload.get("data", {}).get("system_prompt")
     if system:
         lines += ["", f"It was trained with the system prompt {system!r}; the Modelfile sets it."]
     if export.adapter_file is not None:
         lines += ["", f"`{export.adapter_file.name}` is for the unmerged base: `--lora {export.adapter_file.name}`."]
     return "\n".join(lines)
+
+
+def use_commands(model: str, file_name: str, parameters: dict[str, Any]) -> list[str]:
+    """What to type in the export's folder: Ollama, then llama.cpp. ``parameters``: the Modelfile's."""
+    create, run = f"ollama create {model.lower()} -f Modelfile", f"ollama run {model.lower()}"
+    return [create, run, f"llama-cli -m {file_name} -c {parameters.get('num_ctx', 2048)} --jinja -cnv"]
 
 
 def _training(run: RunRecord) -> str:

@@ -9,9 +9,13 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
+import shutil
 import sys
+import textwrap
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forge.training.system.errors import ForgeError
@@ -19,7 +23,9 @@ from forge.training.system.files import as_disk_error
 from forge.training.system.signals import StopRequest, follow_parent
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
 _BUG = "this is a bug in Forge: please report it with the lines above"
 
@@ -77,7 +83,10 @@ def carry_out(app: Callable[..., Any], arguments: list[str]) -> int:
     if code == 130 and message is None:  # typer makes it of a Ctrl-C that no command caught
         message = "interrupted"
     if message is not None:
-        sys.stderr.write(printable(f"error: {message}" + (f"\n  -> {remedy}" if remedy else "") + "\n", kept="\n"))
+        said = printable(f"error: {message}" + (f"\n  -> {remedy}" if remedy else ""), kept="\n")
+        if sys.stderr.isatty():
+            said = wrapped(said, shutil.get_terminal_size().columns)
+        sys.stderr.write(said + "\n")
     if as_json and code and not _Stdout.has_result:
         print_json({"error": message or f"exit code {code}", "remedy": remedy, "exit_code": code})
     restore_stdout()
@@ -126,6 +135,64 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
+def wrapped(text: str, width: int, indent: str = "") -> str:
+    """The text in lines of at most ``width``, broken between words only; a longer word, as a path, stays whole.
+
+    ``indent``: before every line but the first.
+    """
+    lines: list[str] = []
+    for given in text.split("\n"):
+        margin = given[: len(given) - len(given.lstrip())]
+        lines += textwrap.wrap(
+            given,
+            max(width - len(indent), 20),
+            subsequent_indent=margin,
+            break_long_words=False,
+            break_on_hyphens=False,
+            replace_whitespace=False,
+        ) or [""]
+    return ("\n" + indent).join(lines)
+
+
+def say(console: Console, text: str, lead: Text | str = "") -> None:
+    """Print text, never markup. On a terminal it is broken between words; elsewhere each of its lines stays one.
+
+    ``lead`` stands before it; the lines that follow begin below its end.
+    """
+    from rich.text import Text
+
+    head = Text(lead) if isinstance(lead, str) else lead
+    indent = " " * head.cell_len
+    body = wrapped(text, console.width, indent) if console.is_terminal else text.replace("\n", "\n" + indent)
+    console.print(head + Text(body, style="default not bold"), soft_wrap=True, highlight=False)
+
+
+def say_next(console: Console, command: Sequence[str] | None) -> None:
+    """The command to type next, if there is one: quoted, and broken only where a shell goes on reading."""
+    if command is None:
+        return
+    lead = "next: "
+    words, lines = [shlex.quote(word) for word in command], [""]
+    for word in words:
+        if lines[-1] and console.is_terminal and len(f"{lead}{lines[-1]} {word} \\") > console.width:
+            lines.append(word)
+        else:
+            lines[-1] = f"{lines[-1]} {word}".strip()
+    separator = " \\\n" + " " * len(lead)
+    console.print(lead + separator.join(lines), markup=False, soft_wrap=True, highlight=False)
+
+
+def shown_path(path: Path) -> str:
+    """The path as it is typed from here: relative where it is below the current directory."""
+    folder, path = Path.cwd(), path.absolute()
+    return str(path.relative_to(folder)) if path.is_relative_to(folder) and path != folder else str(path)
+
+
+def make_plain() -> None:
+    """No colours, no bar, no carriage returns, here and in the processes that this one starts: rich is told so."""
+    os.environ["TTY_COMPATIBLE"] = "0"
+
+
 def rows_table(title: str, rows: Iterable[tuple[str, str]]) -> Table:
     """Names in bold and their values, two columns without a header. Values are text, never markup."""
     from rich.table import Table
@@ -133,7 +200,7 @@ def rows_table(title: str, rows: Iterable[tuple[str, str]]) -> Table:
 
     table = Table(title=Text(title), show_header=False, title_justify="left")
     table.add_column(style="bold")
-    table.add_column()
+    table.add_column(overflow="fold")
     for name, value in rows:
         table.add_row(name, Text(value))
     return table

@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback
@@ -14,11 +14,15 @@ from transformers import TrainerCallback
 from forge.training.backends.job import TrainingJob
 from forge.training.data.batching import step_order
 from forge.training.data.records import several
-from forge.training.system.errors import DivergedError
+from forge.training.system.errors import DivergedError, ForgeError
 from forge.training.system.signals import StopRequest
 from forge.training.train.checkpoint import Saver, read_best, save_adapter
 from forge.training.train.metrics import Meter
 from forge.training.train.record import RunRecord
+from forge.training.train.samples import Question, choose_question, sample_answer
+
+if TYPE_CHECKING:
+    from forge.training.train.run import Listener
 
 SPIKE_FACTOR = 2.0  # times the median: what llm-foundry's KillLossSpike takes of a running mean
 SPIKE_WINDOW = 32  # steps
@@ -40,24 +44,27 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         meter: Meter,
         saver: Saver,
         stop: StopRequest,
-        on_step: Callable[[int, dict[str, Any]], None],
-        announce: Callable[[str], None],
+        listener: Listener,
     ) -> None:
         self.job, self.meter, self.saver, self.stop = job, meter, saver, stop
-        self.on_step = on_step
-        self.announce = announce
+        self.listener = listener
         self.figures: dict[str, Any] = {}
         self.best = read_best(job.run_dir / "best")
         self._rehearsal_seconds: float | None = None
         self._notes: list[str] = []
         self._spikes = SpikeDetector(meter.losses, job.workload.training.spike_limit)
         self._skipped = SkippedSteps()
+        self._question: Question | None = None
 
     def begin(self, step: int, rehearse: Callable[[], float], evaluate: Callable[[], object]) -> None:
         """Before the first step: :attr:`~forge.training.backends.job.StepObserver.begin`."""
         if self.job.plan.rehearsal:
             self._rehearsal_seconds = rehearse()
             self.meter.phase("rehearsal")
+        try:
+            self._question = choose_question(self.job)
+        except ForgeError as error:
+            self.listener.announce(f"no sample answers: {error.message}")
         if self._evaluation_is_due(step):
             evaluate()
         if self.is_out_of_patience():
@@ -88,7 +95,7 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         line = self._spikes.watch(step, loss)
         if line is not None:
             self._notes.append(line)
-            self.announce(line)
+            self.listener.announce(line)
 
     def _documents(self, step: int) -> str:
         order = step_order(self.job.workload, len(self.job.train))
@@ -113,8 +120,10 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
             self.figures["grad_norm"] = float(logs["grad_norm"])
             self.figures["learning_rate"] = float(logs["learning_rate"])
             self.meter.write(self.figures)
-            self.on_step(state.global_step, self.figures)
+            self.listener.on_step(state.global_step, self.figures)
             self.figures = {}
+            if control.should_evaluate:
+                self.listener.on_evaluating(len(self.job.validation or ()))
         self.meter.resume_clock()
 
     def on_evaluate(
@@ -131,9 +140,25 @@ class StepCallback(TrainerCallback):  # type: ignore[misc]
         if self.best is None or loss < self.best[1]:
             self.best = (state.global_step, loss)
             save_adapter(model, self.job, self.job.run_dir / "best", self.best)
+        self.listener.on_evaluation(state.global_step, loss, self.best)
+        self._ask(state.global_step, model)
         if self.is_out_of_patience():
             control.should_training_stop = True
         self.meter.resume_clock()
+
+    def _ask(self, step: int, model: Any) -> None:
+        """A sample answer for people: whatever goes wrong with it ends the samples and not the run."""
+        if self._question is None:
+            return
+        try:
+            answer = sample_answer(model, self._question, lambda: self.stop.number is not None)
+        except Exception as error:
+            self._question = None
+            self.listener.announce(f"no sample answers from here on: {type(error).__name__}: {error}"[:300])
+            return
+        if answer is not None:
+            self.meter.write({"step": step, "question": self._question.text, "answer": answer})
+            self.listener.on_sample(step, self._question.text, answer)
 
     def is_out_of_patience(self) -> bool:
         """Whether held-out loss has not improved for as many evaluations as the config waits."""

@@ -35,9 +35,9 @@ from forge.training.system.files import (
     staged_directory,
     write_json,
 )
+from forge.training.train.step_log import LOG
 
 SEAL = "forge-seal.json"
-LOG = "steps.jsonl"
 KEPT = 2  # sealed checkpoints of a run, beside the one it resumed from
 _BEST_RECORD = "best.json"  # beside the best adapter: its step, held-out loss and digest
 _BEST = "best."  # before the names of the best adapter's files: a folder of them would be loaded as a second adapter

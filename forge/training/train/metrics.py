@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import resource
 import statistics
 import time
 from collections import deque
@@ -22,7 +23,8 @@ import numpy as np
 
 from forge.training.data.conversation import IGNORED
 from forge.training.system.files import write_text
-from forge.training.train.record import Losses, MemoryPhase, RunRecord
+from forge.training.train.record import Losses, MemoryPhase, ProcessMemory, RunRecord
+from forge.training.train.step_log import loss_window
 
 NUM_WARMUP_STEPS = 2  # left out of the steady figures: compilation, allocator, caches
 
@@ -96,6 +98,7 @@ class Meter:
         validation = [line for line in lines if "validation_loss" in line]
         self.validation: list[tuple[int, float]] = [(line["step"], line["validation_loss"]) for line in validation]
         self.memory: list[MemoryPhase] = []
+        self.process_memory: list[ProcessMemory] = []
 
     def __enter__(self) -> Meter:
         self._log = open(self._log_path, "a", encoding="utf-8", buffering=1)  # a checkpoint copies whole lines
@@ -161,6 +164,7 @@ class Meter:
 
     def phase(self, name: str) -> None:
         """Record the memory peaks reached by the end of a phase."""
+        self.process_memory.append(ProcessMemory(phase=name, peak_resident_bytes=peak_resident_bytes()))
         if not self._cuda:
             return
         import torch
@@ -178,15 +182,15 @@ class Meter:
 
     def fill(self, record: RunRecord) -> None:
         """Put what was measured into the run's record. Steady figures need more steps than the warm-up."""
-        record.memory = self.memory
+        record.memory, record.process_memory = self.memory, self.process_memory
         record.batch_digests = [step["labels_sha256"] for step in self._steps]
         record.num_steps = len(self._steps)
         if not self._steps:
             return
         losses = self.losses
         record.losses = Losses(
-            first_train_loss=_finite(statistics.fmean(losses[:5])),
-            last_train_loss=_finite(statistics.fmean(losses[-5:])),
+            first_train_loss=_finite(statistics.fmean(losses[: loss_window(len(losses))])),
+            last_train_loss=_finite(statistics.fmean(losses[-loss_window(len(losses)) :])),
         )
         skip = NUM_WARMUP_STEPS if len(self._steps) > NUM_WARMUP_STEPS + 1 else 0
         steady = self._steps[skip:]
@@ -195,6 +199,11 @@ class Meter:
         record.timing.steady_step_seconds_median = statistics.median(seconds)
         record.timing.documents_per_second = sum(step["documents"] for step in steady) / sum(seconds)
         record.timing.tokens_per_second = sum(step["tokens"] for step in steady) / sum(seconds)
+
+
+def peak_resident_bytes() -> int:
+    """The most memory of this process that was resident at any time."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts it in KiB
 
 
 def _finite(value: float) -> float | None:

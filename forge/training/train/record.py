@@ -46,6 +46,13 @@ class MemoryPhase(_Part):
     device_used_bytes: int | None = None
 
 
+class ProcessMemory(_Part):
+    """The most of the process's own memory that was resident by the end of a phase."""
+
+    phase: str
+    peak_resident_bytes: int
+
+
 class Timing(_Part):
     """Wall-clock seconds. ``steady_*`` leave out the first steps, which compile and warm up."""
 
@@ -59,7 +66,7 @@ class Timing(_Part):
 
 
 class Losses(_Part):
-    """Nats per trained token. ``first``/``last`` train loss are means of up to five steps."""
+    """Nats per trained token. ``first``/``last`` train loss are means of up to five steps that they do not share."""
 
     first_train_loss: float | None = None
     last_train_loss: float | None = None
@@ -109,7 +116,8 @@ class RunRecord(_Part):
     trainable: Trainable | None = None
     timing: Timing = Timing()
     losses: Losses = Losses()
-    memory: list[MemoryPhase] = Field(default_factory=list)
+    memory: list[MemoryPhase] = Field(default_factory=list)  # of the GPU
+    process_memory: list[ProcessMemory] = Field(default_factory=list)
     environment: dict[str, Any] = Field(default_factory=dict)
     adapter_sha256: str | None = None
     batch_digests: list[str] = Field(default_factory=list)  # labels as they reach the model, one per step

@@ -2,8 +2,8 @@
 
 Free to change on a resume, because it changes nothing that the run computes: names, descriptions and
 paths (data and weights are known by content), ``report_to``, ``export``, ``evaluation``, ``gate``,
-``model.offline``, ``training.save_every_*``, ``training.spike_limit``, and the plan. Packages may
-change too, and are reported: their rounding is not the same.
+``model.offline``, ``training.save_every_*``, ``training.spike_limit``, ``training.sample_answers``, and the plan.
+Packages may change too, and are reported: their rounding is not the same.
 """
 
 from __future__ import annotations

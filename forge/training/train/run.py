@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -41,7 +41,6 @@ from forge.training.system.files import as_disk_error, locked, remove, sha256_fi
 from forge.training.system.oom import as_memory_error
 from forge.training.system.signals import StopRequest
 from forge.training.train.checkpoint import (
-    LOG,
     Checkpoint,
     Saver,
     choose,
@@ -69,15 +68,22 @@ from forge.training.train.resume import (
     set_aside,
 )
 from forge.training.train.status import StatusFile
+from forge.training.train.step_log import LOG
 
 
 @dataclass(frozen=True)
 class Listener:
-    """Who is told: lines for people, the plan before the first step, every step's figures."""
+    """Who is told: lines for people, the plan before the first step, every step's figures, what is held out."""
 
     announce: Callable[[str], None]
     on_plan: Callable[[TrainingJob, dict[str, Any]], None]
     on_step: Callable[[int, dict[str, Any]], None]
+    on_evaluating: Callable[[int], None] = lambda _: None
+    """Before a held-out loss is measured: of how many examples."""
+    on_evaluation: Callable[[int, float, tuple[int, float]], None] = lambda *_: None
+    """Step, held-out loss (nats per trained token), and step and loss of the best so far."""
+    on_sample: Callable[[int, str, str], None] = lambda *_: None
+    """Step, question and answer."""
 
 
 def train(
@@ -157,7 +163,15 @@ def train(
             write_text(run_dir / "workload.yaml", workload.to_yaml())
             first_adapter = None if continued is None else _first_adapter(continued, chain)
             job = TrainingJob(
-                workload, plan, backend, base_dir, run_dir, inputs.train, inputs.validation, first_adapter
+                workload,
+                plan,
+                backend,
+                base_dir,
+                run_dir,
+                inputs.train,
+                inputs.validation,
+                first_adapter=first_adapter,
+                template_date=inputs.described.template_date,
             )
             # resume or start
             identity = describe_identity(
@@ -322,7 +336,7 @@ def _train(
     lines = cut_log(job.run_dir / LOG, checkpoint.step if checkpoint else 0)
     counts_first = module.LOSS_COUNTS_FIRST_LABELS
     with Meter(job.run_dir / LOG, lines, job.accumulation, cuda, loss_counts_first_labels=counts_first) as meter:
-        callback = StepCallback(job, meter, saver, stop, on_step, listener.announce)
+        callback = StepCallback(job, meter, saver, stop, replace(listener, on_step=on_step))
         try:
             # the backend's trainer
             started = time.perf_counter()

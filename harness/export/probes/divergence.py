@@ -32,7 +32,8 @@ from typing import Any
 
 from forge.training.config.workload import Workload
 from forge.training.data.conversation import load_encoder
-from forge.training.evaluation.answers import document_prompts, question_ids
+from forge.training.data.questions import question_ids
+from forge.training.evaluation.answers import document_prompts
 from forge.training.evaluation.likelihood import group_documents, sum_nats
 from forge.training.evaluation.neutral_model import Placement, load_model, refuse_unsloth, release_memory, with_adapter
 from forge.training.evaluation.record import DocumentResult, compare

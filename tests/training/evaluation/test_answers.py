@@ -8,8 +8,9 @@ import pytest
 from forge.training.config.workload import DataSection
 from forge.training.data.conversation import Encoder
 from forge.training.data.examples import encode_records
+from forge.training.data.questions import question_ids
 from forge.training.data.records import Message, Record
-from forge.training.evaluation.answers import document_prompts, greedy_answer, question_ids
+from forge.training.evaluation.answers import document_prompts, greedy_answer
 from forge.training.evaluation.likelihood import group_documents
 from forge.training.evaluation.neutral_model import choose_placement, load_model
 from forge.training.evaluation.record import DocumentResult, compare

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from forge.training.report.charts.style import colour, finished, legend, line_style, name_axes
+from forge.training.report.charts.style import colour, finished, legend, line_style, marker, name_axes
 from forge.training.report.charts.svg import mark, paper
 from forge.training.report.page.content import Chart
 
@@ -23,7 +23,8 @@ def curves(
     with paper(256, left=42, right=8, top=50, bottom=40) as axes:
         for label, backend, points in series:
             xs, ys = zip(*points, strict=True)
-            (line,) = axes.plot(xs, ys, color=colour(backend), **line_style(label, backend))
+            shape = marker(backend) if len(xs) == 1 else ""  # one point is no line
+            (line,) = axes.plot(xs, ys, marker=shape, color=colour(backend), **line_style(label, backend))
             mark(line, label, f"{label}: {ys[0]:.3f} at step {xs[0]:g}, {ys[-1]:.3f} at step {xs[-1]:g}")
         axes.margins(x=0.02, y=0.1)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))

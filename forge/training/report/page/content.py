@@ -62,10 +62,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Listing:
-    """Text to be copied or read as it is: commands."""
+    """Text to be copied or read as it is: commands. ``is_folded``: shown on demand."""
 
     caption: str
     text: str
+    is_folded: bool = False
 
 
 Part = Chart | Table | Listing
