@@ -24,6 +24,7 @@ _PRELOADED = [
     *("torch", "transformers", "datasets", "peft", "trl.trainer.sft_trainer", "accelerate", "safetensors.torch"),
     *("transformers.models.qwen2.modeling_qwen2", "forge.training.backends.trl", "forge.training.train.run"),
     *("forge.training.train.callbacks", "forge.training.cli"),
+    *("matplotlib.backends.backend_svg", "forge.training.report.run_report", "forge.training.report.page.render"),
 ]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(_PRELOADED)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from forge.training.backends import BACKENDS
 from forge.training.report.charts.style import LOOKS
+from tests.support.html_page import Page
 from tests.support.recorded_gate import small_gate
-from tests.support.report_pages import Page, report_of, whole
+from tests.support.report_pages import report_of, whole
 
 
 def test_the_page_asks_for_nothing_beside_itself() -> None:

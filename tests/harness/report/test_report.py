@@ -20,8 +20,9 @@ from harness.report.__main__ import main
 from harness.report.charts.points import Dot, trade_off
 from harness.report.verdicts import EXPECTED
 from harness.stats import corpus_seconds
+from tests.support.html_page import Page
 from tests.support.recorded_gate import ARMS, CLAIM, Gate, small_gate
-from tests.support.report_pages import SECTIONS, Page, report_of, status_of, whole
+from tests.support.report_pages import SECTIONS, report_of, status_of, whole
 
 
 def test_both_files_hold_every_section_in_order_and_stay_small() -> None:

@@ -73,13 +73,13 @@ def build_memory(files: RunFiles) -> Section:
             )
             for phase in record.memory
         ]
-        chart = bars("memory", "Peak GPU memory by the end of each phase", items)
+        chart = bars("peak-memory", "Peak GPU memory by the end of each phase", items)
     elif record.process_memory:
         items = [
             Bar(p.phase, record.backend, p.peak_resident_bytes / GIB, gib(p.peak_resident_bytes))
             for p in record.process_memory
         ]
-        chart = bars("memory", "Peak memory of the process by the end of each phase", items)
+        chart = bars("peak-memory", "Peak memory of the process by the end of each phase", items)
     return Section("memory", "Memory", "", (chart,) if chart is not None else ())
 
 
