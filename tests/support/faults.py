@@ -271,6 +271,18 @@ def out_of_memory() -> None:
     _in_trainer("compute_loss", compute_loss)
 
 
+def no_sample() -> None:
+    """A sample answer does not fit into the GPU's memory."""
+    from forge.training.train import callbacks
+
+    def fails(*_: Any) -> None:
+        import torch
+
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB (planted)")
+
+    callbacks.sample_answer = fails  # type: ignore[assignment]
+
+
 def file_size_limit() -> None:
     """From the save of step 10 on no file may exceed 50,000 bytes: the kernel says EFBIG, as a full disk ENOSPC."""
     from forge.training.train.checkpoint import Saver

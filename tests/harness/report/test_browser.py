@@ -6,50 +6,31 @@ Run by ``make test-browser``. Without a browser these tests fail: a page that no
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 from forge.training.backends import BACKENDS
 from harness.report.__main__ import main
+from tests.support.browser import SCHEMES, boxes, opened, outside, started_browser
 from tests.support.recorded_gate import ARMS, CLAIMS, Gate, whole_gate
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser
 
 pytestmark = pytest.mark.browser
 
 WIDTHS = (390, 820, 1440)
-SCHEMES = ("light", "dark")
 A4_PIXELS = 680  # 180 mm, what the print style leaves of the page, at 96 pixels an inch
 _SPECKLE = 1.0  # pixels: less is no content
 
 
-@dataclass
-class Watch:
-    """A page with everything it asked for and said."""
-
-    page: Page
-    requests: list[str] = field(default_factory=list)
-    messages: list[str] = field(default_factory=list)
-
-
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    from playwright.sync_api import sync_playwright
-
-    path = shutil.which("chromium")
-    if path is None:
-        pytest.fail("no chromium here; as root: apt-get install --no-install-recommends chromium")
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=path)
+    with started_browser() as started:
         yield started
-        started.close()
 
 
 @pytest.fixture(scope="module")
@@ -57,38 +38,6 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("gate")
     assert main([str(whole_gate(directory).write()), "-o", str(directory / "out")]) == 0
     return directory / "out" / "report.html"
-
-
-@contextmanager
-def opened(browser: Browser, path: Path, width: int = 1440, scheme: str = "light") -> Iterator[Watch]:
-    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)  # type: ignore[arg-type]
-    watch = Watch(context.new_page())
-    watch.page.on("request", lambda request: watch.requests.append(request.url))
-    watch.page.on("console", lambda message: watch.messages.append(message.text))
-    watch.page.on("pageerror", lambda error: watch.messages.append(str(error)))
-    watch.page.goto(path.as_uri(), wait_until="networkidle")
-    try:
-        yield watch
-    finally:
-        context.close()
-
-
-def boxes(page: Page, selector: str) -> list[dict[str, Any]]:
-    """What is painted where: position, colours, the chart it is in and its text."""
-    found = page.eval_on_selector_all(
-        selector,
-        """elements => elements.map(element => {
-            const box = element.getBoundingClientRect();
-            const shape = element.querySelector("path, use") ?? element;
-            const style = getComputedStyle(shape);
-            const chart = element.closest("figure")?.id ?? "";
-            return {x: box.x, y: box.y, width: box.width, height: box.height, right: box.right, bottom: box.bottom,
-                    fill: style.fill, stroke: style.stroke, series: element.dataset.series ?? "", chart,
-                    font: parseFloat(style.fontSize), text: element.textContent.trim()};
-        })""",
-    )
-    assert isinstance(found, list)
-    return found
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -159,14 +108,7 @@ def test_backends_differ_in_colour_and_every_scheme_has_its_own(browser: Browser
 def test_nothing_overflows_to_the_side(browser: Browser, report: Path, width: int) -> None:
     with opened(browser, report, width) as watch:
         assert watch.page.evaluate("document.documentElement.scrollWidth") <= width
-        outside = watch.page.eval_on_selector_all(
-            "body *",
-            """elements => elements
-                .filter(element => !element.closest(".scroll"))
-                .filter(element => element.getBoundingClientRect().right > innerWidth + 0.5)
-                .map(element => element.tagName + " " + element.textContent.slice(0, 60))""",
-        )
-        assert outside == []
+        assert outside(watch.page) == []
 
 
 @pytest.mark.parametrize("width", WIDTHS)

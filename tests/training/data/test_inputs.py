@@ -18,8 +18,8 @@ from forge.training.data.batching import step_order
 from forge.training.data.duplicates import similar_pairs
 from forge.training.data.inputs import PreparedInputs, describe_overlap, find_overlap, prepare_inputs
 from forge.training.data.preview import preview_workload
-from forge.training.data.records import Message, Record
 from forge.training.data.questions import question_ids
+from forge.training.data.records import Message, Record
 from forge.training.evaluation.bench import prepare_bench
 from forge.training.system.errors import DataError
 from tests.support.records import make_record

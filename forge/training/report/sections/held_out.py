@@ -31,7 +31,8 @@ def build(files: RunFiles) -> Section:
             cells.append(NONE if subject.num_facts_found is None else f"{subject.num_facts_found} of {num_facts}")
         rows.append(Row(tuple(cells)))
     columns = ("Model", *(title for title, *_ in known), *(("Facts",) if num_facts else ()))
-    caption = "Lower loss and higher ROUGE are better" if known else "Facts found in the answers"
+    better = "Less loss is better" + (", and more ROUGE" if any("ROUGE" in title for title, *_ in known) else "")
+    caption = better if known else "Facts found in the answers"
     parts: list[Part] = [Table(caption, columns, tuple(rows))]
     subjects = [row.subject for row in evaluation.subjects]
     if evaluation.documents:
