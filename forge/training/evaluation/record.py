@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+_WIDE = 76  # columns of a terminal that the table fits with its lines
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
@@ -125,13 +128,15 @@ def describe_comparison(pair: Comparison) -> str:
 
 def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     """Print the subjects' figures, their paired differences and the answers."""
+    from rich import box
     from rich.table import Table
 
     counts = f"{evaluation.num_documents} held-out documents, {evaluation.num_tokens:,} tokens"
-    table = Table(title=f"evaluation: {counts}", title_justify="left")
-    table.add_column("")
-    for name in ("nats/token", "bits/byte", "ROUGE-1", "ROUGE-2", "ROUGE-L", "facts"):
-        table.add_column(name, justify="right")
+    lines = box.HEAVY_HEAD if console.width >= _WIDE else None  # else they take the room of the figures
+    table = Table(title=f"evaluation: {counts}", title_justify="left", box=lines, pad_edge=lines is not None)
+    table.add_column("", no_wrap=True)
+    for name in ("nats/ token", "bits/ byte", "ROUGE-1", "ROUGE-2", "ROUGE-L", "facts"):
+        table.add_column(name.replace(" ", "") if lines else name, justify="right")
     num_facts = len({row.question for row in evaluation.facts})
     for row in evaluation.subjects:
         facts = "-" if row.num_facts_found is None else f"{row.num_facts_found} of {num_facts}"

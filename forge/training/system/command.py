@@ -172,7 +172,13 @@ def say_next(console: Console, command: Sequence[str] | None) -> None:
     if command is None:
         return
     lead = "next: "
-    words, lines = [shlex.quote(word) for word in command], [""]
+    words: list[str] = []
+    for word in command:
+        if words and words[-1].startswith("--") and " " not in words[-1]:
+            words[-1] += f" {shlex.quote(word)}"  # an option and its value stay together
+        else:
+            words.append(shlex.quote(word))
+    lines = [""]
     for word in words:
         if lines[-1] and console.is_terminal and len(f"{lead}{lines[-1]} {word} \\") > console.width:
             lines.append(word)

@@ -60,7 +60,8 @@ class TrainingDisplay:
         workload, plan, report = job.workload, job.plan, job.train.report
         lora, optimizer, model, trainable = workload.lora, workload.optimizer, workload.model, start["trainable"]
         tokens = f"{report.num_tokens:,} per epoch, {report.num_trained_tokens:,} of them trained"
-        documents = f"{report.num_cut} documents cut, {report.num_divided} divided into {report.num_parts}"
+        cut = f"; {report.num_cut:,} documents cut" if report.num_cut else ""
+        divided = f"; {report.num_divided:,} documents divided into {report.num_parts:,}" if report.num_divided else ""
         steps = f"{job.num_steps:,} of {workload.training.effective_batch} examples"
         layout = f"padding {plan.padding}, checkpointing {plan.gradient_checkpointing}, attention {plan.attention}"
         adapter = f"rank {lora.rank}, alpha {lora.alpha}, dropout {lora.dropout:g} on {', '.join(lora.targets)}"
@@ -69,7 +70,7 @@ class TrainingDisplay:
         held_out = f"{len(job.validation or ()):,} held out" + (f", evaluated every {every} steps" if every else "")
         rows = [
             ("examples", f"{len(job.train):,} train, {held_out}"),
-            ("tokens", f"{tokens} ({workload.data.loss_on}); {documents}"),
+            ("tokens", f"{tokens} ({workload.data.loss_on}){cut}{divided}"),
             ("steps", f"{steps}, as {plan.micro_batch} x {job.accumulation}"),
             ("layout", layout),
             ("adapter", f"{adapter}: {trainable.num_parameters:,} parameters in {trainable.dtype}"),
