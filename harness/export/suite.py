@@ -53,7 +53,13 @@ def judged_run(session: Session) -> RunSpec:
 def timed_run(session: Session) -> RunSpec:
     """A short run of 7B."""
     overrides = (
-        *(f"model.path={session.model}", f"data.train={session.train}", "data.validation=null", "data.sample=32"),
+        *(
+            f"model.path={session.model}",
+            f"data.train={session.train}",
+            "data.validation=null",
+            "data.validation_share=0",
+            "data.sample=32",
+        ),
         *("training.max_steps=4", "training.save_every_steps=null", "training.evaluate_every_steps=null"),
         "report_to=[]",
     )

@@ -153,6 +153,7 @@ class PerfSuite:
             f"model.path={self.session.model}",
             f"data.train={self.session.train}",
             "data.validation=null",
+            "data.validation_share=0",
             f"data.sample={steps * own.training.effective_batch}",
             f"training.max_steps={steps}",
             "training.save_every_steps=null",

@@ -34,7 +34,13 @@ def _answer(session: Session, run: str, backend: Backend) -> dict[str, Any] | No
 
     ``tight``: eight documents of up to 2,048 tokens, padded into one micro-batch, in 8 GiB. ``None``: not measured.
     """
-    of_7b = (f"model.path={session.model}", f"data.train={session.train}", "data.validation=null", "report_to=[]")
+    of_7b = (
+        f"model.path={session.model}",
+        f"data.train={session.train}",
+        "data.validation=null",
+        "data.validation_share=0",
+        "report_to=[]",
+    )
     tight = (*of_7b, "data.sample=32", "data.max_length=2048", "training.max_steps=4")
     workload, overrides, plan_overrides, options = {
         "small": ("smoke", _SMALL, (), ()),

@@ -14,10 +14,11 @@ from forge.training.data.inputs import (
     describe_overlap,
     find_overlap,
     own_files,
+    read_sides,
     refuse_evaluation_of_nothing,
     refuse_unusable_sources,
 )
-from forge.training.data.records import Record, read_both, several
+from forge.training.data.records import Record, several
 from forge.training.system.command import counted
 from forge.training.system.errors import DataError
 from forge.training.system.secrets import find_secrets
@@ -26,8 +27,7 @@ from forge.training.system.secrets import find_secrets
 def check_data(workload: Workload) -> Iterator[Finding]:
     """Raises :class:`DataError` for what cannot be read."""
     yield from _check_records(workload) if workload.data.train is not None else _check_documents(workload)
-    holds_out = workload.data.validation or (workload.data.documents and workload.data.validation_share)
-    if holds_out:
+    if workload.data.validation or workload.data.validation_share:
         return
     refuse_evaluation_of_nothing(workload)
     lost = "" if workload.evaluation.facts else " and has no facts to ask: `forge evaluate` will refuse it"
@@ -52,10 +52,10 @@ def _check_documents(workload: Workload) -> Iterator[Finding]:
 def _check_records(workload: Workload) -> Iterator[Finding]:
     data = workload.data
     assert data.train is not None
-    train, held_out = read_both(Path(data.train), Path(data.validation) if data.validation else None, data.columns)
+    train, held_out = read_sides(data, Path(data.train), Path(data.validation) if data.validation else None)
     yield ok("data", f"{counted(len(train), 'record')} in {data.train}")
     if held_out is not None:
-        yield ok("data", f"{counted(len(held_out), 'record')} held out in {data.validation}")
+        yield ok("data", f"{counted(len(held_out), 'record')} held out in {data.validation or data.train}")
         for line in describe_overlap(find_overlap(train, held_out)):
             remedy = "their loss says nothing about new documents; `forge dataset ROOT --split 0.1` splits by document"
             yield warning("data", line, remedy)

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from forge.training.config.workload import Workload
+from forge.training.config.workload import DataSection, Workload
 from forge.training.data.conversation import Encoder, UnrepresentableError, encode_question, load_encoder
 from forge.training.data.duplicates import DUPLICATE_SIMILARITY, similar_pairs
 from forge.training.data.examples import (
@@ -119,7 +119,7 @@ def refuse_evaluation_of_nothing(workload: Workload) -> None:
     if workload.training.evaluate_every_steps:
         raise DataError(
             "training.evaluate_every_steps is set and there is no validation set",
-            remedy="give data.validation, or a data.validation_share with data.documents",
+            remedy="give data.validation or a data.validation_share",
         )
 
 
@@ -128,8 +128,11 @@ def own_files(workload: Workload) -> list[Path]:
     return [path for path in (workload.path, workload.plans_path) if path is not None]
 
 
-def corpus_paths(workload: Workload, run_dir: Path) -> tuple[Path, Path | None, list[str]]:
-    """The corpus files, and what became of the documents where they are built from ``data.documents``."""
+def corpus_paths(workload: Workload, folder: Path, run_dir: Path | None = None) -> tuple[Path, Path | None, list[str]]:
+    """The corpus files, and what became of the documents where they are built from ``data.documents``.
+
+    They are built in ``folder``. ``run_dir``: what is in it is no document.
+    """
     data = workload.data
     if data.train is not None:
         return Path(data.train), Path(data.validation) if data.validation else None, []
@@ -141,11 +144,11 @@ def corpus_paths(workload: Workload, run_dir: Path) -> tuple[Path, Path | None, 
     root = embedded_documents() if data.documents == "embedded" else Path(data.documents)
     report = build_corpus(
         root,
-        run_dir / "corpus.jsonl",
+        folder / "corpus.jsonl",
         validation_share=data.validation_share,
         rules=data.instructions,
         without_split="hold nothing out: --set data.validation_share=0",
-        own=[*own_files(workload), run_dir],
+        own=[*own_files(workload), run_dir or folder],
         force=True,
     )
     notes = [f"documents: {report.num_kept:,} kept, {len(report.skipped):,} skipped"]
@@ -156,8 +159,8 @@ def corpus_paths(workload: Workload, run_dir: Path) -> tuple[Path, Path | None, 
         notes.append(f"left out for what looks like credentials: {where}")
     notes += report.notes
     if data.validation_share:
-        return run_dir / "corpus.train.jsonl", run_dir / "corpus.validation.jsonl", notes
-    return run_dir / "corpus.jsonl", None, notes
+        return folder / "corpus.train.jsonl", folder / "corpus.validation.jsonl", notes
+    return folder / "corpus.jsonl", None, notes
 
 
 def encode_corpus(
@@ -168,16 +171,45 @@ def encode_corpus(
     The questions that will be asked of the trained model must be ones that the chat template can hold, too.
     """
     data = workload.data
-    records, held_out = read_both(train_path, validation_path, data.columns)
+    records, held_out = read_sides(data, train_path, validation_path)
     _refuse_unaskable(workload, encoder)
-    sides = {validation_path: held_out or [], train_path: records}
 
-    def encode(path: Path) -> Examples:
+    def encode(side: tuple[Path, list[Record]]) -> Examples:
+        path, those = side
         source = path if data.train is not None else f"{data.documents}, as {path.name}"  # which may be gone by then
-        return encode_records(sides[path], encoder, data, source)
+        return encode_records(those, encoder, data, source)
 
-    train, validation = of_both(encode, train_path, validation_path)
+    held_out_side = None if held_out is None else (validation_path or train_path, held_out)
+    train, validation = of_both(encode, (train_path, records), held_out_side)
     return EncodedCorpus(records, held_out, train, validation)
+
+
+def read_sides(
+    data: DataSection, train_path: Path, validation_path: Path | None
+) -> tuple[list[Record], list[Record] | None]:
+    """The records to train on and those held out: by a file of their own, else ``data.validation_share`` of them.
+
+    Raises :class:`DataError` for what is wrong with either file, and where the share cannot be held out.
+    """
+    records, held_out = read_both(train_path, validation_path, data.columns)
+    if validation_path is not None or not data.validation_share:
+        return records, held_out
+    from forge.training.data.corpus import hold_out
+    from forge.training.data.duplicates import deduplicate
+
+    places, answers = [record.place for record in records], [record.messages[-1].content for record in records]
+    unique = deduplicate(places, answers)
+    group_of = {places[index]: group for index, group in zip(unique.kept, unique.groups, strict=True)}
+    for duplicate in unique.duplicates:  # near copies of what is kept are on its side
+        group_of.setdefault(duplicate.path, group_of.get(duplicate.kept, -1))
+    questions = [record.messages[0].content for record in records]
+    groups = [group_of[place] for place in places]
+    without = "hold nothing out: --set data.validation_share=0"
+    held = hold_out(questions, answers, groups, data.validation_share, without)
+    sides: tuple[list[Record], list[Record]] = ([], [])
+    for index, record in enumerate(records):
+        sides[index in held].append(record)
+    return sides
 
 
 def _refuse_unaskable(workload: Workload, encoder: Encoder) -> None:
@@ -192,24 +224,34 @@ def _refuse_unaskable(workload: Workload, encoder: Encoder) -> None:
 
 
 def prepare_inputs(
-    workload: Workload, base_dir: Path, run_dir: Path, template_date: str | None = None
+    workload: Workload,
+    base_dir: Path,
+    folder: Path,
+    template_date: str | None = None,
+    *,
+    run_dir: Path | None = None,
 ) -> PreparedInputs:
-    """Build or read the corpus, tokenise it and store the examples under ``run_dir/examples``.
+    """Build or read the corpus, tokenise it and store the examples under ``folder/examples``.
 
+    ``run_dir``: where the run is, if not there: what is in it is no document.
     ``template_date``: of the run that is resumed; ``None``: today. Raises :class:`ConfigurationError` where
     ``max_length`` exceeds what the base can attend to and :class:`DataError` for unusable data.
     """
+    data = workload.data
     refuse_too_long(workload, read_json_object(base_dir / "config.json"))
-    train_path, validation_path, notes = corpus_paths(workload, run_dir)
+    train_path, validation_path, notes = corpus_paths(workload, folder, run_dir)
     encoder = load_encoder(base_dir, template_date)
     encoded = encode_corpus(workload, encoder, train_path, validation_path)
     corpus, validation = encoded.train, encoded.validation
     train = corpus if workload.data.sample is None else sample_examples(corpus, workload.data.sample)
-    save_examples(train, run_dir / "examples" / "train", force=True)
+    save_examples(train, folder / "examples" / "train", force=True)
     notes += [*encoder.remarks, *_notes(train_path, corpus)]
-    if validation_path is not None and validation is not None and encoded.held_out is not None:
-        notes += _notes(validation_path, validation) + describe_overlap(find_overlap(encoded.records, encoded.held_out))
-        save_examples(validation, run_dir / "examples" / "validation", force=True)
+    if validation is not None and encoded.held_out is not None:
+        if data.train is not None and validation_path is None:
+            notes.append(f"{len(encoded.held_out):,} of {train_path.name}'s records held out (data.validation_share)")
+        notes += _notes(validation_path or train_path, validation)
+        notes += describe_overlap(find_overlap(encoded.records, encoded.held_out))
+        save_examples(validation, folder / "examples" / "validation", force=True)
     else:
         refuse_evaluation_of_nothing(workload)
     described = Inputs(

@@ -27,6 +27,7 @@ _ACCEPTED = (
 # What others call them, for the example in that remedy.
 _QUESTIONS = ("question", "prompt", "query", "problem", "title", "text", "input")
 _ANSWERS = ("answer", "completion", "response", "solution", "reply", "target")
+_S = TypeVar("_S")
 _T = TypeVar("_T")
 
 
@@ -94,14 +95,14 @@ def read_both(
     return of_both(partial(read_records, columns=columns), train, validation)
 
 
-def of_both(question: Callable[[Path], _T], train: Path, validation: Path | None) -> tuple[_T, _T | None]:
-    """``question`` of both files. Raises one :class:`DataError` for what is wrong with either."""
+def of_both(question: Callable[[_S], _T], train: _S, validation: _S | None) -> tuple[_T, _T | None]:
+    """``question`` of both sides. Raises one :class:`DataError` for what is wrong with either."""
     answers: list[_T] = []
     errors: list[DataError] = []
-    for path in (train, validation):
+    for side in (train, validation):
         try:
-            if path is not None:
-                answers.append(question(path))
+            if side is not None:
+                answers.append(question(side))
         except DataError as error:
             errors.append(error)
     if errors:

@@ -141,7 +141,7 @@ def train(
                 listener.announce(f"base model {base_dir.name}, backend {backend}, plan: {plan_source}")
             with tempfile.TemporaryDirectory(dir=run_dir, prefix=".inputs.", suffix=".part") as made:
                 date = None if before is None else before.inputs.template_date
-                inputs = prepare_inputs(workload, base_dir, Path(made), date)
+                inputs = prepare_inputs(workload, base_dir, Path(made), date, run_dir=run_dir)
                 if before is not None:
                     refuse_other_inputs(run_dir, before, inputs.described)
                 if predecessor is not None:

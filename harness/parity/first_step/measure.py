@@ -134,7 +134,13 @@ def _processes(ladder: Ladder, wanted: WantedSteps) -> list[Process]:
 
 
 def _call(ladder: Ladder, process: Process, base: Path, attempt: int = 0) -> ProbeCall:
-    overrides = (f"model.path={base}", f"data.train={ladder.documents[0]}", "data.validation=null", *ladder.overrides)
+    overrides = (
+        f"model.path={base}",
+        f"data.train={ladder.documents[0]}",
+        "data.validation=null",
+        "data.validation_share=0",
+        *ladder.overrides,
+    )
     # of documents and base: the store knows probes by their arguments, and those name files without their content
     content = [sha256_file(ladder.documents[0]), _base_digest(base), list(ladder.overrides)]
     tag, out = sha256_json(content)[:12], ladder.folder / "steps"
