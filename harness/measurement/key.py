@@ -37,7 +37,9 @@ _EXECUTED = (
 # Of those files, the functions that only a resumed run executes: a measured run is a fresh one (`train_command`).
 RESUMES: dict[str, frozenset[str]] = {"backends/trainer.py": frozenset({"_load_from_checkpoint"})}
 # What turns a repository into a corpus: executed only by a run that is given no corpus.
-_MAKES_CORPUS = ("data/corpus", "data/discovery.py")
+_MAKES_CORPUS = tuple(
+    f"data/{name}.py" for name in ("corpus", "discovery", "documents", "gitignore", "kinds", "listing", "notebook")
+)
 
 # A module named in a text, as what is to run in a child process: "forge.training.export.gguf:convert".
 _MODULE_IN_TEXT = re.compile(r"((?:forge|harness)(?:\.\w+)+)(?::\w+)?")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from forge.training.checks.finding import Finding, ok, warning
 from forge.training.config.workload import Workload
-from forge.training.data.corpus import passed_over
-from forge.training.data.discovery import discover, embedded_documents
+from forge.training.data.corpus import documents_root, passed_over
+from forge.training.data.discovery import discover
 from forge.training.data.inputs import (
     describe_overlap,
     find_overlap,
@@ -37,7 +37,7 @@ def check_data(workload: Workload) -> Iterator[Finding]:
 def _check_documents(workload: Workload) -> Iterator[Finding]:
     assert workload.data.documents is not None
     is_embedded = workload.data.documents == "embedded"
-    root = (embedded_documents() if is_embedded else Path(workload.data.documents)).resolve()
+    root = documents_root(workload.data.documents).resolve()
     refuse_unusable_sources(workload)
     num_files = len(discover(root, exclude=passed_over(own_files(workload))).candidates)
     needed = 2 if workload.data.validation_share else 1

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from forge.training.config.workload import InstructionRule
-from forge.training.data.discovery import Choice, Skipped
+from forge.training.data.discovery import Choice, Skipped, embedded_documents
 from forge.training.data.documents import (
     MAX_FILE_BYTES,
     Document,
@@ -111,6 +111,11 @@ class CorpusReport:
     outputs: list[Output]
     seconds: float
     megabytes_per_second: float
+
+
+def documents_root(documents: str) -> Path:
+    """The folder that ``data.documents`` names: a path, or ``embedded``."""
+    return embedded_documents() if documents == "embedded" else Path(documents)
 
 
 def build_corpus(

@@ -137,13 +137,11 @@ def corpus_paths(workload: Workload, folder: Path, run_dir: Path | None = None) 
     if data.train is not None:
         return Path(data.train), Path(data.validation) if data.validation else None, []
     # a run that is given its corpus does without: what the gate measures has these modules not in its key
-    from forge.training.data.corpus import build_corpus, reasons
-    from forge.training.data.discovery import embedded_documents
+    from forge.training.data.corpus import build_corpus, documents_root, reasons
 
     assert data.documents is not None
-    root = embedded_documents() if data.documents == "embedded" else Path(data.documents)
     report = build_corpus(
-        root,
+        documents_root(data.documents),
         folder / "corpus.jsonl",
         validation_share=data.validation_share,
         rules=data.instructions,
