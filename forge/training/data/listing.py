@@ -71,6 +71,8 @@ def _list_repository(
         why = "" if answer is None else os.fsdecode(answer.stderr).strip().partition("\n")[0].removeprefix("fatal: ")
     except FileNotFoundError:
         answer, why = None, "git is not installed"
+    except OSError as error:
+        answer, why = None, f"git cannot be run: {error.strerror}"
     if answer is not None and answer.returncode == 0:
         for name in sorted(set(_names(answer.stdout))):
             _add_listed(root, prefix, name, listing, stays_out)
