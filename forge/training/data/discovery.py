@@ -100,7 +100,8 @@ def discover(root: Path, *, exclude: Callable[[str], bool], choice: Choice | Non
         stays_out=lambda folder: not choice.include and tools.of(folder) is not None,
         is_alone=root == embedded_documents().resolve(),
     )
-    found = Discovered(skipped=listing.skipped, notes=listing.notes)
+    ignored = [each for each in listing.skipped if not exclude(os.path.join(root, each.path))]
+    found = Discovered(skipped=ignored, notes=listing.notes)
     left: dict[str, Skipped] = {}
     for path in listing.files:
         location = os.path.join(root, path)

@@ -180,3 +180,10 @@ def test_forges_own_documents_are_found_wherever_it_is_installed(
     root = repository(tmp_path / "r", {".gitignore": ".venv/\n", ".venv/embedded/a.md": "a"})
     monkeypatch.setattr(discovery, "__file__", str(root / ".venv" / "discovery.py"))
     assert kept(root / ".venv" / "embedded") == {"a.md"}
+
+
+def test_an_ignored_output_of_an_earlier_call_is_not_counted(tmp_path: Path) -> None:
+    root = repository(tmp_path / "r", {".gitignore": "*.jsonl\n", "a.md": "a"})
+    first = build_corpus(root, root / "corpus.jsonl")
+    again = build_corpus(root, root / "corpus.jsonl", force=True)
+    assert (first.num_files, first.skipped) == (again.num_files, again.skipped) == (2, [])
