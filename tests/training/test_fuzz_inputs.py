@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 
 from forge.training.backends import BACKENDS, load_plan
 from forge.training.checks.check import check_workload
+from forge.training.config.find import WORKLOADS
 from forge.training.config.plan import Plan
-from forge.training.config.workload import WORKLOADS, Workload, load_workload
+from forge.training.config.workload import Workload, load_workload
 from forge.training.data.batching import num_steps, step_order
 from forge.training.data.conversation import Encoder
 from forge.training.data.examples import encode_records

@@ -8,9 +8,6 @@ of the digest because data and weights are identified by their content.
 
 from __future__ import annotations
 
-import contextlib
-import difflib
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,13 +23,12 @@ from pydantic import (
     model_validator,
 )
 
-from forge.training.config.overrides import apply_overrides, listed, shown, unusable_text, validation_errors
+from forge.training.config.find import find_config
+from forge.training.config.overrides import apply_overrides, listed, unusable_text, validation_errors
 from forge.training.config.quantizations import Quantization, gguf_type
 from forge.training.config.yaml import dump_yaml, load_yaml
 from forge.training.system.errors import ConfigurationError
 from forge.training.system.files import sha256_json
-
-WORKLOADS = Path(__file__).resolve().parents[3] / "workloads"
 
 # Bounds far above any use: a slip of the finger is an error here, and not a loop of 10^12 rounds later.
 Positive = Annotated[int, Field(gt=0, le=100_000_000)]
@@ -346,7 +342,7 @@ def load_workload(source: str | Path, overrides: list[str] | tuple[str, ...] = (
     Relative paths in the file are relative to the file's folder, those in overrides to the
     current directory. Raises :class:`ConfigurationError` listing every error found.
     """
-    path = _find(source)
+    path = find_config(source)
     content = load_yaml(path)
     _refuse_unusable_text(path, content)
     _resolve_paths(content, path.parent)
@@ -392,54 +388,6 @@ def _choose_source(content: dict[str, Any], overrides: Sequence[str]) -> None:
     data = content.get("data")
     if chosen and isinstance(data, dict) and data.get(chosen[-1]) is not None:
         data.pop(next(other for other in _SOURCES if other != chosen[-1]), None)
-
-
-def _find(source: str | Path) -> Path:
-    path = Path(source)
-    with contextlib.suppress(OSError, ValueError):  # a name too long, or with a NUL in it
-        if path.is_file():
-            _refuse_other_files(path)
-            return path.absolute()
-        if str(source) and path.is_dir():
-            _refuse_folder(path)
-    known = sorted(p.stem for p in WORKLOADS.glob("*.yaml") if "." not in p.stem)
-    if str(source) in known:
-        return WORKLOADS / f"{source}.yaml"
-    near = difflib.get_close_matches(str(source)[:60], known, 1)
-    if not known:  # installed without a checkout
-        raise ConfigurationError(
-            f"no config {shown(repr(str(source)))}: not a file, and this Forge is installed without the configs of its"
-            " checkout",
-            remedy="name a YAML file; `forge init FOLDER` writes one for the documents in a folder",
-        )
-    raise ConfigurationError(
-        f"no config {shown(repr(str(source)))}: neither a file nor one of {', '.join(known)}",
-        remedy=f"did you mean {near[0]}?"
-        if near
-        else "name a YAML file or one of those; `forge init FOLDER` writes one",
-    )
-
-
-def _refuse_other_files(path: Path) -> None:
-    if path.name.endswith(".plans.yaml"):
-        config = path.with_name(path.name.removesuffix(".plans.yaml") + ".yaml")
-        raise ConfigurationError(f"{path} holds plans, not a config", remedy=f"name the config beside it: {config}")
-    if path.name == "run.json":
-        _refuse_folder(path.parent)
-
-
-def _refuse_folder(path: Path) -> None:
-    quoted = shlex.quote(str(path))
-    if (path / "run.json").is_file() or (path / "workload.yaml").is_file():
-        raise ConfigurationError(
-            f"{path} is a run, not a config",
-            remedy=f"forge status {quoted}, forge evaluate {quoted} or forge export {quoted};"
-            f" the config it was trained with: {path / 'workload.yaml'}",
-        )
-    raise ConfigurationError(
-        f"{str(path)!r} is a folder, not a config",
-        remedy=f"name a YAML file; `forge init {quoted}` writes one for the documents in it",
-    )
 
 
 def _resolve_paths(content: dict[str, Any], folder: Path) -> None:

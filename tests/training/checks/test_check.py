@@ -315,40 +315,6 @@ def test_what_a_backend_cannot_do_is_found_and_train_refuses_it_before_it_does_a
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("absent", "changes", "has_gpu", "file"),
-    [
-        (
-            "bitsandbytes",
-            {"model": {"quantization": "nf4"}},
-            False,
-            "requirements-gpu.txt on a machine with a CUDA GPU",
-        ),
-        ("bitsandbytes", {"optimizer": {"name": "adamw_8bit"}}, True, "requirements-gpu.txt"),
-        ("peft", {}, False, "requirements-cpu.txt"),
-        ("peft", {}, True, "requirements-gpu.txt"),
-    ],
-)
-def test_the_remedy_for_a_missing_package_names_a_file_that_holds_it(
-    base: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    absent: str,
-    changes: dict[str, Any],
-    has_gpu: bool,
-    file: str,
-) -> None:
-    real = packages.package_version
-    monkeypatch.setattr(packages, "package_version", lambda name: None if name == absent else real(name))
-    asked = workload(tmp_path, base, **changes)
-    found = [f for f in packages.check_packages(asked, "trl", has_gpu=has_gpu) if "not installed" in f.message]
-    assert [(f.message, f.remedy) for f in found] == [(f"not installed: {absent}", f"install {file}")]
-    assert f"\n{absent}==" in (ROOT / file.split()[0]).read_text()
-    monkeypatch.setattr(packages, "ROOT", tmp_path)  # installed without its checkout
-    found = [f for f in packages.check_packages(asked, "trl", has_gpu=has_gpu) if "not installed" in f.message]
-    assert [f.remedy for f in found] == [f"install {absent}"]
-
-
 def test_versions_below_the_security_floor_are_errors_except_in_the_legacy_stack(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from forge.training.backends import load_plan
-from forge.training.config import workload as workloads
-from forge.training.config.workload import load_workload
+from forge.training.config import find
+from forge.training.config.workload import Workload, load_workload
 from forge.training.system.errors import ConfigurationError
 
 MINIMAL = "name: mine\ndata: {train: corpus.jsonl}\n"
@@ -84,7 +84,7 @@ def test_a_folder_or_a_file_of_plans_given_as_a_config_is_told_what_to_name(tmp_
 
 
 def test_an_installation_without_the_checkouts_configs_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workloads, "WORKLOADS", tmp_path / "absent")
+    monkeypatch.setattr(find, "WORKLOADS", tmp_path / "absent")
     with pytest.raises(ConfigurationError, match="installed without") as caught:
         load_workload("smoke")
     assert "forge init" in str(caught.value.remedy)
@@ -100,4 +100,4 @@ def test_every_key_says_what_it_means() -> None:
                 rows.append(prefix + name)
         return rows
 
-    assert silent(workloads.Workload) == []
+    assert silent(Workload) == []

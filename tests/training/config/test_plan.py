@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forge.training.backends import describe_plan_source, load_plan
+from forge.training.config.find import WORKLOADS
 from forge.training.config.plan import Plan
-from forge.training.config.workload import WORKLOADS, Workload, load_workload
+from forge.training.config.workload import Workload, load_workload
 from forge.training.data.batching import micro_batches, num_steps, step_order
 from forge.training.system.errors import ConfigurationError
 

@@ -13,8 +13,9 @@ import pytest
 import yaml
 
 from forge.training.backends import load_plan
+from forge.training.config.find import WORKLOADS
 from forge.training.config.overrides import shown
-from forge.training.config.workload import WORKLOADS, load_workload
+from forge.training.config.workload import load_workload
 from forge.training.config.yaml import parse_scalar
 from forge.training.system.errors import ConfigurationError
 
