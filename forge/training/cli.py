@@ -36,6 +36,7 @@ ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML fi
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory written by `forge train`.")]
 Plain = Annotated[bool, typer.Option("--plain", help="No colours, no bar; so too where the output is no terminal.")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Run directory; default runs/NAME-BACKEND.")]
+MovedBase = Annotated[Path | None, typer.Option("--base", metavar="DIR", help="Where the run's base is now.")]
 BackendOption = Annotated[Literal["auto", Backend], typer.Option("--backend", help="What trains.")]
 
 
@@ -320,6 +321,7 @@ def evaluate(
     device: Annotated[
         str | None, typer.Option("--device", help="cpu or cuda; default: cuda where there is one.")
     ] = None,
+    base: MovedBase = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -331,6 +333,7 @@ def evaluate(
         subjects=tuple(s.strip() for s in subjects.split(",") if s.strip()),
         device=device,
         max_documents=max_documents,
+        base_dir=base,
         force=force,
         progress=logs().print,
     )
@@ -354,10 +357,13 @@ def export(
         bool, typer.Option("--allow-fallback", help="Accept tensors that a quantisation cannot hold in larger types.")
     ] = False,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: RUN/export.")] = None,
-    force: Force = False,
+    base: MovedBase = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Make everything again; files that an export did not make stay.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Merge, convert, quantise and verify: GGUF files, Modelfile, model card, SHA256SUMS."""
+    """Merge, convert, quantise and verify: GGUF files, Modelfile, card, SHA256SUMS. Again: make what is missing."""
     from forge.training.export.card import print_export
     from forge.training.export.export import export_run
     from forge.training.train.record import completed_record
@@ -371,6 +377,7 @@ def export(
         quantizations=chosen,
         lora=lora,
         out_dir=out,
+        base_dir=base,
         force=force,
         keep_merged=keep_merged,
         allow_fallback=allow_fallback,
@@ -386,19 +393,64 @@ def export(
 
 @app.command()
 def chat(
-    model: Annotated[Path, typer.Argument(metavar="MODEL.gguf", help="A GGUF file.")],
-    prompt: Annotated[str | None, typer.Argument(help="One question; without it, a conversation.")] = None,
-    system: Annotated[str | None, typer.Option("--system", help="System prompt.")] = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1)] = 256,
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A run, its export folder or a .gguf file.")],
+    question: Annotated[str | None, typer.Argument(help="One question; without it, a conversation.")] = None,
+    system: Annotated[str | None, typer.Option("--system", help="System prompt; default: as trained.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", min=0.0, help="0: greedy; default: as shipped.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", min=1, help="Of an answer; default: as shipped, else 512.")
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option("--context", min=1, metavar="N", help="Tokens; default: as trained, at least 2048, if they fit."),
+    ] = None,
+    compare: Annotated[
+        Path | None, typer.Option("--compare", metavar="MODEL", help="Ask another one too, such as the base as GGUF.")
+    ] = None,
     lora: Annotated[Path | None, typer.Option("--lora", help="An adapter as GGUF.")] = None,
+    gpu_layers: Annotated[
+        int | None, typer.Option("--gpu-layers", min=0, help="Layers on the GPU; default: all, if llama.cpp has one.")
+    ] = None,
 ) -> None:
-    """Ask a GGUF model through llama.cpp, greedily, with the file's own chat template."""
-    from forge.training.export.chat import answer, converse
+    """Ask a model through llama.cpp, as it was trained and shipped: its system prompt, its sampling, its template."""
+    from contextlib import suppress
 
-    if prompt is None:
-        converse(model, system=system, max_tokens=max_tokens, lora=lora)
-    else:
-        sys.stdout.write(answer(model, prompt, system=system, max_tokens=max_tokens, lora=lora) + "\n")
+    from forge.training.export.chat import chat as talk
+    from forge.training.export.chat import settings_of
+    from forge.training.export.shipped import find_shipped
+
+    shipped = find_shipped(model)
+    settings = settings_of(
+        shipped,
+        system=system,
+        temperature=temperature,
+        max_tokens=max_tokens,
+        context_tokens=context,
+        gpu_layers=gpu_layers,
+    )
+    models = [(shipped.path, settings, lora)]
+    if compare is not None:
+        models.append((find_shipped(compare).path, settings, None))
+
+    def write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    def read_line() -> str:
+        return input("> " if sys.stdin.isatty() else "")
+
+    if question is None and sys.stdin.isatty():
+        with suppress(ImportError):
+            import readline  # noqa: F401 - gives input() its history
+    talk(
+        models,
+        question=question,
+        read_line=read_line,
+        write=write,
+        say=lambda line: logs().print(line, markup=False),
+    )
 
 
 @app.command()

@@ -6,6 +6,7 @@ Every kind of input is tried a few times in a plain run and some hundred times i
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -30,7 +31,10 @@ from forge.training.data.records import read_both
 from forge.training.evaluation.evaluate import evaluate_run
 from forge.training.evaluation.record import Evaluation
 from forge.training.export.card import ExportRecord, read_evaluation, write_card
+from forge.training.export.chat import settings_of
 from forge.training.export.export import export_run
+from forge.training.export.folder import ExportFolder
+from forge.training.export.shipped import find_shipped
 from forge.training.system.environment import ROOT
 from forge.training.system.errors import ConfigurationError, DataError
 from forge.training.train.record import completed_record
@@ -58,6 +62,7 @@ EFFORT = {
     "records": (25, 400),
     "run record": (30, 400),
     "evaluation": (25, 250),
+    "export": (40, 600),
     "status": (15, 150),
     "base": (5, 250),
 }
@@ -210,7 +215,7 @@ def test_any_run_record_is_read_or_a_data_error(effort: int, run_dir: Path) -> N
         assert survives(lambda: export_run(run_dir, quantizations=["f16"])) is None
         run = survives(lambda: completed_record(run_dir))
         if run is not None:
-            survives(lambda: write_card(run, export_record(), None))
+            survives(lambda: write_card(run, export_record(), None, run_dir))
 
     try:
         attempt(effort, mutated(original).map(json_bytes) | JSON_SPOILS, body)
@@ -238,12 +243,39 @@ def test_any_evaluation_is_in_the_card_or_left_out_with_a_note(effort: int, run_
         path.write_bytes(content)
         export = export_record()
         evaluation = survives(lambda: read_evaluation(run_dir, export))
-        survives(lambda: write_card(run, export, evaluation))
+        survives(lambda: write_card(run, export, evaluation, run_dir))
 
     try:
         attempt(effort, mutated(measured_evaluation()).map(json_bytes) | JSON_SPOILS, body)
     finally:
         path.unlink()
+
+
+@fuzz(*EFFORT["export"])
+def test_any_export_folder_is_used_as_it_says_or_refused(effort: int, tmp_path: Path) -> None:
+    """Its record and its Modelfile may come from elsewhere; the files that they name may be anywhere."""
+    names = ["m.q8_0.gguf", "../m.gguf", "/etc/hostname", "Modelfile"]
+    report = {"num_bytes": 1, "sha256": "a" * 64, "architecture": "qwen2", "file_type": "q8_0", "num_tensors": 1}
+    report |= {"tensor_types": {}, "fallbacks": [], "pre_tokenizer": None, "num_vocabulary_tokens": 1}
+    files = [report | {"has_chat_template": True, "name": name} for name in names]
+    record = dataclasses.asdict(export_record()) | {"files": files, "max_length": 9, "parameters": {"top_k": 3}}
+    modelfile = st.none() | st.text() | spliced(st.just("FROM ./m.q8_0.gguf\nSYSTEM s\nPARAMETER temperature 0.5\n"))
+    (tmp_path / "m.q8_0.gguf").write_bytes(b"GGUF")
+
+    def body(given_input: tuple[bytes, str | None]) -> None:
+        content, text = given_input
+        (tmp_path / "export.json").write_bytes(content)
+        (tmp_path / "Modelfile").unlink(missing_ok=True)
+        if text is not None:
+            (tmp_path / "Modelfile").write_bytes(text.encode("utf-8", "surrogatepass"))
+        folder = survives(lambda: ExportFolder.look(tmp_path))
+        if folder is not None:
+            assert all(Path(name).name == name for name in folder.own)
+            survives(folder.stored)
+        for given in (tmp_path, tmp_path / "m.q8_0.gguf"):
+            survives(lambda given=given: settings_of(find_shipped(given)))  # type: ignore[misc]
+
+    attempt(effort, st.tuples(mutated(record).map(json_bytes) | JSON_SPOILS, modelfile), body)
 
 
 @fuzz(*EFFORT["status"])

@@ -56,6 +56,7 @@ class MergeRecord:
 
     ``adapter_config_sha256`` is over what the adapter's configuration says of the mathematics;
     ``rounding_norm`` is the part of the change that the weights' own data type could not hold;
+    ``largest_changed_weight`` is the largest absolute value among the tensors that it changed;
     ``merged_sha256`` identifies the merged weights as ``base_sha256`` does the base's: it is what
     :func:`forge.training.models.digests.base_sha256` says of ``out_dir``.
     """
@@ -71,6 +72,7 @@ class MergeRecord:
     delta_norm: float
     rounding_norm: float
     device: str
+    largest_changed_weight: float | None = None  # None: merged by an earlier Forge
 
 
 def merge_adapter(
@@ -130,6 +132,7 @@ def merge_adapter(
             delta_norm=math.sqrt(merger.delta_squares),
             rounding_norm=math.sqrt(merger.rounding_squares),
             device=merger.device,
+            largest_changed_weight=merger.largest,
         )
         write_json(staging / RECORD, asdict(record))
     return record
@@ -185,6 +188,7 @@ class _Merger:
         self.without_effect: list[str] = []
         self.delta_squares = 0.0
         self.rounding_squares = 0.0
+        self.largest = 0.0
 
     def write_shard(self, shard: Shard, target: Path) -> str:
         """Write one merged file and return its SHA-256."""
@@ -216,6 +220,7 @@ class _Merger:
             raise DataError(f"{tensor.name} is not finite after the merge: NaN, or beyond the range of {tensor.dtype}")
         if torch.equal(merged, original):
             self.without_effect.append(tensor.name)
+        self.largest = max(self.largest, float(merged.abs().max()))
         self.delta_squares += _square_sum(delta)
         self.rounding_squares += _square_sum(exact - merged)
         return merged.cpu().contiguous().view(torch.uint8).numpy().data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from forge.training.adapter.adapter_config import CONFIG, AdapterConfig
@@ -15,18 +16,25 @@ from forge.training.system.files import sha256_file
 from forge.training.train.record import RunRecord
 
 
-def read_own_base(run: RunRecord) -> ModelWeights:
+def read_own_base(run: RunRecord, directory: Path | None = None) -> ModelWeights:
     """The headers of a run's base, whose tokenizer must be the run's; its weights :func:`require_own_base` compares.
 
-    Raises :class:`DataError` also for a directory that asks for code or names files outside itself.
+    ``directory``: where the base is now, by default where it was. Raises :class:`DataError` also for a directory that
+    asks for code or names files outside itself.
     """
-    base = read_weights(Path(run.base_path))
+    if directory is None and not os.path.isdir(run.base_path):
+        raise DataError(
+            f"the run's base is no longer in {run.base_path}: that is not a directory",
+            remedy="say where it is now: --base DIR (its content must be the same; `forge base NAME` prints a"
+            " directory)",
+        )
+    base = read_weights(directory or Path(run.base_path))
     refuse_unsafe_files(base.directory)
     actual, expected = tokenizer_sha256(base.directory), run.inputs.tokenizer_sha256
     if actual != expected:
         raise DataError(
             f"the tokenizer in {base.directory} is not the run's: SHA-256 {actual}, the run had {expected}",
-            remedy="put the tokenizer that was trained with back, unchanged",
+            remedy="put the tokenizer that was trained with back, unchanged, or name the run's base with --base DIR",
         )
     return base
 
@@ -37,7 +45,7 @@ def require_own_base(directory: Path, expected_sha256: str) -> None:
     if actual != expected_sha256:
         raise DataError(
             f"{directory} is not the base that was trained on: SHA-256 {actual}, the run had {expected_sha256}",
-            remedy="put the run's base back, unchanged",
+            remedy="put the run's base back, unchanged, or say where it is with --base DIR",
         )
 
 

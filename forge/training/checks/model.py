@@ -15,8 +15,9 @@ from forge.training.config.workload import Workload
 from forge.training.data.conversation import load_encoder
 from forge.training.data.examples import Examples, describe_left_out
 from forge.training.data.inputs import corpus_paths, encode_corpus, refuse_too_long
-from forge.training.export.disk_space import check_architecture, check_row_sizes
+from forge.training.export.disk_space import check_architecture, check_range, check_row_sizes
 from forge.training.models.base import STANDINS, require_gpu_to_make, resolve_base
+from forge.training.models.lora_targets import refuse_targets
 from forge.training.models.qwen2 import config_json, tensor_shapes
 from forge.training.models.weights import ModelWeights, Shard, Tensor, read_weights
 from forge.training.system.errors import ConfigurationError, DataError, ForgeError, MachineError
@@ -66,18 +67,7 @@ def is_made(base: ModelWeights) -> bool:
 def check_fit(workload: Workload, base: ModelWeights) -> Iterator[Finding]:
     """Lengths and LoRA targets against the model. Raises :class:`ConfigurationError`."""
     refuse_too_long(workload, base.config)
-    modules = {name.removesuffix(".weight").rpartition(".")[2] for name in base.tensors}
-    unknown = [target for target in workload.lora.targets if target not in modules]
-    if unknown:
-        raise ConfigurationError(
-            f"lora.targets: the base has no module {', '.join(unknown)}",
-            remedy="its linear layers are " + ", ".join(sorted(name for name in modules if name.endswith("_proj"))),
-        )
-    if base.ties_embeddings and {"lm_head", "embed_tokens"} & set(workload.lora.targets):
-        raise ConfigurationError(
-            "lora.targets names lm_head or embed_tokens, which share their weights in this base: no merge can hold it",
-            remedy="leave them out",
-        )
+    refuse_targets(workload.lora.targets, base)
     limit = base.config.get("max_position_embeddings") or "unlimited"
     yield ok("model", f"documents of {workload.data.max_length:,} tokens fit into its {limit} positions")
 
@@ -150,7 +140,7 @@ def _token(value: Any) -> str | None:
 
 
 def check_export(workload: Workload, base: ModelWeights) -> Iterator[Finding]:
-    """Whether llama.cpp knows the architecture and can hold its matrices in the types asked for."""
+    """Whether llama.cpp knows the architecture and can hold its weights in the types asked for. Reads them once."""
     check_architecture(base)
     quantizations = workload.export.quantizations
     bad = []
@@ -159,6 +149,13 @@ def check_export(workload: Workload, base: ModelWeights) -> Iterator[Finding]:
             check_row_sizes(base, [quantization])
         except ConfigurationError as error:
             bad.append(failure("export", error))
+    source = "f16"
+    if is_made(base):
+        try:
+            source = check_range(base, quantizations)
+        except ForgeError as error:
+            bad.append(failure("export", error))
     yield from bad
     if not bad:
-        yield ok("export", f"{base.config['architectures'][0]} as {', '.join(quantizations)}")
+        made = "" if source == "f16" else f", quantised from {source}: float16 cannot hold the base's largest weight"
+        yield ok("export", f"{base.config['architectures'][0]} as {', '.join(quantizations)}{made}")

@@ -58,16 +58,18 @@ def has_anything_to_evaluate(run: RunRecord) -> bool:
     return run.inputs.validation_examples_sha256 is not None or bool(facts)
 
 
-def prepare_bench(run: RunRecord, run_dir: Path, max_documents: int | None) -> Bench:
+def prepare_bench(run: RunRecord, run_dir: Path, base_dir: Path, max_documents: int | None) -> Bench:
     """Read what a run held out. Raises :class:`DataError` if it is not what the record says, or nothing."""
     workload = Workload.model_validate(run.workload)
-    expected = run.inputs.validation_examples_sha256
-    if expected is None and not workload.evaluation.facts:
+    if not has_anything_to_evaluate(run):
+        source = "data.validation_share" if workload.data.documents else "data.validation: `forge dataset --split`"
         raise DataError(
             f"{run_dir} held nothing out and its config asks for no facts: there is nothing to evaluate",
-            remedy="train with data.validation or data.validation_share, or give evaluation.facts",
+            remedy=f"hold documents out ({source}) or name evaluation.facts, and train again with --force; "
+            f"`forge export {run_dir}` needs no evaluation",
         )
-    encoder = load_encoder(run.base_path, run.inputs.template_date)
+    encoder = load_encoder(base_dir, run.inputs.template_date)
+    expected = run.inputs.validation_examples_sha256
     if expected is None:
         return Bench(workload, encoder, None, [], [])
     examples = load_examples(run_dir / "examples" / "validation")

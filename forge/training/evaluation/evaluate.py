@@ -11,20 +11,24 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
 
 from forge.training.adapter.merge import merge_adapter, usable_merge
 from forge.training.adapter.provenance import read_own_base, require_own_adapter, require_own_base
+from forge.training.config.workload import Workload
 from forge.training.evaluation import neutral_model as neutral
-from forge.training.evaluation.bench import Bench, Measured, measure, prepare_bench
+from forge.training.evaluation.bench import Bench, Measured, has_anything_to_evaluate, measure, prepare_bench
 from forge.training.evaluation.record import DocumentResult, Evaluation, compare, print_evaluation
 from forge.training.models.weights import ModelWeights
 from forge.training.system.environment import describe_environment
 from forge.training.system.errors import ConfigurationError, DataError
-from forge.training.system.files import disk_errors, locked, refuse_existing, remove, write_json
+from forge.training.system.files import disk_errors, locked, read_json_object, remove, sha256_json, write_json
 from forge.training.system.oom import memory_errors
 from forge.training.train.record import RunRecord, completed_record
 
-__all__ = ["SUBJECTS", "evaluate_run", "print_evaluation"]
+__all__ = ["SUBJECTS", "evaluate_run", "has_anything_to_evaluate", "print_evaluation"]
 SUBJECTS = ("base", "adapter", "adapter-nf4", "merged")
 _PAIRS = (("adapter", "base"), ("merged", "base"), ("merged", "adapter"), ("adapter", "adapter-nf4"))
 Progress = Callable[[str], None]
@@ -36,39 +40,85 @@ def evaluate_run(
     subjects: Sequence[str] = ("base", "adapter", "merged"),
     device: str | None = None,
     max_documents: int | None = None,
+    base_dir: Path | None = None,
     force: bool = False,
     merged_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Measure ``subjects`` on a completed run's held-out documents and write ``run_dir/evaluation.json``.
 
-    ``device``: cpu or cuda, by default CUDA where there is a GPU. ``merged_dir``: the merged model;
-    by default ``run_dir/merged``, or a merge made now and removed afterwards. Raises :class:`ConfigurationError`,
-    :class:`DataError` (run, base, tokenizer, adapter or examples are not what the record says; a loss is
-    not finite), :class:`MachineError`, :class:`GpuMemoryError`, :class:`DiskError`, :class:`LockedError`.
+    Returns what is there already if it is of the same content and answers what is asked; ``force`` measures again.
+    ``device``: cpu or cuda, by default CUDA where there is a GPU. ``base_dir``: where the run's base is now.
+    ``merged_dir``: the merged model; by default ``run_dir/merged``, or a merge made now and removed afterwards. Raises
+    :class:`ConfigurationError`, :class:`DataError` (run, base, tokenizer, adapter or examples are not what the record
+    says; an evaluation of something else is there; a loss is not finite), :class:`MachineError`,
+    :class:`GpuMemoryError`, :class:`DiskError`, :class:`LockedError`.
     """
     neutral.refuse_unsloth()
-    run_dir = Path(run_dir)
+    run_dir, say = Path(run_dir), progress or (lambda _: None)
     run = completed_record(run_dir)
     unknown = [name for name in subjects if name not in SUBJECTS]
     if unknown or not subjects:
         message = f"unknown subject {unknown[0]!r}" if unknown else "no subject was asked for"
         raise ConfigurationError(message, remedy=f"choose from {', '.join(SUBJECTS)}")
-    refuse_existing(run_dir / "evaluation.json", force)
     with locked(run_dir), memory_errors("the evaluation"):
         run = completed_record(run_dir)  # nobody can be training into it any more
         for leftover in (*run_dir.glob(".merged.*.part"), *run_dir.glob(".evaluation.json.*.part")):
             remove(leftover)  # of an evaluation that was killed: the lock is ours
-        base = read_own_base(run)
+        base = read_own_base(run, base_dir)
         require_own_adapter(run, run_dir, base)
         require_own_base(base.directory, run.inputs.base_sha256)
-        bench = prepare_bench(run, run_dir, max_documents)
+        stored = None if force else _stored_evaluation(run, run_dir, subjects, device, max_documents)
+        if stored is not None:
+            say(f"{run_dir / 'evaluation.json'} is of the same run and questions: not measured again")
+            return stored
+        bench = prepare_bench(run, run_dir, base.directory, max_documents)
         placement = neutral.choose_placement(base, bench.longest, device)
-        models = _Models(run, run_dir, base, placement, merged_dir, progress or (lambda _: None))
+        models = _Models(run, run_dir, base, placement, merged_dir, say)
         measured = models.measure_each(subjects, bench)
-        evaluation = _summarise(run, bench, measured, models)
+        evaluation = _summarise(run, bench, measured, models, max_documents)
         write_json(run_dir / "evaluation.json", evaluation.model_dump(mode="json"))
     return evaluation
+
+
+def _stored_evaluation(
+    run: RunRecord, run_dir: Path, subjects: Sequence[str], device: str | None, max_documents: int | None
+) -> Evaluation | None:
+    """The evaluation that is there, ``None`` if there is none. Raises :class:`DataError` if it is of something else."""
+    path = run_dir / "evaluation.json"
+    if not path.exists():
+        return None
+    both_ways = "measure again with --force, which replaces it, or move it away"
+    try:
+        stored = Evaluation.model_validate(read_json_object(path))
+    except ValidationError as error:
+        raise DataError(f"{path} is no evaluation that this Forge reads", remedy=both_ways) from error
+    except DataError as error:
+        raise DataError(error.message, remedy=both_ways) from error
+    now: dict[str, Any] = {
+        "base_sha256": run.inputs.base_sha256,
+        "adapter_sha256": run.adapter_sha256,
+        "validation_examples_sha256": run.inputs.validation_examples_sha256,
+        "questions_sha256": _questions_sha256(run),
+        "max_documents": max_documents,
+    }
+    now |= {"device": device} if device is not None else {}
+    changed = [
+        f"  {name.replace('_', ' ')}: {getattr(stored, name)} -> {value}"
+        for name, value in now.items()
+        if getattr(stored, name) != value
+    ]
+    before = [each.subject for each in stored.subjects]
+    if not set(subjects) <= set(before):
+        changed.append(f"  subjects: {', '.join(before)} -> {', '.join(subjects)}")
+    if changed:
+        raise DataError(f"{path} was measured otherwise:\n" + "\n".join(changed), remedy=both_ways)
+    return stored
+
+
+def _questions_sha256(run: RunRecord) -> str:
+    workload = Workload.model_validate(run.workload)
+    return sha256_json([workload.evaluation.model_dump(mode="json"), workload.data.system_prompt])
 
 
 @dataclass
@@ -134,7 +184,9 @@ class _Models:
             yield merged_dir
 
 
-def _summarise(run: RunRecord, bench: Bench, measured: list[Measured], models: _Models) -> Evaluation:
+def _summarise(
+    run: RunRecord, bench: Bench, measured: list[Measured], models: _Models, max_documents: int | None
+) -> Evaluation:
     documents = [
         DocumentResult(
             document=document.name,
@@ -161,6 +213,8 @@ def _summarise(run: RunRecord, bench: Bench, measured: list[Measured], models: _
         adapter_sha256=str(run.adapter_sha256),
         merged_sha256=models.merged_sha256,
         validation_examples_sha256=run.inputs.validation_examples_sha256,
+        questions_sha256=_questions_sha256(run),
+        max_documents=max_documents,
         device=models.placement.device,
         dtype=models.placement.dtype,
         environment=describe_environment(with_torch=True),

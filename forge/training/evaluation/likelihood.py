@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from forge.training.data.conversation import IGNORED
+from forge.training.data.conversation import IGNORED, token_bytes
 from forge.training.data.examples import Examples, document_name
 from forge.training.evaluation.neutral_model import NeutralModel
 from forge.training.system.errors import DataError, MachineError
@@ -27,7 +27,8 @@ _NUM_PROBE_TOKENS = 64
 class Document:
     """A held-out document: its examples (several where it was divided) and what of it is trained.
 
-    ``num_tokens`` counts the predicted tokens: a trained token that stands first has no predecessor.
+    ``num_tokens`` counts the predicted tokens, a trained token that stands first has no predecessor; ``num_bytes`` the
+    UTF-8 bytes of the text they stand for.
     """
 
     name: str
@@ -41,14 +42,12 @@ def group_documents(examples: Examples, tokenizer: Any, max_documents: int | Non
     groups: dict[str, list[int]] = {}
     for index, name in enumerate(examples.document_ids):
         groups.setdefault(document_name(name), []).append(index)
+    sizes = token_bytes(tokenizer)
     documents = []
     for name, indices in list(groups.items())[:max_documents]:
-        num_tokens = sum(int((examples.labels[i][1:] != IGNORED).sum()) for i in indices)
-        num_bytes = sum(examples.num_trained_bytes[i] for i in indices)
-        for i in indices:
-            if examples.labels[i][0] != IGNORED:  # trained and never predicted
-                num_bytes -= len(tokenizer.decode([int(examples.input_ids[i][0])]).encode())
-        documents.append(Document(name, tuple(indices), num_tokens, num_bytes))
+        predicted = np.concatenate([examples.labels[i][1:] for i in indices])
+        predicted = predicted[predicted != IGNORED]
+        documents.append(Document(name, tuple(indices), len(predicted), int(sizes[predicted].sum())))
     return documents
 
 

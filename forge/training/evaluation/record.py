@@ -89,6 +89,8 @@ class Evaluation(_Part):
     adapter_sha256: str
     merged_sha256: str | None = None
     validation_examples_sha256: str | None = None
+    questions_sha256: str | None = None  # facts, number and length of the answers, system prompt
+    max_documents: int | None = None  # None: all
     device: str
     dtype: str
     environment: dict[str, Any] = Field(default_factory=dict)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +15,17 @@ from forge.training.evaluation.record import Evaluation, describe_comparison
 from forge.training.export.gguf import GgufReport
 from forge.training.llamacpp.install import COMMIT, VERSION
 from forge.training.system.command import say, shown_path
+from forge.training.system.errors import DataError
 from forge.training.system.files import read_json_object
 from forge.training.train.record import RunRecord
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+_HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+_LICENSE = re.compile(r"""(?P<key>license|license_name|license_link):\s+["']?(?P<value>[A-Za-z0-9][^\s"']*)["']?""")
+_NUM_SAMPLES = 3
+_SAMPLE_CHARACTERS = 400
 _PACKAGES = ("torch", "transformers", "peft", "trl", "unsloth", "bitsandbytes", "accelerate", "datasets")
 
 
@@ -35,7 +41,11 @@ class Step:
 
 @dataclass(frozen=True)
 class ExportRecord:
-    """What an export made; ``export.json``. ``merge`` is the record of the merge, with its digests."""
+    """What an export made; ``export.json``. ``merge`` is the record of the merge, with its digests.
+
+    ``quantized_from``: the 16-bit type that the quantised files were made from. ``max_length``: tokens of the longest
+    example that it was trained on. ``steps``: of the export that wrote the record; earlier files took their own.
+    """
 
     model: str
     out_dir: str
@@ -46,6 +56,11 @@ class ExportRecord:
     files: list[GgufReport]
     adapter_file: GgufReport | None
     modelfile_uses: str
+    tokenizer_sha256: str | None = None
+    quantized_from: str = "f16"
+    max_length: int | None = None
+    system_prompt: str | None = None
+    parameters: dict[str, Any] = field(default_factory=dict)
     llama_cpp_commit: str = COMMIT
     llama_cpp_python_version: str = VERSION
     needed_disk_bytes: int = 0
@@ -81,14 +96,18 @@ def print_export(record: ExportRecord, console: Console) -> None:
     say(console, shown_path(Path(record.out_dir)), "export: ")
 
 
-def write_card(run: RunRecord, export: ExportRecord, evaluation: Evaluation | None) -> str:
-    """The card's Markdown. Only what the records hold; figures not measured are left out, no path of this machine."""
+def write_card(run: RunRecord, export: ExportRecord, evaluation: Evaluation | None, base_dir: Path) -> str:
+    """The card's Markdown. Only what the records hold; figures not measured are left out, no path of this machine.
+
+    ``base_dir``: the base, whose own card may say its license.
+    """
     sections = [
-        _opening(run, export),
+        _opening(run, export, base_dir),
         _files(export),
         _how_to_run(run, export),
         _training(run),
         _results(run, evaluation),
+        *_samples(evaluation),
         _chain(run, export),
     ]
     if export.notes:
@@ -111,15 +130,45 @@ def read_evaluation(run_dir: Path, export: ExportRecord) -> Evaluation | None:
     return evaluation
 
 
-def _opening(run: RunRecord, export: ExportRecord) -> str:
-    base = _base_name(run)
-    lines = ["---", f"base_model: {base}", "library_name: gguf", "tags: [gguf, lora, forge]", "---"]
-    lines += ["", f"# {export.model}", ""]
-    description = run.workload.get("description")
-    if description:
-        lines += [str(description), ""]
+def _opening(run: RunRecord, export: ExportRecord, base_dir: Path) -> str:
+    hub_name, license_fields = _hub_name(run, base_dir), _license(base_dir)
+    lines = ["---"]
+    if hub_name:
+        lines.append(f"base_model: {hub_name}")
+    lines += [f"{key}: {value}" for key, value in license_fields.items()]
+    lines += ["library_name: gguf", "tags: [gguf, lora, forge]", "---", "", f"# {export.model}", ""]
+    base = hub_name or _base_name(run)
     lines.append(f"A LoRA adapter trained on {base} and merged into its original weights, as GGUF for llama.cpp.")
+    license_name = license_fields.get("license_name") or license_fields.get("license")
+    if license_name:
+        lines.append(f"The base's license: {license_name}.")
     return "\n".join(lines)
+
+
+def _hub_name(run: RunRecord, base_dir: Path) -> str | None:
+    """The base's name on the hub: as the config has it, else as its config.json does."""
+    given = str(run.workload.get("model", {}).get("path") or "")
+    names = [given, str(_config(base_dir).get("_name_or_path") or "")]
+    return next((name for name in names if _HUB_NAME.fullmatch(name) and not os.path.exists(name)), None)
+
+
+def _config(base_dir: Path) -> dict[str, Any]:
+    try:
+        return read_json_object(base_dir / "config.json")
+    except DataError:
+        return {}
+
+
+def _license(base_dir: Path) -> dict[str, str]:
+    """``license``, ``license_name`` and ``license_link`` as the front matter of the base's own card has them."""
+    try:
+        text = (base_dir / "README.md").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return {}
+    front = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
+    lines = front[1].splitlines() if front else []
+    found = (_LICENSE.fullmatch(line.strip()) for line in lines)
+    return {match["key"]: match["value"] for match in found if match}
 
 
 def _files(export: ExportRecord) -> str:
@@ -143,7 +192,15 @@ def _how_to_run(run: RunRecord, export: ExportRecord) -> str:
     if system:
         lines += ["", f"It was trained with the system prompt {system!r}; the Modelfile sets it."]
     if export.adapter_file is not None:
-        lines += ["", f"`{export.adapter_file.name}` is for the unmerged base: `--lora {export.adapter_file.name}`."]
+        adapter = export.adapter_file.name
+        lines += ["", f"`{adapter}` is the change alone, for the unmerged base as GGUF. It is for llama.cpp only:"]
+        lines += [
+            "Ollama takes no adapters as GGUF.",
+            "",
+            "```sh",
+            f"llama-cli -m BASE.gguf --lora {adapter} --jinja -cnv",
+        ]
+        lines.append("```")
     return "\n".join(lines)
 
 
@@ -198,6 +255,22 @@ def _results(run: RunRecord, evaluation: Evaluation | None) -> str:
         facts = [(row.question, row.expected, row.subject, "yes" if row.found else "no") for row in evaluation.facts]
         text += "\n\n" + _table(("question", "expected", "model", "said"), facts)
     return text
+
+
+def _samples(evaluation: Evaluation | None) -> list[str]:
+    """A section with what the model answered when it was evaluated, most probable token by token."""
+    if evaluation is None:
+        return []
+    subject = next((name for name in ("merged", "adapter") if any(s.subject == name for s in evaluation.subjects)), "")
+    asked = [(row.question, row.answer) for row in evaluation.facts if row.subject == subject]
+    asked += [(f"(the instruction of {r.document})", r.answer) for r in evaluation.answers if r.subject == subject]
+    if not asked:
+        return []
+    rows = [(asks, f"{' '.join(says.split()):.{_SAMPLE_CHARACTERS}}") for asks, says in asked[:_NUM_SAMPLES]]
+    who = "The merged weights" if subject == "merged" else "Base and adapter"
+    return [
+        f"## Sample answers\n\n{who}, greedily, before they became GGUF:\n\n" + _table(("question", "answer"), rows)
+    ]
 
 
 def _chain(run: RunRecord, export: ExportRecord) -> str:

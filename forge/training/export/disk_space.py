@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from forge.training.config.quantizations import GGUF_TYPES, QUANTIZED
 from forge.training.llamacpp.install import supported_architectures
+from forge.training.models.digests import largest_weight
 from forge.training.models.weights import ModelWeights
-from forge.training.system.errors import ConfigurationError, MachineError
+from forge.training.system.errors import ConfigurationError, DataError, MachineError
 
 _MARGIN_BYTES = 64 << 20  # tokenizer, records, file system
 _MARGIN_SHARE = 0.02
+_LARGEST_FLOAT16 = 65504.0
 
 
 def check_quantizations(quantizations: Sequence[str]) -> None:
@@ -51,18 +54,55 @@ def check_row_sizes(base: ModelWeights, quantizations: Sequence[str]) -> None:
             )
 
 
+def source_type(base: ModelWeights, largest_merged: float | None = None) -> str:
+    """What a quantised file is made from: f16, or bf16 where float16 cannot hold a weight. Reads the weights once.
+
+    Both are of the same size; bf16 has float32's range and three bits less of precision. ``largest_merged``: the
+    largest weight that the merge made. Raises :class:`DataError` for a base with a weight that is no number.
+    """
+    largest = largest_weight(base.directory)
+    if not math.isfinite(largest.value):
+        raise DataError(
+            f"{largest.file}: {largest.tensor} holds {largest.value}, which is no weight",
+            remedy="copy the base again, or take another one",
+        )
+    return "bf16" if max(largest.value, largest_merged or 0.0) > _LARGEST_FLOAT16 else "f16"
+
+
+def check_range(base: ModelWeights, quantizations: Sequence[str]) -> str:
+    """:func:`source_type`. Raises :class:`ConfigurationError` where f16 is asked for and cannot hold the weights."""
+    source = source_type(base)
+    if source == "bf16" and "f16" in quantizations:
+        largest = largest_weight(base.directory)
+        raise ConfigurationError(
+            f"f16 cannot hold {largest.tensor} of {largest.file}: its largest value is {largest.value:g}, "
+            f"float16 ends at {_LARGEST_FLOAT16:g}",
+            remedy="take bf16 in its place; quantised files are made from bf16 then",
+        )
+    return source
+
+
 def file_bytes(base: ModelWeights, quantization: str) -> int:
     """About how long a GGUF file of the base's size and of this type is."""
     return int(base.num_parameters * GGUF_TYPES[quantization].bits_per_weight / 8)
 
 
 def peak_disk_bytes(
-    base: ModelWeights, quantizations: Sequence[str], *, adapter_bytes: int, writes_merged: bool, keeps_merged: bool
+    base: ModelWeights,
+    quantizations: Sequence[str],
+    *,
+    adapter_bytes: int,
+    writes_merged: bool,
+    keeps_merged: bool,
+    has_source: bool = False,
 ) -> int:
-    """The most bytes on disk at any time during an export, beside what is there already."""
+    """The most bytes on disk at any time during an export, beside what is there already.
+
+    ``has_source``: the 16-bit file that the others are quantised from is there already.
+    """
     converted = [name for name in quantizations if name not in QUANTIZED]
-    if any(name in QUANTIZED for name in quantizations) and "f16" not in converted:
-        converted.append("f16")
+    if any(name in QUANTIZED for name in quantizations) and "f16" not in converted and not has_source:
+        converted.append("f16")  # or bf16, of the same size
     merged = base.num_bytes if writes_merged else 0
     while_converting = merged + sum(file_bytes(base, name) for name in converted)
     in_the_end = while_converting - (0 if keeps_merged else merged)

@@ -1,7 +1,8 @@
 """A run's adapter -> merged weights -> GGUF files, verified, with all that is needed to use them.
 
-The directory appears under its name only when everything in it is complete and verified.
-Intermediate files are deleted as soon as they have been used.
+Files appear in the folder only when everything that was asked for is complete and verified. What an earlier export of
+the same run made is used and kept: one more quantisation costs only itself. Intermediate files are deleted as soon as
+they have been used.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from forge.training.adapter.adapter_config import read_adapter_config
 from forge.training.adapter.merge import usable_merge
 from forge.training.adapter.provenance import read_own_base, require_own_adapter
 from forge.training.config.quantizations import QUANTIZED
@@ -20,8 +22,9 @@ from forge.training.data.conversation import Encoder, load_encoder
 from forge.training.export import disk_space, gguf
 from forge.training.export.card import ExportRecord, Step, read_evaluation, write_card
 from forge.training.export.chat_template import recognise_chatml
+from forge.training.export.folder import RECORD, SUMS, TEXTS, ExportFolder, refuse_other_inputs, remember_digests
 from forge.training.export.modelfile import CHATML_STOPS, chatml_template, write_modelfile
-from forge.training.llamacpp.install import require_llama_cpp
+from forge.training.llamacpp.install import COMMIT, require_llama_cpp
 from forge.training.llamacpp.parent import Answer, Progress, run_child, time_limit_seconds
 from forge.training.models.weights import ModelWeights
 from forge.training.system.errors import CheckError
@@ -29,16 +32,14 @@ from forge.training.system.files import (
     clear_leftovers,
     existing_folder,
     locked,
-    refuse_existing,
     require_free_bytes,
     sha256_file,
-    staged_directory,
     write_json,
     write_text,
 )
 from forge.training.train.record import RunRecord, completed_record
 
-_INTERMEDIATE = "intermediate.f16.gguf"
+_INTERMEDIATE = "intermediate.{}.gguf"
 _NOT_CHATML = "the chat template is not ChatML: the Modelfile leaves the template to the GGUF file's own"
 _SPACE_REMEDY = "free space, choose another place with --out, or ask for fewer quantisations"
 
@@ -49,23 +50,26 @@ def export_run(
     quantizations: Sequence[str],
     lora: bool = False,
     out_dir: Path | None = None,
+    base_dir: Path | None = None,
     force: bool = False,
     keep_merged: bool = False,
     allow_fallback: bool = False,
     progress: Progress | None = None,
 ) -> ExportRecord:
-    """Export a completed run. ``keep_merged`` leaves the merged weights in ``run_dir/merged``.
+    """Export a completed run, or add what is missing to an export of it that is there.
 
-    A merge already there is used if it is of the same base and adapter. Everything that can be
-    refused is refused first: :class:`ConfigurationError`, :class:`DataError`, :class:`MachineError`
-    and :class:`DiskError` with the bytes needed. :class:`CheckError` if a file fails its checks.
+    ``base_dir``: where the run's base is now. ``force`` makes everything again and removes what the export before made,
+    no other file. ``keep_merged`` leaves the merged weights in ``run_dir/merged``; a merge already there is used if it
+    is of the same base and adapter. Everything that can be refused is refused first: :class:`ConfigurationError`,
+    :class:`DataError` (also for an export that was made from something else), :class:`MachineError` and
+    :class:`DiskError` with the bytes needed. :class:`CheckError` if a file fails its checks.
     """
-    run_dir = Path(run_dir)
-    run = completed_record(run_dir)
-    target = (out_dir or run_dir / "export").absolute()
-    refuse_existing(target, force)
     disk_space.check_quantizations(quantizations)
-    base = read_own_base(run)
+    run_dir, say = Path(run_dir), progress or (lambda _: None)
+    run = completed_record(run_dir)
+    target = out_dir or run_dir / "export"
+    folder = ExportFolder.look(target)
+    base = read_own_base(run, base_dir)
     disk_space.check_architecture(base)
     encoder = load_encoder(base.directory, run.inputs.template_date)
     require_llama_cpp()
@@ -74,37 +78,64 @@ def export_run(
     with locked(run_dir):
         run = completed_record(run_dir)  # nobody can be training into it any more
         adapter_bytes = require_own_adapter(run, run_dir, base)
-        for directory in (target, (run_dir / "merged").absolute()):
+        for directory in (folder.place, run_dir / "merged"):
             clear_leftovers(directory)
-        merged = usable_merge(run_dir / "merged", base.directory, run_dir / "adapter", run.inputs.base_sha256)
-        needed = _require_space(run_dir, target, base, quantizations, adapter_bytes, keep_merged, merged is None)
+        before = None if force else _usable_export(folder, run, run_dir)
         template = encoder.tokenizer.chat_template
-        work = _Export(run, run_dir, base, template, allow_fallback, progress or (lambda _: None))
-        with staged_directory(target, force=force) as staging:
-            merged_dir = run_dir / "merged" if keep_merged or merged is not None else staging / "merged"
-            if merged is None:
-                merged = work.merge(merged_dir, force=keep_merged)
-            work.convert(merged_dir, staging, quantizations)
-            if merged_dir.parent == staging:
-                shutil.rmtree(merged_dir)
-            work.quantize(staging, quantizations)
-            adapter_file = work.convert_adapter(staging) if lora else None
-            (staging / _INTERMEDIATE).unlink(missing_ok=True)
-            record = ExportRecord(
-                model=work.name,
-                out_dir=str(target),
-                base_sha256=run.inputs.base_sha256,
-                adapter_sha256=merged["adapter_sha256"],
-                merged_sha256=merged["merged_sha256"],
-                merge=merged,
-                files=[work.reports[name] for name in quantizations],
-                adapter_file=adapter_file,
-                modelfile_uses=min(work.reports.values(), key=lambda report: report.num_bytes).name,
-                needed_disk_bytes=needed,
-                steps=work.steps,
-                notes=work.notes,
+        work = _Export(run, run_dir, base, template, allow_fallback, say, target, before)
+        missing = [name for name in quantizations if name not in work.reports]
+        lora = lora and (before is None or before.adapter_file is None)
+        folder.refuse_taken([*TEXTS, RECORD, SUMS, *work.file_names(missing, lora=lora)])
+        if before is not None and not (missing or lora or keep_merged):
+            say(f"{target} is complete: nothing to do")
+            return before
+        # a weight that float16 cannot hold; the f16 file of an export before shows that there is none
+        work.source = "f16" if "f16" in work.reports else disk_space.check_range(base, missing)
+        has_source = work.source in work.reports or not any(name in QUANTIZED for name in missing)
+        needs_merged = keep_merged or not has_source or any(name not in QUANTIZED for name in missing)
+        merged = None
+        if needs_merged:
+            base_sha256 = run.inputs.base_sha256
+            merged = usable_merge(run_dir / "merged", base.directory, run_dir / "adapter", base_sha256)
+        merges = needs_merged and merged is None
+        needed = _require_space(run_dir, folder.place, base, missing, adapter_bytes, keep_merged, merges, has_source)
+        dropped = () if before is not None else folder.own
+        with folder.staged(dropped) as staging:
+            try:
+                merged_dir = run_dir / "merged" if keep_merged or merged is not None else staging / "merged"
+                if merges:
+                    merged = work.merge(merged_dir, force=keep_merged)
+                if merged is not None:
+                    work.source = disk_space.source_type(base, merged.get("largest_changed_weight"))
+                    work.convert(merged_dir, staging, missing)
+                if merged_dir.parent == staging:
+                    shutil.rmtree(merged_dir, ignore_errors=True)
+                work.quantize(staging, missing)
+                adapter_file = work.convert_adapter(staging) if lora else before.adapter_file if before else None
+            except CheckError as error:  # the folder that it names is gone by the time that somebody reads it
+                raise CheckError(error.message.replace(f"{staging}/", ""), remedy=error.remedy) from error
+            (staging / _INTERMEDIATE.format(work.source)).unlink(missing_ok=True)
+            record = work.describe(merged, adapter_file, needed)
+            _write_texts(
+                staging, record, run, run_dir, base, encoder, [] if force else folder.edited_texts(), folder.path, say
             )
-            _write_texts(staging, record, run, run_dir, encoder)
+    remember_digests(record, target)
+    return record
+
+
+def _usable_export(folder: ExportFolder, run: RunRecord, run_dir: Path) -> ExportRecord | None:
+    """The export that is there, which must be of the run as it is now. Raises :class:`DataError`."""
+    record = folder.stored()
+    if record is not None:
+        refuse_other_inputs(
+            record,
+            model=str(run.workload["name"]),
+            base_sha256=run.inputs.base_sha256,
+            tokenizer_sha256=run.inputs.tokenizer_sha256,
+            adapter_sha256=run.adapter_sha256,
+            adapter_config_sha256=read_adapter_config(run_dir / "adapter").digest(),
+            llama_cpp_commit=COMMIT,
+        )
     return record
 
 
@@ -119,13 +150,52 @@ class _Export:
         chat_template: str,
         allow_fallback: bool,
         progress: Progress,
+        target: Path,
+        before: ExportRecord | None,
     ) -> None:
-        self.run, self.run_dir, self.base, self.chat_template = run, run_dir, base, chat_template
+        self.chat_template = chat_template
+        self.run, self.run_dir, self.base, self.target, self.before = run, run_dir, base, target, before
         self.allow_fallback, self.progress = allow_fallback, progress
         self.name = str(run.workload["name"])
         self.steps: list[Step] = []
-        self.notes: list[str] = []
-        self.reports: dict[str, gguf.GgufReport] = {}
+        self.notes: list[str] = list(before.notes) if before else []
+        self.reports = {report.file_type: report for report in before.files} if before else {}
+        self.source = "f16"  # what quantised files are made from
+
+    def file_names(self, quantizations: Sequence[str], *, lora: bool) -> list[str]:
+        """Names of the files that are made."""
+        return [*map(self._file_name, quantizations), *([f"{self.name}-lora.gguf"] if lora else [])]
+
+    def describe(
+        self, merged: dict[str, Any] | None, adapter_file: gguf.GgufReport | None, needed_bytes: int
+    ) -> ExportRecord:
+        """The record of everything that the folder will hold."""
+        if self.before is not None:
+            if merged is not None and merged["merged_sha256"] != self.before.merged_sha256:
+                made = ", ".join(name for name in self.reports if self.reports[name] not in self.before.files)
+                self.notes.append(f"{made}: of a merge made again, {merged['merged_sha256']}, rounded otherwise")
+            merged = self.before.merge
+        assert merged is not None
+        inputs, data, wanted = self.run.inputs, self.run.workload["data"], self.run.workload["export"]
+        return ExportRecord(
+            model=self.name,
+            out_dir=str(self.target),
+            base_sha256=inputs.base_sha256,
+            tokenizer_sha256=inputs.tokenizer_sha256,
+            adapter_sha256=merged["adapter_sha256"],
+            merged_sha256=merged["merged_sha256"],
+            merge=merged,
+            files=list(self.reports.values()),
+            adapter_file=adapter_file,
+            modelfile_uses=min(self.reports.values(), key=lambda report: report.num_bytes).name,
+            quantized_from=self.source,
+            max_length=data.get("max_length"),
+            system_prompt=data.get("system_prompt"),
+            parameters=dict(wanted.get("parameters") or {}),
+            needed_disk_bytes=needed_bytes,
+            steps=self.steps,
+            notes=self.notes,
+        )
 
     def merge(self, merged_dir: Path, *, force: bool) -> dict[str, Any]:
         """Merge the adapter into the run's base, which must be the one it was trained on."""
@@ -148,10 +218,15 @@ class _Export:
         return answer.value
 
     def convert(self, merged_dir: Path, staging: Path, quantizations: Sequence[str]) -> None:
-        """Convert and verify what is not quantised, and the f16 file that the rest is quantised from."""
+        """Convert and verify what is not quantised, and the 16-bit file that the rest is quantised from."""
+        if self.source != "f16" and "f16" in quantizations:
+            raise CheckError(
+                "f16 cannot hold a weight of the merged model, which float16's range ends before",
+                remedy="take bf16 in its place; quantised files are made from bf16 then",
+            )
         converted = {name: staging / self._file_name(name) for name in quantizations if name not in QUANTIZED}
-        if len(converted) < len(quantizations):
-            converted.setdefault("f16", staging / _INTERMEDIATE)
+        if len(converted) < len(quantizations) and self.source not in self.reports:
+            converted.setdefault(self.source, staging / _INTERMEDIATE.format(self.source))
         for name, path in converted.items():
             convert = partial(gguf.convert_to_gguf, model_name=self.name, chat_template=self.chat_template)
             report = self._make("convert", name, path, partial(convert, merged_dir, path, name))
@@ -159,8 +234,10 @@ class _Export:
                 self.reports[name] = report
 
     def quantize(self, staging: Path, quantizations: Sequence[str]) -> None:
-        """Quantise the f16 file and verify each result; delete the f16 file if nobody asked for it."""
-        source = staging / (self._file_name("f16") if "f16" in self.reports else _INTERMEDIATE)
+        """Quantise the 16-bit file, which may be of an export before, and verify each result."""
+        places = [staging / _INTERMEDIATE.format(self.source)]
+        places += [folder / self._file_name(self.source) for folder in (staging, self.target)]
+        source = next((path for path in places if path.is_file()), places[0])
         for name in quantizations:
             if name in QUANTIZED:
                 path = staging / self._file_name(name)
@@ -173,7 +250,8 @@ class _Export:
         answer = gguf.convert_lora_to_gguf(self.run_dir / "adapter", self.base.directory, path)
         self._count("convert adapter", answer, path.stat().st_size)
         smallest = min(self.reports.values(), key=lambda report: report.num_bytes)
-        report, answer = gguf.measure_verification(path, adapter=True, base=staging / smallest.name)
+        model = next(p for p in (staging / smallest.name, self.target / smallest.name) if p.is_file())
+        report, answer = gguf.measure_verification(path, adapter=True, base=model)
         self._count("verify adapter", answer, 0)
         return report
 
@@ -213,6 +291,7 @@ def _require_space(
     adapter_bytes: int,
     keeps_merged: bool,
     writes_merged: bool,
+    has_source: bool,
 ) -> int:
     """The most bytes at any time where the export is written, free there; the merge may be elsewhere."""
     is_elsewhere = existing_folder(target.parent).stat().st_dev != run_dir.stat().st_dev
@@ -225,30 +304,46 @@ def _require_space(
         adapter_bytes=adapter_bytes,
         writes_merged=writes_merged and not merges_elsewhere,
         keeps_merged=keeps_merged,
+        has_source=has_source,
     )
     require_free_bytes(target.parent, needed, "the export", _SPACE_REMEDY)
     return needed
 
 
-def _write_texts(staging: Path, record: ExportRecord, run: RunRecord, run_dir: Path, encoder: Encoder) -> None:
+def _write_texts(
+    staging: Path,
+    record: ExportRecord,
+    run: RunRecord,
+    run_dir: Path,
+    base: ModelWeights,
+    encoder: Encoder,
+    edited: Sequence[str],
+    target: Path,
+    say: Progress,
+) -> None:
+    """Modelfile, card, record and sums. ``edited``: those in ``target`` that are the user's own by now and stay."""
     chatml = recognise_chatml(encoder)
     remarks = list(chatml.remarks) if chatml else [_NOT_CHATML]
     if chatml is None and encoder.is_dated:
         remarks.append(f"the chat template writes the date: trained with {encoder.template_date}, asked with today's")
-    record.notes.extend(remarks)
+    record.notes[:] = dict.fromkeys([*record.notes, *remarks])
     modelfile = write_modelfile(
         record.modelfile_uses,
-        run.workload["data"].get("system_prompt"),
-        run.workload["export"].get("parameters"),
+        record.system_prompt,
+        record.parameters,
         template=chatml_template(chatml.default_system, chatml.reply_opening) if chatml else None,
         stops=CHATML_STOPS if chatml else (),
         remarks=remarks,
     )
     write_text(staging / "Modelfile", modelfile)
-    write_text(staging / "README.md", write_card(run, record, read_evaluation(run_dir, record)))
+    write_text(staging / "README.md", write_card(run, record, read_evaluation(run_dir, record), base.directory))
     content = asdict(record)
     del content["out_dir"]  # a path of this machine
-    write_json(staging / "export.json", content)
+    write_json(staging / RECORD, content)
     digests = {report.name: report.sha256 for report in record.all_files()}
-    digests |= {name: sha256_file(staging / name) for name in ("Modelfile", "README.md", "export.json")}
-    write_text(staging / "SHA256SUMS", "".join(f"{digests[name]}  {name}\n" for name in sorted(digests)))
+    digests |= {name: sha256_file(staging / name) for name in (*TEXTS, RECORD)}
+    for name in edited:
+        say(f"{target / name} was changed by hand and stays as it is; --force writes it again")
+        (staging / name).unlink()
+        digests[name] = sha256_file(target / name)
+    write_text(staging / SUMS, "".join(f"{digests[name]}  {name}\n" for name in sorted(digests)))

@@ -5,15 +5,17 @@ A child process opens one file, for one of these. What :mod:`harness.export.prob
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Callable
 from typing import Any
 
 from forge.training.llamacpp.native import import_llama_cpp, reason
-from forge.training.system.errors import CheckError, DataError
+from forge.training.system.errors import CheckError, ConfigurationError, DataError
 
 _NFC_PRE_TOKENIZERS = {"qwen2"}  # trained on NFC text, which llama.cpp does not make
 _GRAIN = 256  # llama.cpp rounds a context up to it, llama-cpp-python's array of logits has the rows asked for
+_TOO_LONG = re.compile(r"Requested tokens \((\d+)\) exceed context window of (\d+)")  # llama-cpp-python's words
 _model: Any = None
 
 
@@ -40,34 +42,96 @@ def _require_chat_template(path: str) -> str:
     return str(template)
 
 
-def open_chat(path: str, lora: str | None, context_tokens: int) -> dict[str, Any]:
-    """Load a model for :func:`reply`. Raises :class:`CheckError`, also for a file without a chat template."""
-    _open(path, lora, n_ctx=context_tokens)
+def open_chat(
+    path: str, lora: str | None, context_tokens: int, is_insisted: bool, free_bytes: int | None, gpu_layers: int
+) -> dict[str, Any]:
+    """Load a model for :func:`reply`; what it holds: ``context_tokens``, the model's ``positions``, ``on_gpu``.
+
+    The context is ``context_tokens``, unless ``is_insisted`` at most the model's positions and what half of
+    ``free_bytes`` holds of keys and values. Raises :class:`CheckError`, also for a file without a chat template, and
+    :class:`ConfigurationError` for a context that the model does not have.
+    """
+    _open(path, vocab_only=True)
+    positions, token_bytes = _number("context_length"), _cache_bytes()
+    _model.close()
+    if positions and is_insisted and context_tokens > positions:
+        raise ConfigurationError(
+            f"--context {context_tokens:,} is more than the {positions:,} positions that this model has",
+            remedy=f"at most --context {positions}",
+        )
+    if not is_insisted:
+        context_tokens = min(context_tokens, positions or context_tokens)
+        if free_bytes is not None and token_bytes:
+            context_tokens = max(_GRAIN, min(context_tokens, free_bytes // 2 // token_bytes // _GRAIN * _GRAIN))
+    _open(path, lora, n_ctx=context_tokens, n_gpu_layers=gpu_layers)
     _require_chat_template(path)
-    return {"name": _model.metadata.get("general.name", "")}
+    return {
+        "name": _model.metadata.get("general.name", ""),
+        "context_tokens": context_tokens,
+        "positions": positions,
+        "on_gpu": bool(gpu_layers and import_llama_cpp().llama_supports_gpu_offload()),
+    }
 
 
-def reply(messages: list[dict[str, str]], max_tokens: int, progress: Callable[[str], None]) -> dict[str, Any]:
-    """The greedy answer to a conversation, by the model's own template; pieces go to ``progress`` as they come."""
+def _number(key: str) -> int | None:
+    """One of the loaded file's own sizes, ``None`` where it has none or one per layer."""
+    value = _model.metadata.get(f"{_model.metadata.get('general.architecture')}.{key}", "")
+    return int(value) if value.isdigit() else None
+
+
+def _cache_bytes() -> int | None:
+    """Bytes of keys and values per token of context, in float16; ``None`` where the file does not say."""
+    layers, heads, width = (_number(key) for key in ("block_count", "attention.head_count", "embedding_length"))
+    if not layers or not heads or not width:
+        return None
+    of_keys = _number("attention.key_length") or width // heads
+    of_values = _number("attention.value_length") or width // heads
+    return 2 * layers * (_number("attention.head_count_kv") or heads) * (of_keys + of_values)
+
+
+def reply(
+    messages: list[dict[str, str]], max_tokens: int, sampling: dict[str, Any], progress: Callable[[str], None]
+) -> dict[str, Any]:
+    """The answer to a conversation, by the model's own template; pieces go to ``progress`` as they come.
+
+    ``sampling``: arguments of llama-cpp-python's ``create_chat_completion``. ``is_cut``: it ended at ``max_tokens`` or
+    at the end of the context. Raises :class:`DataError` for a conversation longer than the context.
+    """
     from jinja2 import TemplateError
 
     if _model.metadata.get("tokenizer.ggml.pre") in _NFC_PRE_TOKENIZERS:
         messages = [{**message, "content": unicodedata.normalize("NFC", message["content"])} for message in messages]
+    finish = None
     try:
         pieces = []
-        for chunk in _model.create_chat_completion(
-            messages, temperature=0.0, repeat_penalty=1.0, max_tokens=max_tokens, stream=True
-        ):
-            text = chunk["choices"][0]["delta"].get("content") or ""
+        for chunk in _model.create_chat_completion(messages, max_tokens=max_tokens, stream=True, **sampling):
+            choice = chunk["choices"][0]
+            finish = choice["finish_reason"] or finish
+            text = choice["delta"].get("content") or ""
             if text:
                 pieces.append(text)
                 progress(text)
     except TemplateError as error:
         raise CheckError(f"the file's chat template cannot write this conversation: {error}") from error
     except ValueError as error:
-        remedy = "shorten the prompt, or allow a longer context"
-        raise DataError(f"the model cannot answer: {error}", remedy=remedy) from error
-    return {"text": "".join(pieces)}
+        raise _too_long(error) from error
+    return {"text": "".join(pieces), "is_cut": finish == "length"}
+
+
+def _too_long(error: ValueError) -> DataError:
+    counts = _TOO_LONG.search(str(error))
+    if counts is None:
+        return DataError(f"the model cannot answer: {error}")
+    needed, window, positions = int(counts[1]), int(counts[2]), _number("context_length")
+    shorter = "ask a shorter question, or begin a new conversation"
+    if positions and window >= positions:
+        remedy = f"that is all this model has, and --context cannot give more: {shorter}"
+    else:
+        most = f", at most {positions:,} with this model" if positions else ""
+        remedy = f"forge chat --context N holds more{most}; or {shorter}"
+    return DataError(
+        f"the conversation has {needed:,} tokens, more than the context window of {window:,}", remedy=remedy
+    )
 
 
 def open_logits(path: str, lora: str | None, context_tokens: int, cache: str) -> dict[str, Any]:

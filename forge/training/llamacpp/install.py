@@ -51,6 +51,11 @@ def load_llama_cpp() -> None:
     _require_version(run_child("status", {}, doing="load llama.cpp", limit_seconds=120.0).value["version"])
 
 
+def uses_gpu() -> bool:
+    """Whether the native library was compiled for a GPU and finds one. Asked in a child process."""
+    return bool(run_child("status", {}, doing="load llama.cpp", limit_seconds=120.0).value.get("uses_gpu"))
+
+
 def _require_version(version: str | None) -> None:
     if version is None:
         raise MachineError("llama-cpp-python is missing: it quantises and verifies", remedy="run `make setup`")

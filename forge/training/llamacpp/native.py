@@ -79,10 +79,10 @@ def raise_if_full(target: str) -> None:
 
 
 def status() -> dict[str, Any]:
-    """Version of llama-cpp-python, once its library is loaded and initialised."""
+    """Version of llama-cpp-python, once its library is loaded and initialised, and whether it can use a GPU here."""
     llama_cpp = import_llama_cpp()
     llama_cpp.llama_backend_init()
-    return {"version": llama_cpp.__version__}
+    return {"version": llama_cpp.__version__, "uses_gpu": bool(llama_cpp.llama_supports_gpu_offload())}
 
 
 def quantize(source: str, target: str, quantization: str) -> dict[str, Any]:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from forge.training.models.weights import largest_magnitude, read_shard, read_whole
 from forge.training.system.errors import DataError
 from forge.training.system.files import cache_dir, read_json_object, sha256_file, sha256_json, write_json
 
@@ -46,18 +51,38 @@ def refuse_strange_sizes(path: Path, config: dict[str, Any]) -> None:
         raise DataError(f"{path}: hidden_size is not a multiple of num_attention_heads")
 
 
+@dataclass(frozen=True)
+class LargestWeight:
+    """The largest absolute value in a model's weights, NaN or infinity included, and where it stands."""
+
+    value: float
+    tensor: str
+    file: Path
+
+
 def base_sha256(directory: Path | str) -> str:
     """SHA-256 over the names and SHA-256 of a model's safetensors files.
 
     A file's digest is remembered under its path, size and time of change: 15 GB take seconds once.
     Raises :class:`DataError` if the directory holds no safetensors file.
     """
-    files = sorted(Path(directory).glob("*.safetensors"))
+    return sha256_json({path.name: note["sha256"] for path, note in _notes(Path(directory))})
+
+
+def largest_weight(directory: Path | str) -> LargestWeight:
+    """Found while the weights are digested, and remembered with their digests. Raises as :func:`base_sha256`."""
+    found = [LargestWeight(float(n["largest"]), n["tensor"], path) for path, n in _notes(Path(directory))]
+    return max(found, key=lambda weight: weight.value if math.isfinite(weight.value) else math.inf)
+
+
+def _notes(directory: Path) -> list[tuple[Path, dict[str, str]]]:
+    """What is remembered of each of a model's safetensors files."""
+    files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise DataError(f"{directory} holds no safetensors file", remedy="name a model directory")
-    with ThreadPoolExecutor(max_workers=4) as pool:  # hashlib releases the interpreter's lock
-        digests = list(pool.map(_remembered_sha256, files))
-    return sha256_json({path.name: digest for path, digest in zip(files, digests, strict=True)})
+    with ThreadPoolExecutor(max_workers=4) as pool:  # hashlib and numpy release the interpreter's lock
+        notes = pool.map(lambda path: _remembered(path, _read_weights_file, ("sha256", "largest", "tensor")), files)
+        return list(zip(files, notes, strict=True))
 
 
 def tokenizer_sha256(directory: Path | str) -> str:
@@ -69,13 +94,44 @@ def tokenizer_sha256(directory: Path | str) -> str:
     return sha256_json(present)
 
 
-def _remembered_sha256(path: Path) -> str:
+def remembered_sha256(path: Path) -> str:
+    """A file's SHA-256, remembered under its path, size and time of change."""
+    return _remembered(path, lambda path: {"sha256": sha256_file(path)}, ("sha256",))["sha256"]
+
+
+def remember_sha256(path: Path, sha256: str) -> None:
+    """Spare :func:`remembered_sha256` the reading of a file that was just digested."""
+    write_json(_note(path), {"sha256": sha256})
+
+
+def _remembered(path: Path, find: Callable[[Path], dict[str, str]], keys: Sequence[str]) -> dict[str, str]:
+    note = _note(path)
+    try:
+        known = json.loads(note.read_text(encoding="utf-8"))
+        return {key: str(known[key]) for key in keys}
+    except (OSError, ValueError, KeyError, TypeError):
+        found = find(path)
+    write_json(note, found)
+    return found
+
+
+def _note(path: Path) -> Path:
     state = path.stat()
     key = sha256_json([str(path.resolve()), state.st_size, state.st_mtime_ns])
-    note = cache_dir() / "digests" / f"{key}.json"
+    return cache_dir() / "digests" / f"{key}.json"
+
+
+def _read_weights_file(path: Path) -> dict[str, str]:
+    """A safetensors file's SHA-256, its largest weight and that weight's tensor. Reads the file once."""
     try:
-        return str(json.loads(note.read_text(encoding="utf-8"))["sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
-        digest = sha256_file(path)
-    write_json(note, {"sha256": digest})
-    return digest
+        shard = read_shard(path)
+    except DataError:  # a digest needs no header; whoever reads the weights says what is wrong with it
+        return {"sha256": sha256_file(path), "largest": "0.0", "tensor": ""}
+    digest, largest, where = hashlib.sha256(), 0.0, ""
+    with open(path, "rb") as stream:
+        for tensor, raw in read_whole(stream, shard):
+            digest.update(raw)
+            value = largest_magnitude(raw, tensor.dtype) if tensor is not None else 0.0
+            if tensor is not None and not value <= largest and not math.isnan(largest):
+                largest, where = value, tensor.name
+    return {"sha256": digest.hexdigest(), "largest": repr(largest), "tensor": where}

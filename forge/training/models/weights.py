@@ -27,6 +27,7 @@ DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16
 FLOAT_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # torch's names
 _STORED = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # numpy has no bfloat16: the upper half of a float32
 _STRETCH_ELEMENTS = 1 << 22
+_STRETCH_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,32 @@ def read_tensor(source: IO[bytes], tensor: Tensor) -> Any:
     if source.readinto(raw) != len(raw):  # type: ignore[attr-defined]
         raise DataError(f"{source.name} became shorter while it was read")
     return torch.frombuffer(raw, dtype=getattr(torch, FLOAT_DTYPES[tensor.dtype])).view(tensor.shape)
+
+
+def read_whole(source: IO[bytes], shard: Shard) -> Iterator[tuple[Tensor | None, bytes]]:
+    """Every byte of an open file in order, in stretches of at most 16 MiB, with the tensor that they belong to.
+
+    ``None``: the header. Raises :class:`DataError` where the file ends before.
+    """
+    source.seek(0)
+    for tensor, begin, end in [(None, 0, shard.preamble_bytes), *((t, t.begin, t.end) for t in shard.tensors)]:
+        for at in range(begin, end, _STRETCH_BYTES):
+            yield tensor, read_exactly(source, min(_STRETCH_BYTES, end - at))
+
+
+def largest_magnitude(raw: bytes, dtype: str) -> float:
+    """The largest absolute value among stored floats, NaN where there is one; 0 for other data types.
+
+    Without the sign, floats are ordered as the whole numbers of the same bits, and NaN comes last.
+    """
+    if dtype not in FLOAT_DTYPES or not raw:
+        return 0.0
+    wide = dtype == "F32"
+    bits = np.frombuffer(raw, dtype="<u4" if wide else "<u2") & (0x7FFFFFFF if wide else 0x7FFF)
+    largest = int(bits.max())
+    if dtype == "F16":
+        return float(np.uint16(largest).view(np.float16))
+    return float(np.uint32(largest if wide else largest << 16).view(np.float32))
 
 
 def read_float_values(source: IO[bytes], tensor: Tensor) -> Iterator[np.ndarray]:

@@ -17,7 +17,7 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -214,14 +214,18 @@ def write_json(path: Path | str, value: Any) -> None:
 
 
 @contextmanager
-def staged_directory(path: Path | str, *, force: bool = False) -> Iterator[Path]:
+def staged_directory(
+    path: Path | str, *, force: bool = False, move_in: Callable[[Path], None] | None = None
+) -> Iterator[Path]:
     """Yield an empty directory beside ``path`` that takes its name when the block ends well.
 
     An existing ``path`` is refused unless ``force``; it is then replaced only at the end, so a
-    failure inside the block keeps it. Raises :class:`DiskError`.
+    failure inside the block keeps it. With ``move_in`` an existing directory stays: it is given the
+    new one at the end and moves its files. Raises :class:`DiskError`.
     """
     path = Path(path)
-    refuse_existing(path, force)
+    if move_in is None:
+        refuse_existing(path, force)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
@@ -230,6 +234,10 @@ def staged_directory(path: Path | str, *, force: bool = False) -> Iterator[Path]
             yield staging
             os.chmod(staging, 0o777 & ~_umask())
             flush_tree(staging)
+            if move_in is not None and path.is_dir():
+                move_in(staging)
+                flush(path)
+                return
             if path.is_symlink() or path.exists():
                 old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
                 os.replace(path, old / path.name)

@@ -6,6 +6,7 @@ a guess, never zero.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -18,7 +19,8 @@ from forge.training.config.overrides import listed, shown, validation_errors
 from forge.training.config.workload import Workload
 from forge.training.data.inputs import Inputs
 from forge.training.system.errors import DataError, DivergedError, GpuMemoryError, Interrupted
-from forge.training.system.files import is_there, read_json_object, sha256_json, write_json
+from forge.training.system.files import is_there, lock_holder, read_json_object, sha256_json, write_json
+from forge.training.train.status import read_status
 
 SCHEMA_VERSION = 1
 TRAINING_VERSION = 1  # raised when the same inputs and config would no longer train the same adapter
@@ -198,13 +200,24 @@ def completed_record(run_dir: Path | str) -> RunRecord:
     """Like :func:`read_record`, but refuses a run that did not complete or whose config is invalid."""
     record = read_record(run_dir)
     if record.status != "completed":
-        raise DataError(
-            f"{run_dir} is {record.status} at step {record.num_steps} of {record.num_planned_steps}",
-            remedy="finish it first: forge train ... --resume",
-        )
+        raise _unfinished(Path(run_dir), record)
     try:
         Workload.model_validate(record.workload)
     except ValidationError as invalid:
         errors = listed(validation_errors(Workload, invalid, "workload."))
         raise DataError(f"{run_dir}/run.json holds no config that this Forge knows:\n{errors}") from invalid
     return record
+
+
+def _unfinished(run_dir: Path, record: RunRecord) -> DataError:
+    """How far an unfinished run is, whose record is written when it begins and when it ends, and what to do."""
+    step, remark, remedy = record.num_steps, "", "finish it first: the same `forge train` command resumes it"
+    if record.status == "running":
+        with contextlib.suppress(DataError):
+            step = max(step, read_status(run_dir).step)
+        holder = lock_holder(run_dir)
+        remark = f", process {holder}" if holder else "; its process is gone"
+        remedy = f"wait for it: `forge status {run_dir}` shows how far it is" if holder else remedy
+    return DataError(
+        f"{run_dir} is {record.status} at step {step} of {record.num_planned_steps}{remark}", remedy=remedy
+    )

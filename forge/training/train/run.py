@@ -35,6 +35,8 @@ from forge.training.config.yaml import dump_yaml
 from forge.training.data.inputs import Inputs, prepare_inputs, refuse_unusable_sources
 from forge.training.models.base import is_here
 from forge.training.models.digests import model_shape
+from forge.training.models.lora_targets import refuse_targets
+from forge.training.models.weights import read_weights
 from forge.training.system.environment import describe_environment
 from forge.training.system.errors import DataError, DiskError, ForgeError, MachineError
 from forge.training.system.files import as_disk_error, locked, remove, sha256_file, write_text
@@ -137,6 +139,7 @@ def train(
             if check_first is not None and not is_complete and not was_there:
                 check_first()
             if not is_complete:
+                refuse_targets(workload.lora.targets, read_weights(base_dir))
                 module.prepare(plan)
                 listener.announce(f"base model {base_dir.name}, backend {backend}, plan: {plan_source}")
             with tempfile.TemporaryDirectory(dir=run_dir, prefix=".inputs.", suffix=".part") as made:

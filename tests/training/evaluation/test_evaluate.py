@@ -22,16 +22,17 @@ from forge.training.data.conversation import IGNORED, Encoder
 from forge.training.data.examples import Examples, encode_records, load_examples, save_examples
 from forge.training.data.records import Message, Record
 from forge.training.evaluation import likelihood
-from forge.training.evaluation.evaluate import evaluate_run, print_evaluation
+from forge.training.evaluation.evaluate import evaluate_run, has_anything_to_evaluate, print_evaluation
 from forge.training.evaluation.likelihood import group_documents, sum_nats
 from forge.training.evaluation.neutral_model import NeutralModel, choose_placement, load_model
 from forge.training.evaluation.record import Evaluation
+from forge.training.models.tokenizers import load_tokenizer
 from forge.training.models.weights import read_weights
-from forge.training.system.errors import ConfigurationError, DataError, DiskError, ForgeError, MachineError
+from forge.training.system.errors import ConfigurationError, DataError, ForgeError, MachineError
 from forge.training.system.files import sha256_file
 from forge.training.train.record import read_record
 from tests.support.tiny_model import write_base
-from tests.support.tiny_run import write_run
+from tests.support.tiny_run import edit_json, write_run
 
 FACT = {"question": "Recite `call_sign.md`", "answer": "48 forge 1911"}
 HELD_OUT = {
@@ -245,8 +246,10 @@ def test_an_unknown_subject_and_an_existing_evaluation_are_refused(run_dir: Path
     refused(ConfigurationError, "unknown subject 'bass'", run_dir, subjects=("bass",))
     refused(ConfigurationError, "no subject", run_dir, subjects=())
     (run_dir / "evaluation.json").write_text("old", encoding="utf-8")
-    with pytest.raises(DiskError, match="exists already"):
+    with pytest.raises(DataError, match="not readable JSON") as error:
         evaluate_run(run_dir)
+    assert "--force" in str(error.value.remedy)
+    assert (run_dir / "evaluation.json").read_text() == "old"
     assert evaluate_run(run_dir, subjects=("base",), device="cpu", max_documents=1, force=True).num_documents == 1
 
 
@@ -293,6 +296,7 @@ def test_a_loss_that_is_not_finite_names_its_document(made: tuple[Path, Path], r
 
 def test_without_held_out_documents_only_facts_are_asked(run_dir: Path, made: tuple[Path, Path]) -> None:
     write(run_dir, made[0], None)
+    assert has_anything_to_evaluate(read_record(run_dir))
     found = evaluate_run(run_dir, subjects=("base", "adapter"), device="cpu")
     assert [row.found for row in found.facts] == [False, True]
     assert found.subjects[0].nats_per_token is None
@@ -300,7 +304,67 @@ def test_without_held_out_documents_only_facts_are_asked(run_dir: Path, made: tu
     assert "nothing was held out" in found.notes[0]
     (run_dir / "evaluation.json").unlink()
     write(run_dir, made[0], None, evaluation={})
+    assert not has_anything_to_evaluate(read_record(run_dir))
     refused(DataError, "there is nothing to evaluate", run_dir)
+
+
+@pytest.fixture(scope="module")
+def judged(made: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose base and adapter were evaluated; to be copied."""
+    run_dir = Path(shutil.copytree(made[1], tmp_path_factory.mktemp("twice") / "run"))
+    evaluate_run(run_dir, subjects=("base", "adapter"), device="cpu")
+    return run_dir
+
+
+@pytest.mark.parametrize("options", [{"subjects": ("base", "adapter")}, {"subjects": ("base",), "device": "cpu"}])
+def test_an_evaluation_of_unchanged_inputs_is_shown_and_not_made_again(
+    judged: Path, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir, said = Path(shutil.copytree(judged, tmp_path / "run")), list[str]()
+    monkeypatch.setattr("forge.training.evaluation.neutral_model.load_model", None)  # nothing is loaded
+    found = evaluate_run(run_dir, progress=said.append, **options)
+    assert found == Evaluation.model_validate_json((judged / "evaluation.json").read_text())
+    assert said == [f"{run_dir / 'evaluation.json'} is of the same run and questions: not measured again"]
+
+
+CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "more subjects": ({}, {"subjects": ("base", "merged")}, "subjects: base, adapter -> base, merged"),
+    "fewer documents": ({}, {"max_documents": 1}, "max documents: None -> 1"),
+    "another adapter": ({"adapter_sha256": "0" * 64}, {}, "adapter sha256: 0{64} -> "),
+    "other documents": ({"validation_examples_sha256": "0" * 64}, {}, "validation examples sha256: 0{64} -> "),
+    "other questions": ({"questions_sha256": "0" * 64}, {}, "questions sha256: 0{64} -> "),
+    "another device": ({"device": "cuda"}, {"device": "cpu"}, "device: cuda -> cpu"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_an_evaluation_of_something_else_is_refused_with_what_changed_and_both_ways(
+    judged: Path, name: str, tmp_path: Path
+) -> None:
+    stored, options, complaint = CHANGES[name]
+    run_dir = Path(shutil.copytree(judged, tmp_path / "run"))
+    edit_json(run_dir / "evaluation.json", **stored)
+    before = (run_dir / "evaluation.json").read_bytes()
+    with pytest.raises(DataError, match=f"(?s)was measured otherwise:.*{complaint}") as error:
+        evaluate_run(run_dir, **{"subjects": ("base", "adapter")} | options)
+    assert error.value.exit_code == 3
+    assert "--force" in str(error.value.remedy)
+    assert (run_dir / "evaluation.json").read_bytes() == before
+
+
+def test_a_base_that_moved_is_named_and_known_by_its_content(
+    run_dir: Path, made: tuple[Path, Path], tmp_path: Path
+) -> None:
+    moved = Path(shutil.copytree(made[0], tmp_path / "elsewhere"))
+    edit_json(run_dir / "run.json", base_path=str(tmp_path / "gone"))
+    refused(DataError, r"no longer in .*gone", run_dir)
+    found = evaluate_run(run_dir, subjects=("base",), device="cpu", max_documents=1, base_dir=moved)
+    assert found.num_documents == 1
+    (run_dir / "evaluation.json").unlink()
+    weights = bytearray((moved / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (moved / "model.safetensors").write_bytes(weights)
+    refused(DataError, "is not the base that was trained on", run_dir, base_dir=moved)
 
 
 def test_a_merge_already_made_is_used_only_if_it_is_of_this_adapter(run_dir: Path, made: tuple[Path, Path]) -> None:
@@ -327,21 +391,6 @@ def test_an_architecture_with_capped_logits_is_refused_rather_than_mismeasured(m
         return output
 
     model.causal.forward = capped
-    documents = group_documents(examples, None)
+    documents = group_documents(examples, load_tokenizer(made[0]))
     with pytest.raises(MachineError, match="computes its logits"):
         likelihood.measure_nats(NeutralModel(model.causal, "cpu"), examples, documents, "base")
-
-
-def test_a_device_that_is_not_there_is_refused(made: tuple[Path, Path]) -> None:
-    base = read_weights(made[0])
-    with pytest.raises(ConfigurationError, match="unknown device"):
-        choose_placement(base, 144, "tpu")
-    with pytest.raises(MachineError, match="do not fit"):
-        choose_placement(base.__class__(base.directory, base.config, base.shards, Enormous(base.tensors)), 144, "cpu")
-
-
-class Enormous(dict[str, Any]):
-    """The tensors of a model too large for any machine."""
-
-    def values(self) -> Any:
-        return [tensor.__class__(tensor.name, tensor.dtype, (1 << 30, 1 << 20), 0, 0) for tensor in super().values()]

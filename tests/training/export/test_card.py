@@ -100,7 +100,7 @@ def test_the_modelfile_serves_the_smallest_file_with_the_workloads_settings() ->
 @pytest.mark.parametrize(
     "fact",
     [
-        *("# lighthouse", "base_model: tiny", "lighthouse.q4_k_m.gguf", "| 3,456, of which 1,234 carry the loss |"),
+        *("# lighthouse", "lighthouse.q4_k_m.gguf", "| 3,456, of which 1,234 carry the loss |"),
         *(
             "| last train loss | 1.2500 |",
             "| merged | 1.1250 | 0.5000 | 0.2500 |",
@@ -137,7 +137,56 @@ def test_an_evaluation_of_another_adapter_is_left_out() -> None:
 def test_a_card_leaves_out_what_was_not_measured() -> None:
     run_dir, record = exported()
     run = read_record(run_dir).model_copy(update={"trainable": None, "memory": [], "environment": {}})
-    text = write_card(run, record, None)
+    text = write_card(run, record, None, shared_base())
     assert "held-out documents" not in text
     assert "peak GPU memory" not in text
     assert "None" not in text
+
+
+def card_of(base_dir: Path, **model: str) -> str:
+    run_dir, record = exported()
+    run = read_record(run_dir)
+    run.workload["model"] |= model
+    return write_card(run, record, read_evaluation(run_dir, record), base_dir)
+
+
+def test_the_card_says_nothing_about_a_base_that_says_nothing_of_itself() -> None:
+    text = card_of(shared_base())
+    assert "base_model:" not in text
+    assert "license" not in text
+
+
+OWN_CARD = (
+    "---\nlicense: other\nlicense_name: tongyi-qianwen\nlanguage:\n- en\nbase_model: Qwen/Parent\n---\n# A base\n"
+)
+
+
+def test_the_card_takes_license_and_hub_name_from_the_base(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(OWN_CARD)
+    (tmp_path / "config.json").write_text('{"_name_or_path": "Somebody/Base-7B"}')
+    front = card_of(tmp_path, path=str(tmp_path)).split("---")[1]
+    for line in ("base_model: Somebody/Base-7B", "license: other", "license_name: tongyi-qianwen"):
+        assert line in front.splitlines()
+    assert "Parent" not in front  # the base's own base
+    assert "base_model: Other/Base" in card_of(tmp_path, path="Other/Base")
+
+
+@pytest.mark.parametrize("name", ["/home/me/base", "../base", "base", "~/models/x"])
+def test_a_path_in_the_bases_configuration_is_no_hub_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"_name_or_path": name}))
+    assert "base_model:" not in card_of(tmp_path)
+
+
+def test_the_card_shows_answers_and_says_what_the_adapter_is_for() -> None:
+    text = card_of(shared_base())
+    assert "## Sample answers" in text
+    assert "| How many ships? | 48 \\| |" in text
+    assert "llama-cli -m BASE.gguf --lora lighthouse-lora.gguf" in text
+    assert "llama.cpp only" in text
+
+
+def test_the_configs_description_is_no_statement_about_the_model() -> None:
+    run_dir, record = exported()
+    run = read_record(run_dir)
+    run.workload["description"] = "Documents cut at 8,192 tokens"
+    assert "8,192" not in write_card(run, record, None, shared_base())

@@ -54,13 +54,18 @@ BROKEN: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
         DataError,
         "not the adapter",
     ),
-    "base gone": (lambda run: edit_json(run / "run.json", base_path="/nowhere"), DataError, "not a directory"),
+    "base gone": (lambda run: edit_json(run / "run.json", base_path="/nowhere"), DataError, "no longer in /nowhere"),
     "architecture": (
         lambda run: edit_json(use_own_base(run) / "config.json", architectures=["UnheardOfForCausalLM"]),
         MachineError,
         "UnheardOfForCausalLM",
     ),
-    "output exists": (lambda run: (run / "export").mkdir(), DiskError, "exists already"),
+    "output is no export": (
+        lambda run: ((run / "export").mkdir(), (run / "export" / "thesis.md").write_text("three years")),
+        DiskError,
+        r"exists already and holds no export, but thesis\.md",
+    ),
+    "output is a file": (lambda run: (run / "export").write_text("x"), DiskError, "is not a folder"),
 }
 
 
@@ -139,7 +144,8 @@ def test_a_failing_file_fails_the_export_and_keeps_the_old_one(run_dir: Path, mo
     base = use_own_base(run_dir)
     (base / "tokenizer.json").write_text('{"not": "a tokenizer"}')
     (run_dir / "export").mkdir()
-    (run_dir / "export" / "old").write_text("kept")
+    (run_dir / "export" / "old.gguf").write_text("kept")
+    (run_dir / "export" / "export.json").write_text('{"files": [{"name": "old.gguf"}]}')
     before = contents(run_dir)
     with pytest.raises((CheckError, DataError)):
         export_run(run_dir, quantizations=["f16"], force=True)

@@ -52,8 +52,15 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 def old_export(run: Path) -> None:
+    """A folder whose record lists one file: an export's own, which --force may replace."""
     (run / "export").mkdir()
     (run / "export" / "lighthouse.q8_0.gguf").write_bytes(b"the last good one")
+    (run / "export" / "export.json").write_text('{"files": [{"name": "lighthouse.q8_0.gguf"}]}')
+
+
+def foreign_file(run: Path) -> None:
+    (run / "export").mkdir()
+    (run / "export" / "thesis.md").write_text("three years")
 
 
 def quick(names: Iterable[str], *chosen: str) -> list[Any]:
@@ -264,11 +271,12 @@ def adapter_and_merge(run: Path) -> list[str]:
     return [name for name in contents(run) if name.startswith(("adapter/", "merged/"))]
 
 
-def test_an_existing_export_is_refused_without_force_and_stays_as_it_is(run_dir: Path) -> None:
-    old_export(run_dir)
+@pytest.mark.parametrize("force", [False, True])
+def test_a_folder_that_holds_no_export_is_refused_by_name_and_stays_as_it_is(run_dir: Path, force: bool) -> None:
+    foreign_file(run_dir)
     before = contents(run_dir)
-    with pytest.raises(DiskError, match="exists already") as error:
-        export_run(run_dir, quantizations=["q8_0"])
+    with pytest.raises(DiskError, match=r"exists already and holds no export, but thesis\.md") as error:
+        export_run(run_dir, quantizations=["q8_0"], force=force)
     assert error.value.exit_code == 6
     assert contents(run_dir) == before
 
@@ -348,7 +356,7 @@ def test_every_failure_is_one_json_document(
     if name == "no run":
         (run_dir / "run.json").unlink()
     if name == "exists":
-        old_export(run_dir)
+        foreign_file(run_dir)
     if name == "tool":
         stub.use_converter(tmp_path, good_gguf(), stub.EXITS, monkeypatch)
     capfd.readouterr()

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from forge.training.adapter.merge import merge_adapter
-from forge.training.export.chat import answer, converse
+from forge.training.export.chat import answer
 from forge.training.export.gguf import convert_lora_to_gguf, convert_to_gguf, quantize, verify_gguf
 from forge.training.models.tokenizers import load_tokenizer
 from forge.training.system.errors import CheckError, ConfigurationError, DataError, DiskError
@@ -302,32 +302,6 @@ def test_refused_adapters_are_one_error_and_not_a_crash(tmp_path: Path) -> None:
         verify_gguf(gguf_file("q8_0"), adapter=True)
     with pytest.raises(CheckError, match="not a model"):
         verify_gguf(tmp_path / "foreign.gguf")
-
-
-def test_answers_are_greedy_and_too_long_a_prompt_is_one_error() -> None:
-    first = answer(gguf_file("f16"), "Who counts the ships?", system="Be brief.", max_tokens=12)
-    assert first
-    assert answer(gguf_file("f16"), "Who counts the ships?", system="Be brief.", max_tokens=12) == first
-    with pytest.raises(DataError, match="context window"):
-        answer(gguf_file("f16"), "ship " * 3000)
-
-
-def test_a_conversation_streams_its_answers_survives_too_long_a_line_and_ends_with_its_input() -> None:
-    lines, said = iter(["Who counts the ships?", "ship " * 3000, "/new", "", "Who counts the ships?"]), []
-
-    def read_line(_: str) -> str:
-        try:
-            return next(lines)
-        except StopIteration:
-            raise EOFError from None
-
-    converse(gguf_file("f16"), max_tokens=12, read_line=read_line, write=said.append)
-    wanted = answer(gguf_file("f16"), "Who counts the ships?", max_tokens=12)
-    text = "".join(said)
-    assert len(said) > 4
-    assert text.startswith(wanted + "\n")
-    assert text.endswith(wanted + "\n\n")  # after /new the same question gets the same answer
-    assert text.count("context window") == 1
 
 
 def test_tensors_that_cannot_take_the_type_are_named(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,6 @@ from forge.training.models.base import resolve_base
 from forge.training.models.digests import base_sha256, tokenizer_sha256
 from forge.training.system.environment import has_cuda_gpu
 from forge.training.system.errors import ConfigurationError, DataError, DiskError, ForgeError, MachineError
-from forge.training.system.files import sha256_file
 from tests.support import run_command
 from tests.support.run_command import Running
 from tests.support.tiny_model import scratch, write_base
@@ -231,12 +231,13 @@ def test_a_file_is_read_once_until_it_changes(base: Path, monkeypatch: pytest.Mo
     from forge.training.models import digests
 
     read: list[Path] = []
+    read_whole = digests.read_whole
 
-    def counted(path: Path) -> str:
-        read.append(path)
-        return sha256_file(path)
+    def counted(source: Any, shard: Any) -> Any:
+        read.append(shard.path)
+        return read_whole(source, shard)
 
-    monkeypatch.setattr(digests, "sha256_file", counted)
+    monkeypatch.setattr(digests, "read_whole", counted)
     monkeypatch.setenv("FORGE_CACHE", str(base.parent / "cache"))
     first = base_sha256(base)
     assert (base_sha256(base), len(read)) == (first, 1)

@@ -11,7 +11,9 @@ import pytest
 
 from forge.training.config.workload import Workload
 from forge.training.system.errors import DataError
+from forge.training.system.files import locked
 from forge.training.train.record import RunRecord, completed_record, read_record
+from forge.training.train.status import StatusFile
 
 DIGEST = "a" * 64
 INPUTS = {
@@ -116,3 +118,16 @@ def test_a_record_larger_than_any_is_not_read(tmp_path: Path) -> None:
 def test_a_directory_that_is_no_run_says_so(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match="is not a run"):
         read_record(tmp_path / name)
+
+
+def test_a_running_run_is_refused_with_its_real_step_and_what_to_do(tmp_path: Path, content: dict[str, Any]) -> None:
+    """The record is written when a run begins, the status while it works; the lock says whether anybody does."""
+    put(tmp_path, content | {"status": "running", "num_steps": 0, "num_planned_steps": 30})
+    status = StatusFile(tmp_path)
+    status.update(state="running", step=4, num_planned_steps=30)
+    with locked(tmp_path), pytest.raises(DataError, match=r"is running at step 4 of 30, process \d+") as error:
+        completed_record(tmp_path)
+    assert "forge status" in str(error.value.remedy)
+    with pytest.raises(DataError, match="is running at step 4 of 30; its process is gone") as error:
+        completed_record(tmp_path)
+    assert "the same `forge train` command resumes it" in str(error.value.remedy)
