@@ -298,7 +298,7 @@ def train(
 def status(run: RunArgument, as_json: Json = False) -> None:
     """Show how far a run is, and whether its process is still alive."""
     from forge.training.train.display import show_status
-    from forge.training.train.status import describe_status
+    from forge.training.train.progress import describe_status
 
     where = describe_status(run)
     print_json(where) if as_json else show_status(where, results())
@@ -526,7 +526,7 @@ def _say_next(run_dir: Path, *, export_dir: Path | None = None) -> None:
     if _STEP_OF_RUN in os.environ:
         return
     from forge.training.system.command import say, say_next, shown_path
-    from forge.training.train.status import next_command
+    from forge.training.train.progress import next_command
 
     if (run_dir / "report.html").is_file():
         say(results(), shown_path(run_dir / "report.html"), "report: ")

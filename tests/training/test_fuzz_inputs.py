@@ -37,9 +37,9 @@ from forge.training.export.folder import ExportFolder
 from forge.training.export.shipped import find_shipped
 from forge.training.system.environment import ROOT
 from forge.training.system.errors import ConfigurationError, DataError
+from forge.training.train.progress import describe_status
 from forge.training.train.record import completed_record
 from forge.training.train.resume import previous_run
-from forge.training.train.status import describe_status
 from tests.support.fuzzing import (
     FRAGMENTS,
     JSON_SPOILS,

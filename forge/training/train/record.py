@@ -88,8 +88,9 @@ class Resume(_Part):
 
 
 class Predecessor(_Part):
-    """A run whose adapter was trained on: its adapter, config and examples by digest."""
+    """A run whose adapter was trained on: its adapter, config and examples by digest. ``path``: where it was."""
 
+    path: str
     adapter_sha256: str
     workload_sha256: str
     train_examples_sha256: str
@@ -154,10 +155,11 @@ def describe_trainable(model: Any) -> Trainable:
     )
 
 
-def chain_after(run: RunRecord) -> list[Predecessor]:
-    """What a run that continues the adapter of ``run`` says in ``continues``."""
+def chain_after(run_dir: Path, run: RunRecord) -> list[Predecessor]:
+    """What a run that continues the adapter of the complete ``run`` in ``run_dir`` says in ``continues``."""
     assert run.adapter_sha256 is not None
     last = Predecessor(
+        path=str(run_dir.absolute()),
         adapter_sha256=run.adapter_sha256,
         workload_sha256=run.workload_sha256,
         train_examples_sha256=run.inputs.train_examples_sha256,

@@ -115,7 +115,7 @@ def train(
     module = load_backend(backend)
     module.refuse(workload, plan)
     predecessor = None if continued is None else completed_record(continued)
-    chain = [] if predecessor is None else chain_after(predecessor)
+    chain = [] if continued is None or predecessor is None else chain_after(continued, predecessor)
     look = partial(previous_run, run_dir, workload, backend, resume=resume, force=force, continues=chain)
     before = look()
     if check_first is not None and not _is_complete(before):

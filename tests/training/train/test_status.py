@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from forge.training.cli import app
-from forge.training.train.status import describe_status, next_command
+from forge.training.train.progress import describe_status, next_command
 from forge.training.train.step_log import read_step_log
 from tests.support import run_command as command
 from tests.support.run_pages import HELD_OUT, QUESTION, logged, whole_run
