@@ -12,7 +12,7 @@ import typer
 
 from forge.training.backends import Backend, choose_backend
 from forge.training.config.quantizations import GGUF_TYPES, gguf_types
-from forge.training.system.command import carry_out, print_json
+from forge.training.system.command import STEP_OF_RUN, carry_out, print_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -473,13 +473,13 @@ def run(
         make_plain()
     loaded, chosen = load_workload(workload, overrides or []), choose_backend(backend)
     run_dir = (out or Path("runs") / f"{loaded.name}-{chosen}").absolute()
-    os.environ[_STEP_OF_RUN] = "1"
+    os.environ[STEP_OF_RUN] = "1"
     try:
         outcome = run_pipeline(
             loaded, workload, chosen, run_dir, overrides=overrides or [], plan=plan or [], force=force, console=logs()
         )
     finally:
-        del os.environ[_STEP_OF_RUN]
+        del os.environ[STEP_OF_RUN]
         if (run_dir / "run.json").is_file():
             _refresh_report(run_dir)
     if as_json:
@@ -505,12 +505,9 @@ def schema(
         sys.stdout.write(describe_key(key))
 
 
-_STEP_OF_RUN = "FORGE_STEP_OF_RUN"  # set by `run` for its steps: it writes the page and says what is next, once
-
-
 def _refresh_report(run_dir: Path, *, export_dir: Path | None = None) -> None:
     """Write the run's page again. A page that fails is said and ends no command: what it shows is there already."""
-    if _STEP_OF_RUN in os.environ:
+    if STEP_OF_RUN in os.environ:
         return
     from forge.training.report.run_report import write_report
     from forge.training.system.command import say
@@ -523,7 +520,7 @@ def _refresh_report(run_dir: Path, *, export_dir: Path | None = None) -> None:
 
 def _say_next(run_dir: Path, *, export_dir: Path | None = None) -> None:
     """Where the run's page is and the command to type next."""
-    if _STEP_OF_RUN in os.environ:
+    if STEP_OF_RUN in os.environ:
         return
     from forge.training.system.command import say, say_next, shown_path
     from forge.training.train.progress import next_command

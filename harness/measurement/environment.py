@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from forge.training.backends import Backend
+from forge.training.system.command import STEP_OF_RUN
 from forge.training.system.environment import ROOT
 from forge.training.system.errors import MachineError
 from harness.measurement.results import RunSpec
@@ -59,7 +60,8 @@ def settings() -> dict[str, str]:
 def environment(backend: Backend) -> dict[str, str]:
     """The whole environment of an arm's process."""
     removed = {*_NEVER_INHERITED} | ({"PYTHONPATH"} if backend == "legacy" else set())
-    return {name: value for name, value in os.environ.items() if name not in removed} | settings()
+    inherited = {name: value for name, value in os.environ.items() if name not in removed}
+    return {**inherited, **settings(), STEP_OF_RUN: "1"}  # a measured run writes no page
 
 
 def interpreter(backend: Backend) -> str:

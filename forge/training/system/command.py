@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
+# In the environment of a command that is a step of another, which writes the run's page and says what is next itself
+STEP_OF_RUN = "FORGE_STEP_OF_RUN"
 _BUG = "this is a bug in Forge: please report it with the lines above"
 
 

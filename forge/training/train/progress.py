@@ -9,7 +9,7 @@ from forge.training.backends import load_plan
 from forge.training.config.workload import load_workload
 from forge.training.system.command import shown_path
 from forge.training.system.errors import ForgeError
-from forge.training.system.files import lock_holder, read_json_object
+from forge.training.system.files import lock_holder
 from forge.training.train.record import RunRecord, read_record
 from forge.training.train.status import read_status
 from forge.training.train.step_log import read_step_log
@@ -65,11 +65,8 @@ def next_command(run_dir: Path, export_dir: Path | None = None) -> list[str] | N
         if can_evaluate and not (run_dir / "evaluation.json").is_file():
             return ["forge", "evaluate", run]
         return ["forge", "export", run]
-    try:
-        name = str(read_json_object(export_dir / "export.json")["modelfile_uses"])
-    except (ForgeError, KeyError):
-        return None
-    return ["forge", "chat", shown_path(export_dir / name), *(str(fact["question"]) for fact in facts[:1])]
+    talk_to = run if export_dir == run_dir / "export" else shown_path(export_dir)
+    return ["forge", "chat", talk_to, *(str(fact["question"]) for fact in facts[:1])]
 
 
 def _same_training(run_dir: Path, record: RunRecord) -> list[str] | None:
