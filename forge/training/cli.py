@@ -236,7 +236,6 @@ def train(
 ) -> None:
     """Train an adapter. The same command again resumes a run that was stopped, and leaves a complete one as it is."""
     from forge.training.backends import load_plan
-    from forge.training.checks.check import questions_before_training
     from forge.training.config.workload import load_workload
     from forge.training.system.command import make_plain
     from forge.training.system.errors import GpuMemoryError
@@ -263,10 +262,12 @@ def train(
             display.show_evaluation,
             display.show_sample,
         )
-        ask = questions_before_training(
-            [workload, "--backend", chosen, "--out", str(run_dir), *arguments], display.announce
-        )
-        check_first = None if no_check else ask
+        check_first = None
+        if not no_check:
+            from forge.training.checks.check import questions_before_training
+
+            asked = [workload, "--backend", chosen, "--out", str(run_dir), *arguments]
+            check_first = questions_before_training(asked, display.announce)
         try:
             record = train_run(
                 loaded,

@@ -11,13 +11,17 @@ from typing import TYPE_CHECKING, Any
 from forge.training.backends import Backend
 from forge.training.checks.machine import check_llama_cpp
 from forge.training.config.workload import Workload
-from forge.training.evaluation.bench import has_anything_to_evaluate
+from forge.training.evaluation.evaluate import (
+    DEFAULT_SUBJECTS,
+    has_anything_to_evaluate,
+    stored_evaluation,
+)
 from forge.training.export.chat import answer
-from forge.training.system.command import say, shown_path
-from forge.training.system.errors import CheckError, ForgeError
+from forge.training.system.command import counted, say, shown_path
+from forge.training.system.errors import CheckError, DataError, ForgeError
 from forge.training.system.files import read_json_object, sha256_file, write_json
 from forge.training.system.signals import run_following
-from forge.training.train.record import read_record
+from forge.training.train.record import RunRecord, completed_record
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,11 +29,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Outcome:
-    """Seconds that each step took when it was done, and what each GGUF answered."""
+    """Seconds that each step took when it was done, what each GGUF answered, and the closing line."""
 
     run_dir: str
     seconds: dict[str, float | None] = field(default_factory=dict)
     answers: list[dict[str, Any]] = field(default_factory=list)
+    verdict: str = ""
 
 
 _RESUMABLE = (5, 6, 9, 130, 143)  # memory, disk, a lock, an interruption
@@ -74,8 +79,9 @@ def run_pipeline(
         outcome.seconds[name] = time.perf_counter() - started if is_new else before.get(name)
 
     step("train", source, "--backend", backend, "--out", str(run_dir), *arguments, *(["--force"] if force else []))
-    if has_anything_to_evaluate(read_record(run_dir)):
-        step("evaluate", str(run_dir))
+    trained = completed_record(run_dir)
+    if has_anything_to_evaluate(trained):
+        step("evaluate", str(run_dir), *_renewed(trained, run_dir, console))
     else:
         console.print(
             "[yellow]warning: nothing was held out and the config asks for no facts: not evaluated[/]\n"
@@ -87,8 +93,18 @@ def run_pipeline(
     if outcome.answers:
         outcome.seconds["ask the GGUF"] = time.perf_counter() - started
     write_json(run_dir / "outcome.json", {"seconds": outcome.seconds, "answers": outcome.answers})
-    _judge(workload, run_dir, outcome, console)
+    _judge(workload, run_dir, outcome)
     return outcome
+
+
+def _renewed(run: RunRecord, run_dir: Path, console: Console) -> list[str]:
+    """``--force`` where the evaluation that is there is of something else, such as other facts, which is said."""
+    try:
+        stored_evaluation(run, run_dir, DEFAULT_SUBJECTS, None, None)
+    except DataError as error:
+        say(console, f"{error.message}\nmeasured again")
+        return ["--force"]
+    return []
 
 
 def _outcome_before(run_dir: Path) -> dict[str, float | None]:
@@ -115,7 +131,7 @@ def _ask_all(workload: Workload, run_dir: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _judge(workload: Workload, run_dir: Path, outcome: Outcome, console: Console) -> None:
+def _judge(workload: Workload, run_dir: Path, outcome: Outcome) -> None:
     """The facts: absent before, present after, in every form of the model; only told where they are not required."""
     path = run_dir / "evaluation.json"
     evaluation = read_json_object(path) if path.is_file() else {}
@@ -125,10 +141,20 @@ def _judge(workload: Workload, run_dir: Path, outcome: Outcome, console: Console
         if row["found"] != expected:
             verb = "does not say it" if expected else "knew it before training"
             wrong.append(f"{row['subject']} {verb}: {row['answer']!r:.200}")
-    if wrong and not workload.evaluation.require_facts:
-        console.print(f"facts: {len(wrong)} answers are not as wanted; evaluation.require_facts is false: no failure")
-    elif wrong:
+    if wrong and workload.evaluation.require_facts:
         raise CheckError("the planted fact: " + "; ".join(wrong), remedy="train longer, or look at evaluation.json")
+    files = counted(len(list((run_dir / "export").glob("*.gguf"))), "GGUF file")
+    if not workload.evaluation.facts:
+        outcome.verdict = f"done: {files}, verified; no facts to ask (evaluation.facts)"
+    elif wrong:
+        right = sum(row["found"] for row in outcome.answers)
+        outcome.verdict = (
+            f"done: {files}, verified; {right} of {len(outcome.answers)} answers hold the fact that was asked for"
+            " (evaluation.require_facts is false: no failure)"
+        )
+    else:
+        facts = counted(len(workload.evaluation.facts), "fact")
+        outcome.verdict = f"PASS: {files}, verified; each answers {facts} that the base did not know"
 
 
 def print_outcome(outcome: Outcome, console: Console) -> None:
@@ -144,3 +170,4 @@ def print_outcome(outcome: Outcome, console: Console) -> None:
     for row in outcome.answers:
         say(console, row["answer"], f"{row['model']}: ")
     say(console, shown_path(Path(outcome.run_dir)), "run directory: ")
+    say(console, outcome.verdict)

@@ -28,8 +28,16 @@ from forge.training.system.files import disk_errors, locked, read_json_object, r
 from forge.training.system.oom import memory_errors
 from forge.training.train.record import RunRecord, completed_record
 
-__all__ = ["SUBJECTS", "evaluate_run", "has_anything_to_evaluate", "print_evaluation"]
+__all__ = [
+    "DEFAULT_SUBJECTS",
+    "SUBJECTS",
+    "evaluate_run",
+    "has_anything_to_evaluate",
+    "print_evaluation",
+    "stored_evaluation",
+]
 SUBJECTS = ("base", "adapter", "adapter-nf4", "merged")
+DEFAULT_SUBJECTS = ("base", "adapter", "merged")
 _PAIRS = (("adapter", "base"), ("merged", "base"), ("merged", "adapter"), ("adapter", "adapter-nf4"))
 Progress = Callable[[str], None]
 
@@ -37,7 +45,7 @@ Progress = Callable[[str], None]
 def evaluate_run(
     run_dir: Path | str,
     *,
-    subjects: Sequence[str] = ("base", "adapter", "merged"),
+    subjects: Sequence[str] = DEFAULT_SUBJECTS,
     device: str | None = None,
     max_documents: int | None = None,
     base_dir: Path | None = None,
@@ -68,7 +76,7 @@ def evaluate_run(
         base = read_own_base(run, base_dir)
         require_own_adapter(run, run_dir, base)
         require_own_base(base.directory, run.inputs.base_sha256)
-        stored = None if force else _stored_evaluation(run, run_dir, subjects, device, max_documents)
+        stored = None if force else stored_evaluation(run, run_dir, subjects, device, max_documents)
         if stored is not None:
             say(f"{run_dir / 'evaluation.json'} is of the same run and questions: not measured again")
             return stored
@@ -81,7 +89,7 @@ def evaluate_run(
     return evaluation
 
 
-def _stored_evaluation(
+def stored_evaluation(
     run: RunRecord, run_dir: Path, subjects: Sequence[str], device: str | None, max_documents: int | None
 ) -> Evaluation | None:
     """The evaluation that is there, ``None`` if there is none. Raises :class:`DataError` if it is of something else."""

@@ -53,5 +53,5 @@ def test_the_command_line_is_a_training_run_with_absolute_paths(
     assert arms.train_command(spec, Path("/out"))[1:] == [
         *("-m", "forge.training", "train", "smoke", "--backend", "trl"),
         *("--set", f"data.train={tmp_path / 'train.jsonl'}", "--set", "lora.rank=4"),
-        *("-o", "/out", "--force", "--on-oom", "stop"),
+        *("-o", "/out", "--force", "--no-check", "--on-oom", "stop"),
     ]

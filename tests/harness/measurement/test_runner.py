@@ -50,6 +50,7 @@ def tiny_spec(tmp_path_factory: pytest.TempPathFactory) -> RunSpec:
     settings = {
         "model.path": folder / "base",
         "data.train": folder / "train.jsonl",
+        "data.validation_share": 0,
         "data.max_length": 128,
         "training.max_steps": 2,
         "training.evaluate_every_steps": "null",

@@ -33,7 +33,14 @@ BF16 = "model.dtype=bfloat16"
 
 
 def overrides(base: Path, train: Path, *more: str) -> list[str]:
-    settings = {"model.path": base, "data.train": train, "data.max_length": 160, "lora.rank": 4, "lora.alpha": 8}
+    settings = {
+        "model.path": base,
+        "data.train": train,
+        "data.validation_share": 0,
+        "data.max_length": 160,
+        "lora.rank": 4,
+        "lora.alpha": 8,
+    }
     return [*(f"{key}={value}" for key, value in settings.items()), "training.max_steps=20", *more]
 
 

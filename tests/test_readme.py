@@ -1,0 +1,118 @@
+"""The README's figures are those of the record that it names, and its commands exist."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.main import get_command
+
+from forge.training.cli import app
+from forge.training.system.environment import ROOT
+from harness.export import claims as export
+from harness.parity.claims import MARGIN_NATS
+from harness.perf.claims import CLAIMS
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RECORD = ROOT / "docs" / "results" / "2026-11-25-h200-gate"  # the one record that a test reads: the README's own
+DOCUMENTS = 8 * 8  # of the timed steps
+GIB = 2**30
+
+
+@cache
+def entries() -> list[dict[str, Any]]:
+    content: dict[str, Any] = json.loads((RECORD / "benchmark.json").read_text(encoding="utf-8"))
+    return [{**entry["extra_info"], "samples": entry["stats"]["data"]} for entry in content["benchmarks"]]
+
+
+def verdict(name: str) -> dict[str, Any]:
+    verdicts = [entry["verdict"] for entry in entries() if entry.get("verdict")]
+    return next(v for v in verdicts if name in ((v.get("claim") or {}).get("name"), v.get("name")))
+
+
+def samples(arm: str, metric: str) -> list[float]:
+    found = (e for e in entries() if (e.get("arm"), e.get("workload")) == (arm, "genome_full"))
+    values: list[float] = next(e["samples"] for e in found if e.get("metric") == metric)
+    return values
+
+
+def gib(arm: str) -> str:
+    return f"{max(samples(arm, 'peak_allocated_bytes')) / GIB:.1f}"
+
+
+def measured() -> list[str]:
+    """Every phrase with a figure, as the record has it."""
+    short, whole, memory = (verdict(n) for n in ("legacy_256_speed", "genome_full_speed", "genome_full_peak_allocated"))
+    outcome, q8 = verdict("outcome")["figures"], verdict("divergence_q8_0")["figures"]["pair"]
+    both, stock = outcome["equivalence"], outcome["no_worse_than_stock"]
+    speeds = sorted(DOCUMENTS / seconds for seconds in samples("unsloth", "measured_seconds"))
+    (trl,) = (DOCUMENTS / seconds for seconds in samples("trl", "measured_seconds"))
+    report = (RECORD / "report.md").read_text(encoding="utf-8")
+    fastest = re.findall(r"\| unsloth against legacy fastest layout \| [^|]+ \| ([\d.]+)×", report)
+    assert len(fastest) == 2
+    return [
+        f"{max(fastest)} and {min(fastest)} times as fast",
+        f"{short['estimate']:.2f}x (95% interval {short['low']:.2f} to {short['high']:.2f})",
+        f"{whole['estimate']:.2f}x ({whole['low']:.2f} to {whole['high']:.2f})",
+        f"{memory['estimate']:.1%} ({gib('unsloth')} of {gib('legacy')} GiB)",
+        f"{both['mean']:+.4f} nats per token (90%: {both['low']:.4f} to {both['high']:+.4f})",
+        f"{stock['mean']:.4f} nats per token",
+        f"{q8['mean_kl_nats']:.1e} nats".replace("e-0", "e-"),
+        f"{trl:.2f} documents/s at {gib('trl')} GiB; Forge {speeds[0]:.2f} to {speeds[-1]:.2f} at {gib('unsloth')} GiB",
+    ]
+
+
+def bars() -> list[str]:
+    by_name = {claim.name: claim for claim in CLAIMS}
+    return [
+        f"at least {by_name['legacy_256_speed'].bar:g}x",
+        f"at least {by_name['genome_full_speed'].bar:g}x",
+        f"at most {by_name['genome_full_peak_allocated'].bar:.0%}",
+        f"within {MARGIN_NATS:g}",
+        f"below {export.KL_BARS['q8_0']:.0e}".replace("e-0", "e-"),
+    ]
+
+
+def section(title: str) -> str:
+    return README.partition(f"## {title}\n")[2].partition("\n## ")[0]
+
+
+def test_every_figure_of_the_results_is_the_records() -> None:
+    text = section("What it gains").replace("\n", " ")
+    for phrase in [*measured(), *bars()]:
+        assert phrase in text, phrase
+        text = text.replace(phrase, "", 1)
+    assert verdict("genome_full_speed")["status"] == verdict("outcome")["status"] == "PASS"
+    left = re.sub(r"\]\([^)]*\)|H200|7B|exit code 0|Qwen2|float32|q8_0|8 GB|256 tokens|32,768 tokens", "", text)
+    assert not re.findall(r"\d[\d.,]*", left), "a figure without a record"
+
+
+def test_the_readme_is_short() -> None:
+    assert README.count("\n") <= 115
+
+
+def commands(text: str) -> list[list[str]]:
+    """The command lines of a page, in blocks and inline."""
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL))
+    lines = [line.partition("#")[0].strip() for line in blocks.splitlines()]
+    lines += [inline.replace("\\|", "|") for inline in re.findall(r"`(forge [^`\n]+)`", text)]
+    return [shlex.split(line) for line in lines if line.startswith("forge ")]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/commands.md", "docs/migration.md", "docs/inputs.md"])
+def test_every_command_and_option_that_is_named_exists(page: str) -> None:
+    known: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for words in commands(text):
+        if words[1].isupper() or words[1].startswith("-"):
+            continue
+        assert words[1] in known, words
+        options = {option for parameter in known[words[1]].params for option in parameter.opts}
+        assert {w for w in words[2:] if w.startswith("-")} <= options | {"--help"}, words
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert (Path(ROOT / page).parent / target).exists(), target

@@ -1,0 +1,80 @@
+"""`forge run`: the GGUF that was trained for, whatever was held out, and nothing old for something new."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.support import run_command as command
+from tests.support.run_command import Ended
+from tests.support.tiny_run import arguments, write_inputs
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+FACT = "[{question: 'Recite `1.md`', answer: It counts ships.}]"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline")
+    write_inputs(folder)
+    return folder
+
+
+def run(folder: Path, *more: str, out: str = "run") -> Ended:
+    nothing_held_out = ("data.validation=null", "data.validation_share=0", "training.evaluate_every_steps=null")
+    short = ("training.max_steps=3", "evaluation.facts=[]", "export.quantizations=[f16]")
+    settings = [part for setting in (*nothing_held_out, *short, *more) for part in ("--set", setting)]
+    typed = [part for part in arguments(folder, folder / out, *settings) if part != "--no-check"]
+    return command.start(["run", *typed[1:]], folder / "logs" / out).wait(300)
+
+
+def ggufs(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in (folder / "run" / "export").glob("*.gguf")}
+
+
+def test_a_run_that_holds_nothing_out_ends_with_its_gguf_and_follows_what_is_asked_of_it(folder: Path) -> None:
+    done = run(folder)
+    assert done.returncode == 0, done.stderr
+    assert "not evaluated" in done.stderr
+    assert "next: forge chat" in done.stdout
+    first = ggufs(folder)
+    assert set(first) == {"smoke.f16.gguf"}
+
+    again = run(folder)
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("nothing to do") == 2
+    assert ggufs(folder) == first
+
+    more = run(folder, "export.quantizations=[f16,q8_0]")
+    assert more.returncode == 0, more.stderr
+    assert ggufs(folder) == first | {"smoke.q8_0.gguf": ggufs(folder)["smoke.q8_0.gguf"]}
+
+    asked = run(folder, f"evaluation.facts={FACT}", "evaluation.require_facts=false")
+    assert asked.returncode == 0, asked.stderr
+    evaluation = json.loads((folder / "run" / "evaluation.json").read_text())
+    assert {row["question"] for row in evaluation["facts"]} == {"Recite `1.md`"}
+    other = run(folder, f"evaluation.facts={FACT.replace('1.md', '2.md')}", "evaluation.require_facts=false")
+    assert other.returncode == 0, other.stderr
+    assert "measured again" in other.stderr
+    evaluation = json.loads((folder / "run" / "evaluation.json").read_text())
+    assert {row["question"] for row in evaluation["facts"]} == {"Recite `2.md`"}
+
+
+def test_other_documents_are_no_finished_run(folder: Path) -> None:
+    before = ggufs(folder)
+    lines = (folder / "train.jsonl").read_text().splitlines()
+    (folder / "train.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    done = run(folder)
+    assert done.returncode == 3, done.stderr
+    assert "20 -> 19" in done.stderr
+    assert "resumes" not in done.stderr
+    assert ggufs(folder) == before
+
+
+def test_what_check_refuses_ends_the_run_before_anything_is_made(folder: Path) -> None:
+    done = run(folder, "lora.targets=[qq_proj]", out="never")
+    assert done.returncode == 2, done.stderr
+    assert "qq_proj" in done.stderr
+    assert not (folder / "never").exists()
