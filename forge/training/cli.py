@@ -180,7 +180,9 @@ def check(
 
     from forge.training.checks.check import check_workload, exit_code, print_findings
     from forge.training.config.workload import load_workload
+    from forge.training.models.tokenizers import import_without_torch
 
+    import_without_torch()
     findings = check_workload(load_workload(workload, overrides or []), choose_backend(backend), out, plan or [])
     print_json([asdict(f) for f in findings]) if as_json else print_findings(findings, results())
     raise typer.Exit(exit_code(findings))

@@ -52,7 +52,11 @@ def _check_documents(workload: Workload) -> Iterator[Finding]:
 def _check_records(workload: Workload) -> Iterator[Finding]:
     data = workload.data
     assert data.train is not None
-    train, held_out = read_sides(data, Path(data.train), Path(data.validation) if data.validation else None)
+    sides = read_sides(data, Path(data.train), Path(data.validation) if data.validation else None)
+    train, held_out = sides.train, sides.held_out
+    if held_out is None and data.validation_share:
+        refuse_evaluation_of_nothing(workload)
+        yield from (warning("data", remark) for remark in sides.remarks)
     yield ok("data", f"{counted(len(train), 'record')} in {data.train}")
     if held_out is not None:
         yield ok("data", f"{counted(len(held_out), 'record')} held out in {data.validation or data.train}")

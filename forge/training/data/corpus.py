@@ -205,11 +205,12 @@ def build_corpus(
 
 
 def passed_over(own: Sequence[Path]) -> Callable[[str], bool]:
-    """True for Forge's own files, such as a corpus, and for what an interrupted command left beside them."""
+    """True for Forge's own files and folders (a corpus, a run), and for what a killed command left beside them."""
     places = [(str(o.parent.resolve()), o.name) for o in own]
     whole = {os.path.join(*place) for place in places}
+    below = tuple(os.path.join(place, "") for place in whole)
     partial = tuple(os.path.join(folder, f".{name}.") for folder, name in places)
-    return lambda path: path in whole or (path.startswith(partial) and path.endswith(".part"))
+    return lambda path: path in whole or path.startswith(below) or (path.startswith(partial) and path.endswith(".part"))
 
 
 def _is_ignored_itself(skipped: list[Skipped]) -> bool:

@@ -70,6 +70,7 @@ class EncodedCorpus:
     held_out: list[Record] | None
     train: Examples
     validation: Examples | None
+    remarks: list[str]
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,8 @@ def encode_corpus(
     The questions that will be asked of the trained model must be ones that the chat template can hold, too.
     """
     data = workload.data
-    records, held_out = read_sides(data, train_path, validation_path)
+    sides = read_sides(data, train_path, validation_path)
+    records, held_out = sides.train, sides.held_out
     _refuse_unaskable(workload, encoder)
 
     def encode(side: tuple[Path, list[Record]]) -> Examples:
@@ -179,19 +181,26 @@ def encode_corpus(
 
     held_out_side = None if held_out is None else (validation_path or train_path, held_out)
     train, validation = of_both(encode, (train_path, records), held_out_side)
-    return EncodedCorpus(records, held_out, train, validation)
+    return EncodedCorpus(records, held_out, train, validation, sides.remarks)
 
 
-def read_sides(
-    data: DataSection, train_path: Path, validation_path: Path | None
-) -> tuple[list[Record], list[Record] | None]:
-    """The records to train on and those held out: by a file of their own, else ``data.validation_share`` of them.
+@dataclass(frozen=True)
+class Sides:
+    """The records to train on and those held out; ``remarks``: how they were parted, where a share was asked for."""
 
-    Raises :class:`DataError` for what is wrong with either file, and where the share cannot be held out.
+    train: list[Record]
+    held_out: list[Record] | None
+    remarks: list[str]
+
+
+def read_sides(data: DataSection, train_path: Path, validation_path: Path | None) -> Sides:
+    """The records of both files; without one of those held out, ``data.validation_share`` of the others.
+
+    Where these cannot be parted nothing is held out. Raises :class:`DataError` for what is wrong with either file.
     """
     records, held_out = read_both(train_path, validation_path, data.columns)
     if validation_path is not None or not data.validation_share:
-        return records, held_out
+        return Sides(records, held_out, [])
     from forge.training.data.corpus import hold_out
     from forge.training.data.duplicates import deduplicate
 
@@ -202,12 +211,15 @@ def read_sides(
         group_of.setdefault(duplicate.path, group_of.get(duplicate.kept, -1))
     questions = [record.messages[0].content for record in records]
     groups = [group_of[place] for place in places]
-    without = "hold nothing out: --set data.validation_share=0"
-    held = hold_out(questions, answers, groups, data.validation_share, without)
-    sides: tuple[list[Record], list[Record]] = ([], [])
+    try:
+        held = hold_out(questions, answers, groups, data.validation_share, "hold nothing out")
+    except DataError as error:
+        return Sides(records, None, [f"nothing is held out of {train_path.name}: {error.message}"])
+    parts: tuple[list[Record], list[Record]] = ([], [])
     for index, record in enumerate(records):
-        sides[index in held].append(record)
-    return sides
+        parts[index in held].append(record)
+    remark = f"{len(held):,} of {len(records):,} records of {train_path.name} are held out (data.validation_share)"
+    return Sides(*parts, [remark])
 
 
 def _refuse_unaskable(workload: Workload, encoder: Encoder) -> None:
@@ -235,7 +247,6 @@ def prepare_inputs(
     ``template_date``: of the run that is resumed; ``None``: today. Raises :class:`ConfigurationError` where
     ``max_length`` exceeds what the base can attend to and :class:`DataError` for unusable data.
     """
-    data = workload.data
     refuse_too_long(workload, read_json_object(base_dir / "config.json"))
     train_path, validation_path, notes = corpus_paths(workload, folder, run_dir)
     encoder = load_encoder(base_dir, template_date)
@@ -243,10 +254,8 @@ def prepare_inputs(
     corpus, validation = encoded.train, encoded.validation
     train = corpus if workload.data.sample is None else sample_examples(corpus, workload.data.sample)
     save_examples(train, folder / "examples" / "train", force=True)
-    notes += [*encoder.remarks, *_notes(train_path, corpus)]
+    notes += [*encoder.remarks, *encoded.remarks, *_notes(train_path, corpus)]
     if validation is not None and encoded.held_out is not None:
-        if data.train is not None and validation_path is None:
-            notes.append(f"{len(encoded.held_out):,} of {train_path.name}'s records held out (data.validation_share)")
         notes += _notes(validation_path or train_path, validation)
         notes += describe_overlap(find_overlap(encoded.records, encoded.held_out))
         save_examples(validation, folder / "examples" / "validation", force=True)

@@ -7,6 +7,8 @@ pre-tokenizer is theirs: the real one is recognised by its hash, the small one b
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -87,6 +89,26 @@ def rebuild_qwen2_tokenizer() -> Any:
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
     assert [tokenizer.token_to_id(token) for token in control] == [tokens.index(token) for token in control]
     return tokenizer
+
+
+def import_without_torch() -> None:
+    """Import transformers' tokenizers and not PyTorch, which they do not need and which takes seconds.
+
+    Only for a process that will never use a model; nothing happens where either is imported already.
+    """
+    if "torch" in sys.modules or "transformers" in sys.modules:
+        return
+    before = os.environ.get("TRANSFORMERS_VERBOSITY")
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # it would say that PyTorch was not found
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        from transformers import AutoTokenizer  # noqa: F401
+    finally:
+        del sys.modules["torch"]
+        if before is None:
+            del os.environ["TRANSFORMERS_VERBOSITY"]
+        else:
+            os.environ["TRANSFORMERS_VERBOSITY"] = before
 
 
 def load_tokenizer(directory: Path | str) -> Any:

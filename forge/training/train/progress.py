@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from forge.training.backends import load_plan
-from forge.training.config.workload import load_workload
 from forge.training.system.command import shown_path
 from forge.training.system.errors import ForgeError
 from forge.training.system.files import lock_holder
@@ -70,18 +68,11 @@ def next_command(run_dir: Path, export_dir: Path | None = None) -> list[str] | N
 
 
 def _same_training(run_dir: Path, record: RunRecord) -> list[str] | None:
-    """The command that resumes a run: its own stored config, and its plan where that is not the config's."""
+    """The command that resumes a run by its own stored config, beside which its plan is."""
     stored = run_dir / "workload.yaml"
     if not stored.is_file() or record.status == "diverged":  # the same would diverge again
         return None
     command = ["forge", "train", shown_path(stored), "--backend", record.backend, "--out", shown_path(run_dir)]
     if record.continues:
         command += ["--continue", shown_path(Path(record.continues[-1].path))]
-    try:
-        plan = load_plan(load_workload(stored), record.backend).model_dump()
-    except ForgeError:
-        return None
-    for key, value in record.plan.items():
-        if plan.get(key) != value:
-            command += ["--plan", f"{key}={'null' if value is None else str(value).lower()}"]
     return command

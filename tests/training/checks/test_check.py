@@ -175,7 +175,7 @@ def test_the_faults_of_both_files_near_copies_and_credentials_are_told(base: Pat
 
 
 def test_evaluation_without_held_out_records_is_an_error(base: Path, tmp_path: Path) -> None:
-    none_held_out = {"validation": None}
+    none_held_out = {"validation": None, "validation_share": 0}
     findings = check_workload(
         workload(tmp_path, base, data=none_held_out, training={"evaluate_every_steps": 5}), "trl", tmp_path
     )

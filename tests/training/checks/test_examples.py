@@ -27,7 +27,8 @@ def write_corpus(path: Path, *answers: str) -> str:
 
 
 def workload(folder: Path, base: Path, train: str | None = None, **data: Any) -> Workload:
-    data = {"train": train or write_corpus(folder / "t.jsonl", "one", "two"), "max_length": 256, **data}
+    train = train or write_corpus(folder / "t.jsonl", "one", "two")
+    data = {"train": train, "validation_share": 0, "max_length": 256, **data}
     return Workload.model_validate({"name": "w", "model": {"path": str(base)}, "data": data})
 
 

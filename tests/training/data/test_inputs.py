@@ -16,7 +16,7 @@ from forge.training.config.workload import Workload
 from forge.training.data import conversation
 from forge.training.data.batching import step_order
 from forge.training.data.duplicates import similar_pairs
-from forge.training.data.inputs import PreparedInputs, describe_overlap, find_overlap, prepare_inputs
+from forge.training.data.inputs import PreparedInputs, describe_overlap, find_overlap, prepare_inputs, read_sides
 from forge.training.data.preview import preview_workload
 from forge.training.data.questions import question_ids
 from forge.training.data.records import Message, Record
@@ -41,7 +41,8 @@ def write(path: Path, *answers: str, question: str = "Recite") -> str:
 
 
 def workload(train: str, validation: str | None = None, **data: Any) -> Workload:
-    settings = {"train": train, "validation": validation, "max_length": 512, "long_documents": "cut", **data}
+    settings = {"train": train, "validation": validation, "max_length": 512, "long_documents": "cut"}
+    settings |= {"validation_share": 0, **data}
     return Workload.model_validate({"name": "w", "model": {"path": str(shared_base())}, "data": settings})
 
 
@@ -130,23 +131,19 @@ def on(year: int, month: int, day: int) -> Any:
 
 
 def test_a_resume_on_another_day_trains_the_date_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from forge.training.train.run import _inputs
-
     base = base_with(
         tmp_path, "{{ '<|im_start|>system\n' + strftime_now('%d %b %Y') + '<|im_end|>\n' }}" + CHAT_TEMPLATE
     )
     work = workload(write(tmp_path / "t.jsonl", "It counts ships."))
-    (tmp_path / "run").mkdir()
     monkeypatch.setattr(conversation, "date", on(2030, 12, 31))
-    first = _inputs(work, base, tmp_path / "run", None)
+    first = prepare_inputs(work, base, tmp_path / "run")
     assert first.described.template_date == "2030-12-31"
     monkeypatch.setattr(conversation, "date", on(2031, 1, 1))
-    before = make_record(inputs=first.described.model_dump())
-    again = _inputs(work, base, tmp_path / "run", before)
+    again = prepare_inputs(work, base, tmp_path / "again", first.described.template_date)
     assert again.train.sha256 == first.train.sha256
     assert again.described.template_date == "2030-12-31"
     bench = prepare_bench(
-        make_record(inputs=first.described.model_dump(), base_path=str(base), workload=ASKING), tmp_path, None
+        make_record(inputs=first.described.model_dump(), base_path=str(base), workload=ASKING), tmp_path, base, None
     )
     asked = question_ids(bench.encoder, "How many?", None).tolist()
     assert "31 Dec 2030" in bench.tokenizer.decode(asked)
@@ -223,3 +220,24 @@ def test_one_document_alone_names_the_setting_that_helps_as_the_commands_that_tr
         assert "--split" not in str(caught.value.remedy)
     alone = Workload.model_validate(work.model_dump() | {"data": settings | {"validation_share": 0}})
     assert len(prepare(alone, tmp_path).train) == 1
+
+
+def test_a_share_of_the_records_is_held_out_near_copies_on_one_side(tmp_path: Path) -> None:
+    answers = [prose(seed) for seed in range(20)]
+    copies = [f"{answers[0]} {word}" for word in ("again", "and again")]
+    work = workload(write(tmp_path / "t.jsonl", *answers, *copies), validation_share=0.1)
+    inputs = prepare(work, tmp_path)
+    assert inputs.validation is not None
+    assert (len(inputs.train), len(inputs.validation)) == (20, 2)
+    assert "2 of 22 records of t.jsonl are held out" in inputs.described.notes[0]
+    encoded = read_sides(work.data, tmp_path / "t.jsonl", None)
+    sides = [{record.messages[-1].content for record in side} for side in (encoded.train, encoded.held_out or [])]
+    assert [len(side & {answers[0], *copies}) for side in sides] in ([3, 0], [0, 3])
+    again = workload(write(tmp_path / "again.jsonl", *answers, *copies), validation_share=0.1)
+    assert prepare(again, tmp_path / "b").described.train_examples_sha256 == inputs.described.train_examples_sha256
+
+
+def test_records_that_cannot_be_parted_are_all_trained_and_it_is_said(tmp_path: Path) -> None:
+    inputs = prepare(workload(write(tmp_path / "t.jsonl", "one"), validation_share=0.1), tmp_path)
+    assert inputs.validation is None
+    assert "nothing is held out of t.jsonl: 1 document cannot be split" in inputs.described.notes[0]

@@ -22,7 +22,7 @@ LONG = "# Part\n\n" + "words of a long document, " * 30 + "\n\n"
 def preview(folder: Path, answers: list[str], num_examples: int = 3, **data: Any) -> Preview:
     rows = [{"instruction": f"Recite [the {n}th]", "output": answer} for n, answer in enumerate(answers, 1)]
     (folder / "t.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    settings = {"train": str(folder / "t.jsonl"), "max_length": 512, **data}
+    settings = {"train": str(folder / "t.jsonl"), "validation_share": 0, "max_length": 512, **data}
     work = Workload.model_validate({"name": "w", "model": {"path": str(shared_base())}, "data": settings})
     return preview_workload(work, shared_base(), num_examples=num_examples)
 
