@@ -282,7 +282,7 @@ def test_a_run_that_cannot_fit_on_the_disk_does_not_begin(folder: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_step_of_the_pipeline_stops_with_it(folder: Path, number: int) -> None:
     out = folder / f"pipeline-{int(number)}"
-    training = arguments(folder, out, "--set", "training.max_steps=5000", "--set", "export.quantizations=[f16]")
+    training = arguments(folder, out, "--set", "training.max_steps=5000")
     pipeline = command.start(["run", *(a for a in training[1:] if a != "--no-check")], folder / "logs" / out.name)
     log = out / "steps.jsonl"
     assert pipeline.wait_for(lambda: log.is_file() and log.read_text().count('"loss"') >= 6)

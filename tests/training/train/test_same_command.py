@@ -76,12 +76,12 @@ def test_a_complete_run_does_not_hide_a_path_that_is_not_there(finished: Path, k
 
 def test_what_is_no_part_of_training_changes_in_a_complete_run_and_is_said(finished: Path) -> None:
     shutil.copytree(finished / "kept", finished / "asked")
-    done = again(finished, "--set", "export.quantizations=[f16]", out="asked")
+    done = again(finished, "--set", "export.quantizations=[q8_0]", out="asked")
     assert done.returncode == 0, done.stderr
     assert "export.quantizations: " in done.stderr
-    assert record(finished / "asked")["workload"]["export"]["quantizations"] == ["f16"]
+    assert record(finished / "asked")["workload"]["export"]["quantizations"] == ["q8_0"]
     assert adapter(finished / "asked") == adapter(finished / "kept")
-    assert "export.quantizations: " not in again(finished, "--set", "export.quantizations=[f16]", out="asked").stderr
+    assert "export.quantizations: " not in again(finished, "--set", "export.quantizations=[q8_0]", out="asked").stderr
 
 
 def test_a_forced_run_keeps_the_one_before_beside_it(finished: Path) -> None:
