@@ -73,9 +73,9 @@ def write_inputs(folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in part), encoding="utf-8")
 
 
-def arguments(folder: Path, out: Path, *more: str) -> list[str]:
-    """The command line that trains on them into ``out``; dropout is on, so the random state matters."""
-    settings = {
+def settings(folder: Path) -> list[str]:
+    """``--set KEY=VALUE ...`` for a run on them; dropout is on, so the random state matters."""
+    values = {
         "model.path": folder / "base",
         "data.train": folder / "train.jsonl",
         "data.validation": folder / "validation.jsonl",
@@ -88,8 +88,12 @@ def arguments(folder: Path, out: Path, *more: str) -> list[str]:
         "report_to": "[]",
         "export.quantizations": "[f16]",  # its rows are too short for k-quants
     }
-    given = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-    return ["train", "smoke", "--backend", "trl", *given, "-o", str(out), "--no-check", *more]
+    return [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
+
+
+def arguments(folder: Path, out: Path, *more: str) -> list[str]:
+    """The command line that trains on them into ``out``, without asking what `check` would say."""
+    return ["train", "smoke", "--backend", "trl", *settings(folder), "-o", str(out), "--no-check", *more]
 
 
 def lines(run_dir: Path) -> list[dict[str, Any]]:

@@ -337,7 +337,8 @@ def test_many_fuzzed_gguf_files_are_verified_or_are_one_error(child: Survivor, c
 @settings(THOROUGH, max_examples=800)
 def test_fuzzed_gguf_files_are_opened_for_chat_or_are_one_error(child: Survivor, content: bytes) -> None:
     """``chat`` opens a file from elsewhere through llama-cpp-python, without looking at its structure before."""
-    asked(child, content, "open_chat", lora=None, context_tokens=64)
+    how = {"lora": None, "context_tokens": 64, "is_insisted": False, "free_bytes": 1 << 30, "gpu_layers": 0}
+    asked(child, content, "open_chat", **how)
 
 
 @pytest.mark.slow

@@ -231,7 +231,7 @@ def test_three_commands_lead_from_nothing_to_a_gguf(tmp_path: Path) -> None:
     assert "mine.plans.yaml" in done.stderr
     record = json.loads((run_dir / "run.json").read_text())
     assert (record["status"], record["plan"]["micro_batch"]) == ("completed", 4)
-    assert "evaluation.require_facts is false" in done.stderr
+    assert "evaluation.require_facts is false" in done.stdout
     again = forge("run", "mine.yaml", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert "train: done before" in again.stderr.replace("\x1b[1m", "").replace("\x1b[0m", "")

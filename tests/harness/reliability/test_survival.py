@@ -24,7 +24,7 @@ from harness.reliability.suite import verdict
 from harness.session import Session
 from harness.verdict import Hold
 from tests.support.run_command import ROOT
-from tests.support.tiny_run import arguments, write_inputs
+from tests.support.tiny_run import settings, write_inputs
 
 SAME = {"identical": True, "largest": 0.0, "relative": 0.0, "largest_loss": 0.0, "first_different_step": None}
 DIFFERENT = {"identical": False, "largest": 1e-3, "relative": 1e-4, "largest_loss": 1e-4, "first_different_step": 11}
@@ -153,11 +153,10 @@ def test_an_entry_names_the_probe_in_the_store(
 @pytest.mark.slow
 def test_the_probe_kills_and_stops_real_runs(tmp_path: Path) -> None:
     write_inputs(tmp_path)
-    settings = arguments(tmp_path, tmp_path / "unused")[4:-2]  # without train, workload, backend and directory
     probe = [sys.executable, "-m", "harness.reliability.probes.survival", "smoke", "--backend", "trl"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [*probe, "--after-steps", "7", *settings],
+        [*probe, "--after-steps", "7", *settings(tmp_path), "--set", "training.max_steps=40"],
         capture_output=True,
         text=True,
         env=environment,
