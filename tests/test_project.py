@@ -116,6 +116,7 @@ def test_what_the_project_imports_is_pinned_for_the_cpu() -> None:
 # Set-up
 
 
+@pytest.mark.slow
 def test_a_set_up_is_made_anew_only_where_it_failed_or_its_pins_changed(
     tmp_path: Path, quiet_network: None, capfd: pytest.CaptureFixture[str]
 ) -> None:

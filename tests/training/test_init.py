@@ -205,6 +205,7 @@ def test_the_template_is_every_default_and_loads(tmp_path: Path) -> None:
     assert load_workload(tmp_path / "mine.yaml").model_dump() == plain.model_dump()
 
 
+@pytest.mark.slow
 def test_the_command_says_what_it_chose_and_why_and_the_next_command(tmp_path: Path) -> None:
     documents(tmp_path / "docs")
     done = forge("init", "docs", "-o", "my own.yaml", "--base", "tiny", cwd=tmp_path)

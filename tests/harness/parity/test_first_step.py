@@ -126,11 +126,13 @@ def sound_layouts(bench: Bench) -> list[MeasuredStep]:
     return [bench.take("trl", layout, padding, more=BF16) for layout, padding in layouts]
 
 
+@pytest.mark.slow
 def test_padded_and_packed_steps_of_any_layout_pass(bench: Bench) -> None:
     assert [line for layout in sound_layouts(bench) for line in bench.rung_2(layout, BF16)] == []
     assert bench.rung_3(*sound_layouts(bench), more=BF16) == []
 
 
+@pytest.mark.slow
 def test_in_float32_layouts_differ_by_last_bits_alone(bench: Bench) -> None:
     layouts = [bench.take("trl", "8x1", PACKED), bench.take("trl", "4x2", PADDED), bench.take("trl", "1x8")]
     assert [line for layout in layouts for line in bench.rung_2(layout)] == []

@@ -157,6 +157,7 @@ EXPORT = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill"])
 def test_an_interrupted_export_leaves_nothing_under_its_name_and_can_be_repeated(run_dir: Path, number: int) -> None:
     process = subprocess.Popen([sys.executable, "-c", EXPORT, str(run_dir)], stderr=subprocess.DEVNULL)

@@ -299,7 +299,8 @@ INTERRUPTIONS: dict[str, tuple[list[int], int]] = {
 }
 
 
-@pytest.mark.parametrize("name", quick(INTERRUPTIONS, "SIGTERM", "SIGKILL"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", INTERRUPTIONS)
 def test_an_export_stopped_by_a_signal_keeps_the_old_one_and_leaves_no_process(
     run_dir: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -146,6 +146,7 @@ def test_the_trained_chat_template_is_the_files_whatever_else_the_directory_hold
     assert found == trained
 
 
+@pytest.mark.slow
 def test_no_path_of_this_machine_is_in_a_file() -> None:
     for path in (gguf_file("f16"), lora_file()[1]):
         content = path.read_bytes()

@@ -76,6 +76,7 @@ def ids_of_llama_cpp() -> Iterator[Callable[[str], list[int]]]:
         yield lambda text: list(model.tokenize(text.encode(), add_bos=False, special=True))
 
 
+@pytest.mark.slow
 def test_the_rebuilt_tokenizer_has_qwen2s_control_tokens_at_their_ids() -> None:
     assert [rebuilt().token_to_id(token) for token in CONTROL_TOKENS] == [151643, 151644, 151645]
     assert rebuilt().get_vocab_size() == 151646
