@@ -62,7 +62,7 @@ def gguf_type(name: Any) -> Any:
     ]
     shown = name[:40] if name.isprintable() else repr(name)[:40]
     hint = f"did you mean {' or '.join(near)}? " if near else ""
-    raise ValueError(f"no GGUF type {shown} is made here; {hint}It is one of {', '.join(GGUF_TYPES)}")
+    raise ValueError(f"no GGUF type {shown} is made here; {hint}there are {', '.join(GGUF_TYPES)}")
 
 
 def gguf_types(text: str) -> list[str]:

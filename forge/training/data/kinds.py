@@ -69,6 +69,8 @@ def machine_kind(path: str, text: str) -> tuple[str, str] | None:
         return "Git LFS pointer", "run git lfs pull"
     if name in _LOCK_FILES or (suffix == ".json" and _LOCK_CONTENT.match(text)):
         return "lock file", ""
+    if suffix == ".svg":
+        return "picture", "drawn as text"
     if _ARMOUR.match(text):
         return "certificate or signature", ""
     marker = _generated_marker(text, has_headings=suffix in _WITH_HEADINGS)

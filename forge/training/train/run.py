@@ -33,7 +33,7 @@ from forge.training.config.plan import Plan
 from forge.training.config.workload import Workload, changed_keys
 from forge.training.config.yaml import dump_yaml
 from forge.training.data.inputs import Inputs, prepare_inputs, refuse_unusable_sources
-from forge.training.models.base import is_here
+from forge.training.models.base import is_here, refuse_unknown_name, resolve_base
 from forge.training.models.digests import model_shape
 from forge.training.models.lora_targets import refuse_targets
 from forge.training.models.weights import read_weights
@@ -208,7 +208,10 @@ def train(
 
 
 def base_directory(workload: Workload) -> Path:
-    """The base model's directory; stand-ins are made by a process of their own, unpatched by Unsloth."""
+    """The base model's directory; what is made or fetched is so by a process of its own, unpatched by Unsloth."""
+    refuse_unknown_name(workload.model.path)
+    if Path(workload.model.path).is_dir():
+        return resolve_base(workload.model.path)
     command = [sys.executable, "-m", "forge.training", "base", workload.model.path]
     if workload.model.revision:
         command += ["--revision", workload.model.revision]

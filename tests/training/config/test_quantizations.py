@@ -74,8 +74,8 @@ def test_a_type_is_known_by_its_usual_spellings(written: str, name: str) -> None
         ("q4_0", "did you mean q4_k_m?"),
         ("q5ks", "did you mean q5_k_m?"),
         ("fp16", "did you mean f16?"),
-        ("IQ2_XS", "It is one of f32,"),
-        ("", "It is one of f32,"),
+        ("IQ2_XS", "f32, f16,"),
+        ("", "f32, f16,"),
     ],
 )
 def test_an_unknown_type_is_refused_with_the_nearest(written: str, hint: str) -> None:

@@ -72,6 +72,7 @@ def test_a_complete_run_does_not_hide_a_path_that_is_not_there(finished: Path, k
     done = again(finished, "--set", f"{key}={finished / 'nowhere'}")
     assert done.returncode == code, done.stderr
     assert "nowhere" in done.stderr
+    assert done.stderr.count("error: ") == 1, "one mistake, one message"
 
 
 def test_what_is_no_part_of_training_changes_in_a_complete_run_and_is_said(finished: Path) -> None:
