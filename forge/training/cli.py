@@ -238,6 +238,7 @@ def train(
 ) -> None:
     """Train an adapter. The same command again resumes a run that was stopped, and leaves a complete one as it is."""
     from forge.training.backends import load_plan
+    from forge.training.config.overrides import as_options
     from forge.training.config.workload import load_workload
     from forge.training.system.command import make_plain
     from forge.training.system.errors import GpuMemoryError
@@ -253,8 +254,6 @@ def train(
     if continue_run is not None:
         default = continue_run.with_name(f"{continue_run.name}-more")
     run_dir = (out or default).absolute()
-    arguments = [part for setting in overrides or [] for part in ("--set", setting)]
-    arguments += [part for setting in plan or [] for part in ("--plan", setting)]
     with TrainingDisplay(logs()) as display:
         listener = Listener(
             display.announce,
@@ -268,7 +267,8 @@ def train(
         if not no_check:
             from forge.training.checks.check import questions_before_training
 
-            asked = [workload, "--backend", chosen, "--out", str(run_dir), *arguments]
+            settings = as_options(overrides or [], plan or [])
+            asked = [workload, "--backend", chosen, "--out", str(run_dir), *settings]
             check_first = questions_before_training(asked, display.announce)
         try:
             record = train_run(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from forge.training.backends import Backend
 from forge.training.checks.machine import check_llama_cpp
+from forge.training.config.overrides import as_options
 from forge.training.config.workload import Workload
 from forge.training.evaluation.evaluate import (
     DEFAULT_SUBJECTS,
@@ -62,8 +63,7 @@ def run_pipeline(
     list(check_llama_cpp())  # before hours are spent: training alone does without it
     before = _outcome_before(run_dir)
     outcome = Outcome(run_dir=str(run_dir))
-    arguments = [argument for key in overrides for argument in ("--set", key)]
-    arguments += [argument for key in plan for argument in ("--plan", key)]
+    arguments = as_options(overrides, plan)
 
     def step(name: str, *command: str) -> None:
         console.print(f"[bold]{name}[/]")

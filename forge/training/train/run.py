@@ -38,7 +38,7 @@ from forge.training.models.digests import model_shape
 from forge.training.models.lora_targets import refuse_targets
 from forge.training.models.weights import read_weights
 from forge.training.system.environment import describe_environment
-from forge.training.system.errors import DataError, DiskError, ForgeError, MachineError
+from forge.training.system.errors import ConfigurationError, DataError, DiskError, ForgeError, MachineError
 from forge.training.system.files import as_disk_error, locked, remove, sha256_file, write_text
 from forge.training.system.oom import as_memory_error
 from forge.training.system.signals import StopRequest
@@ -116,6 +116,7 @@ def train(
     module.refuse(workload, plan)
     predecessor = None if continued is None else completed_record(continued)
     chain = [] if continued is None or predecessor is None else chain_after(continued, predecessor)
+    first_adapter = None if continued is None else _first_adapter(continued, chain, run_dir)
     look = partial(previous_run, run_dir, workload, backend, resume=resume, force=force, continues=chain)
     before = look()
     if check_first is not None and not _is_complete(before):
@@ -134,9 +135,13 @@ def train(
         try:
             # checks that take time, and the inputs
             refuse_unusable_sources(workload)
-            was_there = is_here(workload.model.path, revision=workload.model.revision)
+            asks_again = (
+                check_first is not None
+                and not is_complete
+                and not is_here(workload.model.path, revision=workload.model.revision)
+            )
             base_dir = base_directory(workload)
-            if check_first is not None and not is_complete and not was_there:
+            if check_first is not None and asks_again:
                 check_first()
             if not is_complete:
                 refuse_targets(workload.lora.targets, read_weights(base_dir))
@@ -164,7 +169,6 @@ def train(
                 listener.announce(note)
             write_text(run_dir / "workload.plans.yaml", dump_yaml(plans))
             write_text(run_dir / "workload.yaml", workload.to_yaml())
-            first_adapter = None if continued is None else _first_adapter(continued, chain)
             job = TrainingJob(
                 workload,
                 plan,
@@ -224,8 +228,13 @@ def base_directory(workload: Workload) -> Path:
     return Path(os.fsdecode(done.stdout.strip().splitlines()[-1]))
 
 
-def _first_adapter(continued: Path, chain: list[Predecessor]) -> Path:
-    """The weights of a complete run's adapter. Raises :class:`DataError` if they are not those that it trained."""
+def _first_adapter(continued: Path, chain: list[Predecessor], run_dir: Path) -> Path:
+    """The weights of a complete run's adapter. Raises :class:`DataError` if they are not those that it trained.
+
+    Raises :class:`ConfigurationError` if the run that continues it would take its place.
+    """
+    if continued.resolve() == run_dir.resolve():
+        raise ConfigurationError(f"{run_dir} is the run to continue", remedy="name another directory with --out")
     path = continued / "adapter" / "adapter_model.safetensors"
     if not path.is_file() or sha256_file(path) != chain[-1].adapter_sha256:
         raise DataError(f"{path} is not the adapter that this run trained", remedy="put it back, or train it again")

@@ -161,3 +161,11 @@ def test_an_adapter_of_another_shape_or_base_is_not_continued(finished: Path, se
     done = again(finished, "--continue", str(finished / "kept"), "--set", setting, out=f"wrong-{code}-{len(setting)}")
     assert done.returncode == code, done.stderr
     assert "continue" in done.stderr
+
+
+def test_a_run_is_not_continued_into_its_own_place(finished: Path) -> None:
+    before = files(finished / "kept")
+    done = again(finished, "--continue", str(finished / "kept"), "--force")
+    assert done.returncode == 2, done.stderr
+    assert "--out" in done.stderr
+    assert files(finished / "kept") == before
