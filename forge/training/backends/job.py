@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +11,7 @@ from typing import Any
 
 from forge.training.config.plan import Plan
 from forge.training.config.workload import Workload
-from forge.training.data.batching import all_micro_batches, num_steps
+from forge.training.data.batching import num_steps, step_micro_batches
 from forge.training.data.examples import Examples
 
 
@@ -44,13 +44,18 @@ class TrainingJob:
         return [len(ids) for ids in self.train.input_ids]
 
     @cached_property
+    def steps(self) -> list[list[list[int]]]:
+        """The whole run's micro-batches by optimizer step: indices of examples."""
+        return step_micro_batches(self.workload, self.plan, self.lengths)
+
+    @cached_property
     def micro_batches(self) -> list[list[int]]:
         """The whole run's, in order: indices of examples."""
-        return all_micro_batches(self.workload, self.plan, self.lengths)
+        return [batch for step in self.steps for batch in step]
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches per optimizer step."""
+        """What the trainer fetches per optimizer step."""
         return self.plan.accumulation(self.workload)
 
 
@@ -63,8 +68,8 @@ class StepObserver:
 
     begin: Callable[[int, Callable[[], float], Callable[[], object]], object] = lambda *_: None
     """Once, before the first step of this process: steps done so far, the trainer's rehearsal and its evaluation."""
-    fetched: Callable[[Mapping[str, Any]], object] = lambda _: None
-    """For every collated micro-batch of the run; one may be fetched ahead of the step it belongs to."""
+    fetched: Callable[..., object] = lambda *_: None
+    """For what was collated at once, one micro-batch or all of a step; it may be fetched ahead of its step."""
     add_loss: Callable[[Any], object] = lambda _: None
     """For every micro-batch's share of its step's loss: a detached scalar on its device."""
     saving: Callable[[int], AbstractContextManager[None]] = lambda _: nullcontext()

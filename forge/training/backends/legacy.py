@@ -31,10 +31,15 @@ CASTS_ADAPTER_TO_BFLOAT16 = True
 
 
 def refuse(workload: Workload, plan: Plan) -> None:
-    """What today's TRL cannot do either, and batches without padding."""
+    """What today's TRL cannot do either, batches without padding, and Forge's layers."""
     modern.refuse(workload, plan)
     if plan.padding == "none":
         raise ConfigurationError("legacy cannot carry out plan.padding=none", remedy="--plan padding=longest")
+    if plan.kernels == "forge" or plan.micro_batch_tokens is not None:
+        raise ConfigurationError(
+            "legacy cannot carry out plan.kernels=forge or plan.micro_batch_tokens",
+            remedy="it is the old pipeline as it was; train with --backend trl or unsloth",
+        )
 
 
 def prepare(plan: Plan) -> None:

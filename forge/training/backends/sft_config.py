@@ -19,6 +19,8 @@ def sft_fields(job: TrainingJob) -> dict[str, Any]:
     """The fields that the config and the plan decide, by their names in TRL 1.15."""
     workload, plan = job.workload, job.plan
     optimizer, training = workload.optimizer, workload.training
+    recomputes = plan.gradient_checkpointing != "none" and plan.kernels == "stack"  # Forge's layers do it themselves
+    offloads = plan.gradient_checkpointing == "offload"
     evaluates = training.evaluate_every_steps is not None and job.validation is not None
     return {
         "output_dir": str(job.run_dir / "checkpoints"),
@@ -42,8 +44,8 @@ def sft_fields(job: TrainingJob) -> dict[str, Any]:
         "seed": training.seed,
         "data_seed": training.seed,
         "full_determinism": False,
-        "gradient_checkpointing": plan.gradient_checkpointing != "none",
-        "gradient_checkpointing_kwargs": {"use_reentrant": False} if plan.gradient_checkpointing == "full" else None,
+        "gradient_checkpointing": recomputes,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if recomputes and not offloads else None,
         "use_cache": False,
         "max_length": None,  # examples are cut or divided when they are made
         "packing": False,

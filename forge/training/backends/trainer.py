@@ -6,6 +6,7 @@ Import only after the backend's ``prepare()``: this module imports transformers.
 from __future__ import annotations
 
 import hashlib
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,8 +22,12 @@ from forge.training.config.plan import LONG_DOCUMENT_TOKENS
 from forge.training.data.batching import largest_micro_batch, longest_document
 from forge.training.data.conversation import IGNORED
 from forge.training.data.examples import Examples
+from forge.training.kernels.dropout import padded_token_keys, token_keys
+from forge.training.kernels.install import ForgeLayers, compare_with_own, why_not
 from forge.training.models.tokenizers import load_tokenizer
 from forge.training.system.errors import DataError
+
+NUM_CHECK_TOKENS = 64
 
 disable_progress_bar()  # train/display.py shows one bar, of steps
 
@@ -39,6 +44,19 @@ class StepBatches(torch.utils.data.BatchSampler):  # type: ignore[misc]
 
     def __len__(self) -> int:
         return len(self._batches)
+
+
+class WholeSteps(torch.utils.data.Dataset):  # type: ignore[misc]
+    """The rows of each optimizer step, by micro-batch: steps differ in how many they have."""
+
+    def __init__(self, rows: Any, steps: list[list[list[int]]]) -> None:
+        self._rows, self._steps = rows, steps
+
+    def __getitem__(self, step: int) -> list[list[dict[str, Any]]]:
+        return [[self._rows[i] for i in micro_batch] for micro_batch in self._steps[step]]
+
+    def __len__(self) -> int:
+        return len(self._steps)
 
 
 def initialise_adapter(model: Any, seed: int) -> None:
@@ -112,18 +130,66 @@ def forge_trainer(base: Any) -> Callable[..., Any]:
             if job.first_adapter is not None:
                 load_adapter(self.model, job.first_adapter)
 
+            self.layers = self._install_kernels() if job.plan.kernels == "forge" else None
+
+        def _install_kernels(self) -> ForgeLayers | None:
+            reason = why_not(self.model)
+            if reason is not None:
+                print(f"kernels=forge: {reason}; the stack's own layers train", file=sys.stderr)
+                return None
+            plan, workload = self.job.plan, self.job.workload
+            recomputes = plan.gradient_checkpointing != "none"
+            return ForgeLayers(
+                self.model,
+                tile_tokens=plan.mlp_tile_tokens,
+                keep_gib=(plan.kept_activations_gib or 0.0) if recomputes else None,
+                offload=plan.gradient_checkpointing == "offload",
+                dequantize_once=plan.dequantize_once,
+                dtype=getattr(torch, workload.model.dtype),
+            )
+
         def _collate(self, rows: list[dict[str, Any]]) -> Any:
-            batch = self.data_collator(rows)
+            batch = self._batch(rows)
             self.observer.fetched(batch)
             return batch
 
+        def _collate_step(self, steps: list[list[list[dict[str, Any]]]]) -> Any:
+            (micro_batches,) = steps
+            batches = [self._batch(rows) for rows in micro_batches]
+            self.observer.fetched(*batches)
+            labels = torch.cat([batch["labels"].flatten() for batch in batches])
+            firsts = torch.cat([_first_labels(batch) for batch in batches])
+            labels[firsts] = IGNORED  # no token predicts them: the trainer divides by what is left
+            return {"labels": torch.cat([labels.new_full((1,), IGNORED), labels])[None], "micro_batches": batches}
+
+        def _batch(self, rows: list[dict[str, Any]]) -> Any:
+            """A collated micro-batch; for Forge's layers with the keys of its tokens."""
+            batch = self.data_collator(rows)
+            if self.layers is not None:
+                documents = [row["input_ids"] for row in rows]
+                lengths = [len(ids) for ids in documents]
+                width = int(batch["input_ids"].shape[1])
+                if batch["input_ids"].shape[0] == 1 and width == sum(lengths):
+                    batch["forge"] = {"keys": torch.from_numpy(token_keys(documents)), "lengths": lengths}
+                else:
+                    keys = torch.from_numpy(padded_token_keys(documents, width))
+                    batch["forge"] = {"keys": keys, "lengths": [width] * len(rows)}
+            return batch
+
         def get_train_dataloader(self) -> Any:
-            loader = torch.utils.data.DataLoader(
-                self.train_dataset,
-                batch_sampler=StepBatches(self.job.micro_batches),
-                collate_fn=self._collate,
-                pin_memory=torch.cuda.is_available(),
-            )
+            if self.job.plan.micro_batch_tokens is not None:
+                layout: dict[str, Any] = {
+                    "dataset": WholeSteps(self.train_dataset, self.job.steps),
+                    "collate_fn": self._collate_step,
+                    "batch_size": 1,
+                }
+            else:
+                layout = {
+                    "dataset": self.train_dataset,
+                    "collate_fn": self._collate,
+                    "batch_sampler": StepBatches(self.job.micro_batches),
+                }
+            loader = torch.utils.data.DataLoader(**layout, pin_memory=torch.cuda.is_available())
             return self.accelerator.prepare(loader)
 
         def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -135,13 +201,24 @@ def forge_trainer(base: Any) -> Callable[..., Any]:
 
         def take_step(self, model: Any, batch: dict[str, Any], num_trained_tokens: Any) -> None:
             """Forward and backward of a collated micro-batch that is no part of the run: not observed, not logged."""
-            self._choose_attention(batch)
-            super().training_step(model, batch, num_trained_tokens)
+            self._forward_backward(model, batch, num_trained_tokens)
             getattr(self, "_metrics", {}).get("train", {}).clear()
 
-        def _choose_attention(self, batch: dict[str, Any]) -> None:
+        def _forward_backward(self, model: Any, batch: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            """One micro-batch: its attention chosen, its dropout's keys told to Forge's layers."""
+            is_long = longest_document(batch) >= LONG_DOCUMENT_TOKENS
             if self.job.plan.attention == "mixed" and torch.cuda.is_available():
-                torch.backends.cuda.enable_cudnn_sdp(longest_document(batch) >= LONG_DOCUMENT_TOKENS)
+                torch.backends.cuda.enable_cudnn_sdp(is_long)
+            own = batch.pop("forge", None)
+            if self.layers is None or own is None:
+                return super().training_step(model, batch, *args, **kwargs)
+            keys = own["keys"] if self.job.workload.lora.dropout else None
+            cudnn = is_long and self.job.plan.attention == "mixed"
+            self.layers.begin(own["lengths"], keys, self.job.workload.training.seed, self.state.global_step, cudnn)
+            try:
+                return super().training_step(model, batch, *args, **kwargs)
+            finally:
+                self.layers.end()
 
         def rehearse(self) -> float:
             """Take the largest micro-batch through the model once and forget it. Returns its seconds.
@@ -153,7 +230,8 @@ def forge_trainer(base: Any) -> Callable[..., Any]:
             rows = [self.train_dataset[i] for i in largest_micro_batch(job.micro_batches, job.lengths, job.plan)]
             trained = sum(int((np.asarray(row["labels"][1:]) != IGNORED).sum()) for row in rows)
             before = torch.get_rng_state(), torch.cuda.get_rng_state_all()
-            self.take_step(self.model, self.data_collator(rows), torch.tensor(trained, device=self.args.device))
+            self._check_kernels()
+            self.take_step(self.model, self._batch(rows), torch.tensor(trained, device=self.args.device))
             self.model.zero_grad(set_to_none=True)
             torch.set_rng_state(before[0])
             torch.cuda.set_rng_state_all(before[1])
@@ -161,11 +239,28 @@ def forge_trainer(base: Any) -> Callable[..., Any]:
                 torch.cuda.synchronize()
             return time.perf_counter() - started
 
+        def _check_kernels(self) -> None:
+            """Forge's layers against the model's own on the first example's first tokens, before the first step."""
+            if self.layers is None:
+                return
+            row = {key: self.train_dataset[0][key][:NUM_CHECK_TOKENS] for key in ("input_ids", "labels")}
+            row["labels"] = row["input_ids"]
+            length = len(row["input_ids"])
+            counted = torch.tensor(length - 1, device=self.args.device)
+
+            def take_step() -> None:
+                self.model.train()
+                super(ForgeTrainer, self).training_step(self.model, self.data_collator([row]), counted)
+
+            compare_with_own(self.model, self.layers, take_step, length)
+            getattr(self, "_metrics", {}).get("train", {}).clear()
+
         def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-            self._choose_attention(inputs)
-            loss = super().training_step(model, inputs, *args, **kwargs)
-            self.observer.add_loss(loss.detach())
-            return loss
+            losses = []
+            for batch in inputs.get("micro_batches", [inputs]):
+                losses.append(self._forward_backward(model, batch, *args, **kwargs))
+                self.observer.add_loss(losses[-1].detach())
+            return sum(losses[1:], losses[0])
 
         def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
             """Token-weighted held-out loss: transformers' own is a mean over batches of unequal size."""
@@ -205,3 +300,13 @@ def forge_trainer(base: Any) -> Callable[..., Any]:
                 super()._save_checkpoint(*args, **kwargs)
 
     return ForgeTrainer
+
+
+def _first_labels(batch: dict[str, Any]) -> torch.Tensor:
+    """Where a document's first label is, bool (rows * tokens,)."""
+    positions = batch.get("position_ids")
+    if positions is not None:
+        return positions.flatten() == 0
+    first = torch.zeros(batch["labels"].shape, dtype=torch.bool)
+    first[:, 0] = True
+    return first.flatten()

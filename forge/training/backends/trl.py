@@ -23,14 +23,27 @@ CASTS_ADAPTER_TO_BFLOAT16 = True
 
 
 def refuse(workload: Workload, plan: Plan) -> None:
-    """Raise :class:`ConfigurationError` for the parts of a plan that only Unsloth carries out."""
-    only_unsloths = {"gradient_checkpointing": plan.gradient_checkpointing == "offload"}
-    only_unsloths |= {key: getattr(plan, key) is not None for key in ("mlp_tile_tokens", "loss_chunk_gib")}
+    """Raise :class:`ConfigurationError` for the parts of a plan that only Unsloth, or only Forge's layers, carry out."""
+    refuse_without_kernels(plan)
+    only_unsloths = {"loss_chunk_gib": plan.loss_chunk_gib is not None}
+    if plan.kernels == "stack":
+        only_unsloths["gradient_checkpointing"] = plan.gradient_checkpointing == "offload"
+        only_unsloths["mlp_tile_tokens"] = plan.mlp_tile_tokens is not None
     named = [f"plan.{key}={getattr(plan, key)}" for key, is_set in only_unsloths.items() if is_set]
     if named:
         raise ConfigurationError(
             f"TRL cannot carry out {', '.join(named)}: only the backend unsloth can",
             remedy="leave it out of the plan, or train with --backend unsloth",
+        )
+
+
+def refuse_without_kernels(plan: Plan) -> None:
+    """Raise :class:`ConfigurationError` for what only Forge's layers carry out in a plan without them."""
+    asked = {"kept_activations_gib": plan.kept_activations_gib is not None, "dequantize_once": plan.dequantize_once}
+    named = [f"plan.{key}" for key, is_set in asked.items() if is_set]
+    if plan.kernels == "stack" and named:
+        raise ConfigurationError(
+            f"{' and '.join(named)}: only Forge's layers can", remedy="add --plan kernels=forge, or leave it out"
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from forge.training.backends.job import StepObserver, TrainingJob
 from forge.training.backends.sft_config import make_sft_config
-from forge.training.backends.trl import lora_arguments
+from forge.training.backends.trl import lora_arguments, refuse_without_kernels
 from forge.training.config.plan import Plan
 from forge.training.config.workload import Workload
 from forge.training.system.errors import ConfigurationError, MachineError
@@ -32,7 +32,8 @@ CASTS_ADAPTER_TO_BFLOAT16 = False
 
 
 def refuse(workload: Workload, plan: Plan) -> None:
-    """Raise :class:`ConfigurationError` for float32."""
+    """Raise :class:`ConfigurationError` for float32, and for what only Forge's layers carry out."""
+    refuse_without_kernels(plan)
     if workload.model.dtype == "float32":
         raise ConfigurationError(
             "unsloth trains in bfloat16 or float16, the config says model.dtype=float32",
@@ -75,6 +76,8 @@ def build(job: TrainingJob, observer: StepObserver) -> Any:
 
     workload, plan = job.workload, job.plan
     checkpointing: Any = {"none": False, "full": True, "offload": "unsloth"}[plan.gradient_checkpointing]
+    if plan.kernels == "forge":
+        checkpointing = False  # Forge's layers decide what is kept
     model, _ = FastLanguageModel.from_pretrained(
         model_name=str(job.base_dir),  # absolute: a relative one is taken for a hub name
         max_seq_length=workload.data.max_length,
@@ -93,7 +96,7 @@ def build(job: TrainingJob, observer: StepObserver) -> Any:
         use_gradient_checkpointing=checkpointing,
         random_state=workload.training.seed,
     )
-    if plan.mlp_tile_tokens is not None:
+    if plan.mlp_tile_tokens is not None and plan.kernels == "stack":
         tile_mlps(model, plan.mlp_tile_tokens)
     config = make_sft_config(SFTConfig, job, max_length=workload.data.max_length)
     trainer = forge_trainer(SFTTrainer)(job, observer, model, config)

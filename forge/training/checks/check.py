@@ -101,7 +101,7 @@ def check_configuration(workload: Workload, backend: Backend, plan_overrides: li
     training = workload.training
     yield ok(
         "plan",
-        f"{backend}: {plan.micro_batch} x {plan.accumulation(workload)} examples per step, padding {plan.padding}, "
+        f"{backend}: {plan.describe_batches(workload)} examples per step, padding {plan.padding}, "
         f"checkpointing {plan.gradient_checkpointing} ({describe_plan_source(workload, backend)})",
     )
     module = load_backend(backend)

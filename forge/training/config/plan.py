@@ -57,6 +57,23 @@ class Plan(BaseModel):
     loss_chunk_gib: Annotated[float, Field(gt=0)] | None = None
     """of logits that the loss holds at a time; null: the backend's choice; unsloth only"""
 
+    kernels: Literal["stack", "forge"] = "stack"
+    """forge: decoder layers by hand (forge/training/kernels), dropout independent of the layout; stack: the backend's own"""
+    micro_batch_tokens: Annotated[int, Field(gt=0)] | None = None
+    """as many examples at a time as fit into so many tokens, a long one alone; null: micro_batch of them"""
+    kept_activations_gib: Annotated[float, Field(ge=0)] | None = None
+    """of activations kept where gradient_checkpointing recomputes: so many layers keep theirs; kernels=forge only"""
+    dequantize_once: bool = False
+    """the 4-bit base held in 16 bits too: no dequantisation in a step, the same bits; kernels=forge only"""
+
     def accumulation(self, workload: Workload) -> int:
-        """Micro-batches per optimizer step."""
+        """What the trainer fetches per optimizer step: micro-batches, or with ``micro_batch_tokens`` the step as one."""
+        if self.micro_batch_tokens is not None:
+            return 1
         return workload.training.effective_batch // self.micro_batch
+
+    def describe_batches(self, workload: Workload) -> str:
+        """How many examples are taken at a time, for a person."""
+        if self.micro_batch_tokens is not None:
+            return f"up to {self.micro_batch_tokens:,} tokens at a time"
+        return f"{self.micro_batch} x {self.accumulation(workload)}"

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from forge.training.config.plan import Plan
+from forge.training.config.plan import LONG_DOCUMENT_TOKENS, Plan
 from forge.training.config.workload import Workload
 
 
@@ -48,6 +48,8 @@ def micro_batches(step: np.ndarray, lengths: np.ndarray, plan: Plan) -> list[lis
     document longer than all others of its step together stays alone.
     """
     indices = [int(i) for i in step]
+    if plan.micro_batch_tokens is not None:
+        return _filled(indices, lengths, plan.micro_batch_tokens)
     if plan.grouping != "none":
         indices.sort(key=lambda i: (-int(lengths[i]), i))
     if plan.grouping != "tokens":
@@ -61,13 +63,25 @@ def micro_batches(step: np.ndarray, lengths: np.ndarray, plan: Plan) -> list[lis
     return [group for _, group in sorted(zip(totals, groups, strict=True), key=lambda pair: -pair[0])]
 
 
-def all_micro_batches(workload: Workload, plan: Plan, lengths: Sequence[int]) -> list[list[int]]:
-    """A whole run's micro-batches in order: all of step 1, all of step 2, ... (indices of examples).
+def _filled(indices: list[int], lengths: np.ndarray, num_tokens: int) -> list[list[int]]:
+    """First fit, longest first. A long document stays alone: attention's kernel is chosen by the longest."""
+    groups: list[list[int]] = []
+    for index in sorted(indices, key=lambda i: (-int(lengths[i]), i)):
+        length = int(lengths[index])
+        for group in groups:
+            held = [int(lengths[i]) for i in group]
+            if max(held) < LONG_DOCUMENT_TOKENS and sum(held) + length <= num_tokens:
+                group.append(index)
+                break
+        else:
+            groups.append([index])
+    return groups
 
-    ``lengths``: tokens of every example, of shape (examples,).
-    """
+
+def step_micro_batches(workload: Workload, plan: Plan, lengths: Sequence[int]) -> list[list[list[int]]]:
+    """A whole run's micro-batches by optimizer step (indices of examples). ``lengths``: tokens of every example."""
     sizes = np.array(lengths, dtype=np.int64)
-    return [batch for step in step_order(workload, len(sizes)) for batch in micro_batches(step, sizes, plan)]
+    return [micro_batches(step, sizes, plan) for step in step_order(workload, len(sizes))]
 
 
 def largest_micro_batch(batches: Sequence[list[int]], lengths: Sequence[int], plan: Plan) -> list[int]:

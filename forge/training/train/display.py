@@ -71,7 +71,7 @@ class TrainingDisplay:
         rows = [
             ("examples", f"{len(job.train):,} train, {held_out}"),
             ("tokens", f"{tokens} ({workload.data.loss_on}){cut}{divided}"),
-            ("steps", f"{steps}, as {plan.micro_batch} x {job.accumulation}"),
+            ("steps", f"{steps}, as {plan.describe_batches(workload)}"),
             ("layout", layout),
             ("adapter", f"{adapter}: {trainable.num_parameters:,} parameters in {trainable.dtype}"),
             ("optimizer", f"{optimizer.name}, {rate}, gradient norm {optimizer.max_grad_norm:g}"),

@@ -91,7 +91,7 @@ class Meter:
         self._accumulation = accumulation
         self._cuda = cuda
         self._loss_counts_first_labels = loss_counts_first_labels
-        self._pending: deque[MicroBatch] = deque()
+        self._pending: deque[list[MicroBatch]] = deque()
         self._mark = time.perf_counter()
         self._loss: Any = None
         self._steps = [line for line in lines if "loss" in line]
@@ -108,12 +108,15 @@ class Meter:
         if self._log is not None:
             self._log.close()
 
-    def fetched(self, batch: Mapping[str, Any]) -> None:
-        """Note a collated micro-batch; the loader may fetch one ahead of the step it belongs to."""
+    def fetched(self, *batches: Mapping[str, Any]) -> None:
+        """Note what was collated at once; the loader may fetch one ahead of the step it belongs to."""
+        self._pending.append([self._measured(batch) for batch in batches])
+
+    def _measured(self, batch: Mapping[str, Any]) -> MicroBatch:
         labels = document_labels(batch)
         trained = sum(int((np.frombuffer(document, dtype="<i4") != IGNORED).sum()) for document in labels)
         divisor = int((batch["labels"] != IGNORED).sum()) if self._loss_counts_first_labels else trained
-        self._pending.append(MicroBatch(labels, [len(d) // 4 + 1 for d in labels], trained, divisor))
+        return MicroBatch(labels, [len(d) // 4 + 1 for d in labels], trained, divisor)
 
     def add_loss(self, loss: Any) -> None:
         """Add a micro-batch's share of the step's loss (a detached scalar on its device)."""
@@ -140,7 +143,8 @@ class Meter:
             torch.cuda.synchronize()
         now = time.perf_counter()
         count = len(self._pending) if is_last else self._accumulation
-        batches = [self._pending.popleft() for _ in range(min(count, len(self._pending)))]
+        fetched = [self._pending.popleft() for _ in range(min(count, len(self._pending)))]
+        batches = [batch for batches in fetched for batch in batches]
         documents = sorted(document for batch in batches for document in batch.labels)
         trained = sum(batch.num_trained for batch in batches)
         figures: dict[str, Any] = {
