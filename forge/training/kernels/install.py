@@ -19,7 +19,10 @@ from forge.training.system.errors import MachineError
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
-CHECK_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.06}  # relative norm of a gradient
+# Relative norm of the difference of all gradients together, and as a multiple of it that of one matrix. Two bfloat16
+# stacks differ by 7% on 28 layers of random 7B weights, the queries' matrices by 10%; a forgotten factor by 30% or more.
+CHECK_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 0.04, torch.bfloat16: 0.15}
+CHECK_TOLERANCE_ONE = 2
 
 
 def why_not(model: Any) -> str | None:
@@ -203,7 +206,7 @@ def _no_dropout(model: Any) -> Iterator[None]:
 
 
 def compare_with_own(model: Any, layers: ForgeLayers, take_step: Callable[[], Any], length: int) -> float:
-    """The largest relative difference of a gradient between Forge's layers and the model's own, on a few tokens.
+    """The relative difference of all gradients between Forge's layers and the model's own, on a few tokens.
 
     ``take_step`` takes one document of ``length`` tokens forwards and backwards. B is filled meanwhile: with the zeros
     that a run begins with, A would have no gradient. Raises :class:`MachineError` where the difference is more than
@@ -231,18 +234,20 @@ def compare_with_own(model: Any, layers: ForgeLayers, take_step: Callable[[], An
         with torch.no_grad():
             for (_, p), value in zip(trained, before, strict=True):
                 p.copy_(value)
-    worst, where = 0.0, ""
-    for (name, _), own, ours in zip(trained, *gradients, strict=True):
-        if own is None or ours is None:
-            raise MachineError(f"kernels=forge: {name} has no gradient", remedy="train with --plan kernels=stack")
-        difference = float((ours.float() - own.float()).norm() / own.float().norm().clamp(min=1e-12))
-        if not difference <= worst:
-            worst, where = difference, name
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad)
-    if not worst <= CHECK_TOLERANCE[dtype]:
+    missing = [name for (name, _), *pair in zip(trained, *gradients, strict=True) if None in pair]
+    if missing:
+        raise MachineError(f"kernels=forge: {missing[0]} has no gradient", remedy="train with --plan kernels=stack")
+    own = torch.stack([gradient.float().norm() for gradient in gradients[0]])
+    apart = torch.stack([(b.float() - a.float()).norm() for a, b in zip(*gradients, strict=True)])
+    each = apart / own.clamp(min=1e-12)
+    total = float(apart.norm() / own.norm())
+    index = int(each.nan_to_num(nan=float("inf")).argmax())
+    limit = CHECK_TOLERANCE[next(p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad)]
+    if not (total <= limit and float(each[index]) <= CHECK_TOLERANCE_ONE * limit):
         raise MachineError(
-            f"kernels=forge does not compute what the stack computes: {where} differs by {worst:.1%} "
-            f"(limit {CHECK_TOLERANCE[dtype]:.1%}) on {length} tokens",
+            f"kernels=forge does not compute what the stack computes: gradients differ by {total:.1%}, that of "
+            f"{trained[index][0]} by {float(each[index]):.1%} (limits {limit:.1%} and {CHECK_TOLERANCE_ONE * limit:.1%}) "
+            f"on {length} tokens",
             remedy="train with --plan kernels=stack, and report the model's config",
         )
-    return worst
+    return total
