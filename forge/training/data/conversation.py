@@ -10,7 +10,6 @@ ordinary text, so a document cannot end its own turn.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import date
@@ -25,7 +24,6 @@ from forge.training.system.errors import ConfigurationError, DataError
 
 IGNORED = -100  # torch's ignore_index: a label that carries no loss
 _REMEDY = "use an instruction-tuned base, or correct its template: chat_template.jinja in its directory comes first"
-_BYTE = re.compile("<0x[0-9A-F]{2}>")  # how SentencePiece names a single byte
 
 
 class UnrepresentableError(DataError):
@@ -66,7 +64,6 @@ class Encoder:
         for each in (self.full, self.plain):
             each.no_truncation()
             each.no_padding()
-        self.num_bytes = token_bytes(tokenizer)
         self._skeletons: dict[tuple[tuple[str, ...], bool], tuple[str, ...]] = {}
         unsafe = [token for token in self.control if self.num_control(self.ids_and_ends(token, plain=True)[0])]
         if unsafe:
@@ -166,29 +163,6 @@ def _remarks(encoder: Encoder) -> Iterator[str]:
             yield f"the chat template ends a question with {added!r}, and so does every question that is trained"
     if encoder.is_dated:
         yield f"the chat template writes the date: {encoder.template_date} in this run, also when it resumes"
-
-
-def token_bytes(tokenizer: Any) -> np.ndarray:
-    """UTF-8 bytes of text that each id stands for, int64 of shape (ids,).
-
-    In byte-level BPE a token's characters are its bytes. Otherwise the tokenizer's own decoder says it, inside a text:
-    SentencePiece writes a blank as three bytes and spells a byte of a rare character ``<0xF0>``.
-    """
-    decoder = tokenizer.backend_tokenizer.decoder
-    is_byte_level = "ByteLevel" in json.dumps(json.loads(tokenizer.backend_tokenizer.to_str()).get("decoder"))
-    vocabulary = tokenizer.get_vocab()
-    sizes = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
-    added = {t.content for t in tokenizer.added_tokens_decoder.values()}
-    for token, index in vocabulary.items():
-        if token in added or decoder is None:
-            sizes[index] = len(token.encode())
-        elif is_byte_level:
-            sizes[index] = len(token)
-        elif _BYTE.fullmatch(token):
-            sizes[index] = 1
-        else:
-            sizes[index] = len(decoder.decode(["a", token]).encode()) - 1
-    return sizes
 
 
 def encode_conversation(

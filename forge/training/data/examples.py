@@ -55,7 +55,6 @@ class Examples:
     input_ids: list[np.ndarray]
     labels: list[np.ndarray]
     document_ids: list[str]
-    num_trained_bytes: list[int]  # UTF-8 bytes of the trained text
     sha256: str
     report: ExamplesReport
 
@@ -129,7 +128,6 @@ def encode_records(
         input_ids=all_ids,
         labels=all_labels,
         document_ids=[row[2] for row in kept],
-        num_trained_bytes=[int(encoder.num_bytes[row[row != IGNORED]].sum()) for row in all_labels],
         sha256=_digest(all_ids, all_labels),
         report=ExamplesReport(
             num_records=len(records),
@@ -297,7 +295,6 @@ def sample_examples(examples: Examples, size: int) -> Examples:
         input_ids=ids,
         labels=labels,
         document_ids=[examples.document_ids[i] for i in chosen],
-        num_trained_bytes=[examples.num_trained_bytes[i] for i in chosen],
         sha256=_digest(ids, labels),
         report=replace(
             examples.report,
@@ -319,7 +316,6 @@ def save_examples(examples: Examples, directory: Path, *, force: bool = False) -
             "input_ids": np.concatenate(examples.input_ids),
             "labels": np.concatenate(examples.labels),
             "offsets": offsets,
-            "num_trained_bytes": np.asarray(examples.num_trained_bytes, dtype=np.int64),
         }
         save_file(tensors, staging / "examples.safetensors")
         (staging / "examples.safetensors").chmod(0o644)
@@ -345,5 +341,4 @@ def load_examples(directory: Path | str) -> Examples:
         raise DataError(f"{directory} holds no readable examples: {error}") from error
     if _digest(ids, labels) != meta["sha256"]:
         raise DataError(f"{directory}: the examples are not those that were written (digest differs)")
-    trained = [int(n) for n in tensors["num_trained_bytes"]]
-    return Examples(ids, labels, list(meta["document_ids"]), trained, meta["sha256"], report)
+    return Examples(ids, labels, list(meta["document_ids"]), meta["sha256"], report)

@@ -7,20 +7,23 @@ entries are 20 GB in float32.
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from forge.training.data.conversation import IGNORED, token_bytes
+from forge.training.data.conversation import IGNORED
 from forge.training.data.examples import Examples, document_name
 from forge.training.evaluation.neutral_model import NeutralModel
 from forge.training.system.errors import DataError, MachineError
 
 NUM_LOGIT_ROWS = 1024  # tokens whose logits exist at once
 _NUM_PROBE_TOKENS = 64
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # how SentencePiece names a single byte
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,29 @@ def group_documents(examples: Examples, tokenizer: Any, max_documents: int | Non
         predicted = predicted[predicted != IGNORED]
         documents.append(Document(name, tuple(indices), len(predicted), int(sizes[predicted].sum())))
     return documents
+
+
+def token_bytes(tokenizer: Any) -> np.ndarray:
+    """UTF-8 bytes of text that each id stands for, int64 of shape (ids,).
+
+    In byte-level BPE a token's characters are its bytes. Otherwise the tokenizer's own decoder says it, inside a text:
+    SentencePiece writes a blank as three bytes and spells a byte of a rare character ``<0xF0>``.
+    """
+    decoder = tokenizer.backend_tokenizer.decoder
+    is_byte_level = "ByteLevel" in json.dumps(json.loads(tokenizer.backend_tokenizer.to_str()).get("decoder"))
+    vocabulary = tokenizer.get_vocab()
+    sizes = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
+    added = {t.content for t in tokenizer.added_tokens_decoder.values()}
+    for token, index in vocabulary.items():
+        if token in added or decoder is None:
+            sizes[index] = len(token.encode())
+        elif is_byte_level:
+            sizes[index] = len(token)
+        elif _BYTE.fullmatch(token):
+            sizes[index] = 1
+        else:
+            sizes[index] = len(decoder.decode(["a", token]).encode()) - 1
+    return sizes
 
 
 def measure_nats(

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from forge.training.config.workload import DataSection
-from forge.training.data.conversation import Encoder, token_bytes
+from forge.training.data.conversation import Encoder
 from forge.training.data.examples import encode_records
 from forge.training.data.records import Message, Record
-from forge.training.evaluation.likelihood import group_documents
+from forge.training.evaluation.likelihood import group_documents, token_bytes
 from tests.support.tiny_model import SENTENCES, write_tokenizer
 
 TEMPLATE = (
