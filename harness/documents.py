@@ -73,8 +73,7 @@ def _unlike(trained: list[dict[str, Any]], others: list[dict[str, Any]]) -> list
     def answers(rows: list[dict[str, Any]]) -> list[Record]:
         return [Record(i, (Message("assistant", str(row["output"])),), document=True) for i, row in enumerate(rows)]
 
-    overlap = find_overlap(answers(trained), answers(others))
-    alike = {*overlap.equal_lines, *(near.held_out_line for near in overlap.near)}
+    alike = {overlap.held_out.line for overlap in find_overlap(answers(trained), answers(others))}
     return [row for i, row in enumerate(others) if i not in alike]
 
 

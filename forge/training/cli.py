@@ -238,7 +238,6 @@ def train(
 ) -> None:
     """Train an adapter. The same command again resumes a run that was stopped, and leaves a complete one as it is."""
     from forge.training.backends import load_plan
-    from forge.training.config.overrides import as_options
     from forge.training.config.workload import load_workload
     from forge.training.system.command import make_plain
     from forge.training.system.errors import GpuMemoryError
@@ -267,9 +266,7 @@ def train(
         if not no_check:
             from forge.training.checks.check import questions_before_training
 
-            settings = as_options(overrides or [], plan or [])
-            asked = [workload, "--backend", chosen, "--out", str(run_dir), *settings]
-            check_first = questions_before_training(asked, display.announce)
+            check_first = questions_before_training(loaded, chosen, run_dir, plan or [], display.announce)
         try:
             record = train_run(
                 loaded,

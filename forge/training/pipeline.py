@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from forge.training.backends import Backend
 from forge.training.checks.machine import check_llama_cpp
-from forge.training.config.overrides import as_options
 from forge.training.config.workload import Workload
 from forge.training.evaluation.evaluate import (
     DEFAULT_SUBJECTS,
@@ -63,7 +62,8 @@ def run_pipeline(
     list(check_llama_cpp())  # before hours are spent: training alone does without it
     before = _outcome_before(run_dir)
     outcome = Outcome(run_dir=str(run_dir))
-    arguments = as_options(overrides, plan)
+    given = [("--set", setting) for setting in overrides] + [("--plan", setting) for setting in plan]
+    arguments = [part for option in given for part in option]
 
     def step(name: str, *command: str) -> None:
         console.print(f"[bold]{name}[/]")

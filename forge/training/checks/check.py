@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -35,25 +32,23 @@ def check_workload(
     return list(_findings(workload, backend, directory or Path.cwd(), list(plan_overrides)))
 
 
-def questions_before_training(arguments: Sequence[str], announce: Callable[[str], None]) -> Callable[[], None]:
-    """What `forge train` asks before it begins: all that `forge check ARGUMENTS` does, refused with the same exit code.
+def questions_before_training(
+    workload: Workload, backend: Backend, directory: Path, plan: Sequence[str], announce: Callable[[str], None]
+) -> Callable[[], None]:
+    """What `forge train` asks before it begins: what `forge check` does, but for the examples, which it makes itself.
 
-    The function that is returned asks; a warning is announced once, however often it is asked. In a process of its
-    own, because Unsloth must be the first to import transformers. Without llama.cpp it still trains.
+    The function that is returned asks, and refuses with the same exit code; a warning is announced once, however often
+    it is asked. transformers is not imported, which Unsloth must be the first to do. Without llama.cpp it still trains.
     """
     told: set[str] = set()
 
     def ask() -> None:
-        command = [sys.executable, "-m", "forge.training", "check", *arguments, "--json"]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-        try:
-            findings = [Finding(**row) for row in json.loads(done.stdout)]
-        except (ValueError, TypeError) as error:
-            raise ForgeError.of_child(done.returncode or 1, "`forge check` failed (see above)") from error
+        asked = _findings(workload, backend, directory, list(plan), before_training=True)
+        findings = [finding for finding in asked if finding.level != "ok"]
         errors = [finding for finding in findings if finding.level == "error" and finding.subject != LLAMA_CPP]
         for finding in findings:
             line = f"{finding.subject}: {finding.message}"
-            if finding.level != "ok" and finding not in errors and line not in told:
+            if finding not in errors and line not in told:
                 told.add(line)
                 announce(f"warning: {line}" + (f"\n  -> {finding.remedy}" if finding.remedy else ""))
         if len(errors) == 1:
@@ -66,7 +61,14 @@ def questions_before_training(arguments: Sequence[str], announce: Callable[[str]
     return ask
 
 
-def _findings(workload: Workload, backend: Backend, directory: Path, plan_overrides: list[str]) -> Iterator[Finding]:
+def _findings(
+    workload: Workload,
+    backend: Backend,
+    directory: Path,
+    plan_overrides: list[str],
+    *,
+    before_training: bool = False,
+) -> Iterator[Finding]:
     gpu = describe_gpu()
     yield from guarded("configuration", partial(check_configuration, workload, backend, plan_overrides))
     data = list(guarded("data", partial(check_data, workload)))
@@ -82,7 +84,7 @@ def _findings(workload: Workload, backend: Backend, directory: Path, plan_overri
         if is_made(base):
             tokenizer = list(guarded("tokenizer", partial(check_tokenizer, base)))
             yield from tokenizer
-            if not exit_code(tokenizer):
+            if not exit_code(tokenizer) and not before_training:
                 readable = not exit_code(data)
                 yield from guarded("examples", partial(check_examples, workload, base, data_is_readable=readable))
         yield from guarded("memory", partial(check_memory, workload, base, gpu))

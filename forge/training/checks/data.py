@@ -12,7 +12,6 @@ from forge.training.data.corpus import documents_root, passed_over
 from forge.training.data.discovery import discover
 from forge.training.data.inputs import (
     describe_overlap,
-    find_overlap,
     own_files,
     read_sides,
     refuse_evaluation_of_nothing,
@@ -55,12 +54,12 @@ def _check_records(workload: Workload) -> Iterator[Finding]:
     sides = read_sides(data, Path(data.train), Path(data.validation) if data.validation else None)
     train, held_out = sides.train, sides.held_out
     if held_out is None and data.validation_share:
-        refuse_evaluation_of_nothing(workload)
-        yield from (warning("data", remark) for remark in sides.remarks)
+        refuse_evaluation_of_nothing(workload, sides.remark)
+        yield warning("data", str(sides.remark))
     yield ok("data", f"{counted(len(train), 'record')} in {data.train}")
     if held_out is not None:
         yield ok("data", f"{counted(len(held_out), 'record')} held out in {data.validation or data.train}")
-        for line in describe_overlap(find_overlap(train, held_out)):
+        for line in describe_overlap(train, held_out):
             remedy = "their loss says nothing about new documents; `forge dataset ROOT --split 0.1` splits by document"
             yield warning("data", line, remedy)
     yield from _check_secrets(train, data.train)

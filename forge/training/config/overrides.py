@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -21,12 +21,6 @@ _MAX_ERRORS_SHOWN = 20
 _NEAR_ELSEWHERE = 0.75  # likeness, from 0 to 1; beside it difflib's own 0.6 is enough
 _CREDENTIAL_KEY = re.compile(r"token|password|passwd|secret|api_?key|credential", re.IGNORECASE)
 _ENVIRONMENT_ONLY = "credentials come from the environment only (HF_TOKEN), never from a file or an option"
-
-
-def as_options(overrides: Iterable[str], plan: Iterable[str]) -> list[str]:
-    """``--set KEY=VALUE ... --plan KEY=VALUE ...``: what a command was given, for the command that it starts."""
-    given = (("--set", overrides), ("--plan", plan))
-    return [part for option, settings in given for setting in settings for part in (option, setting)]
 
 
 def apply_overrides(content: dict[str, Any], overrides: Sequence[str], option: str) -> list[str]:

@@ -20,7 +20,6 @@ from forge.training.data.examples import (
     save_examples,
 )
 from forge.training.data.records import Message, Record, of_both, read_both, several
-from forge.training.data.rows import Unit
 from forge.training.models.digests import base_sha256, tokenizer_sha256
 from forge.training.system.errors import ConfigurationError, DataError
 from forge.training.system.files import read_json_object, sha256_file
@@ -63,34 +62,34 @@ class PreparedInputs:
 
 
 @dataclass(frozen=True)
-class EncodedCorpus:
-    """Both sides of a corpus, as records and as examples before ``data.sample``; ``None`` where nothing is held out."""
+class Sides:
+    """The records to train on and those held out; ``remark``: how they were parted, where a share was asked for."""
 
-    records: list[Record]
+    train: list[Record]
     held_out: list[Record] | None
-    train: Examples
-    validation: Examples | None
-    remarks: list[str]
+    remark: str | None = None
 
 
 @dataclass(frozen=True)
-class NearPair:
-    """Two records by their lines. ``similarity``: Jaccard's, of 5-word shingles, from 0.8 to 1."""
+class EncodedCorpus:
+    """Both sides of a corpus, as records and as examples before ``data.sample``; ``None`` where nothing is held out."""
 
-    held_out_line: int
-    train_line: int
-    similarity: float
+    sides: Sides
+    train: Examples
+    validation: Examples | None
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """Held-out records whose answer is trained, and those that are nearly the same as a trained one."""
+    """A held-out record whose answer is trained, and the trained record that is most like it.
 
-    num_held_out: int
-    equal_lines: list[int]
-    near: list[NearPair]  # the most similar trained record of each
-    unit: Unit = "line"  # of the held-out records
-    train_unit: Unit = "line"
+    ``similarity``: Jaccard's, of 5-word shingles, from 0.8 to 1. ``is_equal``: blanks and line ends apart.
+    """
+
+    held_out: Record
+    train: Record
+    similarity: float
+    is_equal: bool
 
 
 def refuse_unusable_sources(workload: Workload) -> None:
@@ -115,12 +114,16 @@ def refuse_too_long(workload: Workload, base_config: dict[str, Any]) -> None:
         )
 
 
-def refuse_evaluation_of_nothing(workload: Workload) -> None:
-    """Raise :class:`DataError` for a config that evaluates while it trains, where nothing is held out."""
+def refuse_evaluation_of_nothing(workload: Workload, remark: str | None = None) -> None:
+    """Raise :class:`DataError` for a config that evaluates while it trains, where nothing is held out.
+
+    ``remark``: why nothing is, where a share was asked for.
+    """
     if workload.training.evaluate_every_steps:
+        share = "add records" if remark else "give a data.validation_share"
         raise DataError(
-            "training.evaluate_every_steps is set and there is no validation set",
-            remedy="give data.validation or a data.validation_share",
+            f"training.evaluate_every_steps is set and {remark or 'there is no validation set'}",
+            remedy=f"{share}, give data.validation, or --set training.evaluate_every_steps=null",
         )
 
 
@@ -171,7 +174,6 @@ def encode_corpus(
     """
     data = workload.data
     sides = read_sides(data, train_path, validation_path)
-    records, held_out = sides.train, sides.held_out
     _refuse_unaskable(workload, encoder)
 
     def encode(side: tuple[Path, list[Record]]) -> Examples:
@@ -179,18 +181,9 @@ def encode_corpus(
         source = path if data.train is not None else f"{data.documents}, as {path.name}"  # which may be gone by then
         return encode_records(those, encoder, data, source)
 
-    held_out_side = None if held_out is None else (validation_path or train_path, held_out)
-    train, validation = of_both(encode, (train_path, records), held_out_side)
-    return EncodedCorpus(records, held_out, train, validation, sides.remarks)
-
-
-@dataclass(frozen=True)
-class Sides:
-    """The records to train on and those held out; ``remarks``: how they were parted, where a share was asked for."""
-
-    train: list[Record]
-    held_out: list[Record] | None
-    remarks: list[str]
+    held_out = None if sides.held_out is None else (validation_path or train_path, sides.held_out)
+    train, validation = of_both(encode, (train_path, sides.train), held_out)
+    return EncodedCorpus(sides, train, validation)
 
 
 def read_sides(data: DataSection, train_path: Path, validation_path: Path | None) -> Sides:
@@ -200,7 +193,7 @@ def read_sides(data: DataSection, train_path: Path, validation_path: Path | None
     """
     records, held_out = read_both(train_path, validation_path, data.columns)
     if validation_path is not None or not data.validation_share:
-        return Sides(records, held_out, [])
+        return Sides(records, held_out)
     from forge.training.data.corpus import hold_out
     from forge.training.data.duplicates import deduplicate
 
@@ -214,12 +207,12 @@ def read_sides(data: DataSection, train_path: Path, validation_path: Path | None
     try:
         held = hold_out(questions, answers, groups, data.validation_share, "hold nothing out")
     except DataError as error:
-        return Sides(records, None, [f"nothing is held out of {train_path.name}: {error.message}"])
+        return Sides(records, None, f"nothing is held out of {train_path.name}: {error.message}")
     parts: tuple[list[Record], list[Record]] = ([], [])
     for index, record in enumerate(records):
         parts[index in held].append(record)
     remark = f"{len(held):,} of {len(records):,} records of {train_path.name} are held out (data.validation_share)"
-    return Sides(*parts, [remark])
+    return Sides(*parts, remark)
 
 
 def _refuse_unaskable(workload: Workload, encoder: Encoder) -> None:
@@ -251,16 +244,16 @@ def prepare_inputs(
     train_path, validation_path, notes = corpus_paths(workload, folder, run_dir)
     encoder = load_encoder(base_dir, template_date)
     encoded = encode_corpus(workload, encoder, train_path, validation_path)
-    corpus, validation = encoded.train, encoded.validation
+    sides, corpus, validation = encoded.sides, encoded.train, encoded.validation
     train = corpus if workload.data.sample is None else sample_examples(corpus, workload.data.sample)
     save_examples(train, folder / "examples" / "train", force=True)
-    notes += [*encoder.remarks, *encoded.remarks, *_notes(train_path, corpus)]
-    if validation is not None and encoded.held_out is not None:
+    notes += [*encoder.remarks, *([sides.remark] if sides.remark else []), *_notes(train_path, corpus)]
+    if validation is not None and sides.held_out is not None:
         notes += _notes(validation_path or train_path, validation)
-        notes += describe_overlap(find_overlap(encoded.records, encoded.held_out))
+        notes += describe_overlap(sides.train, sides.held_out)
         save_examples(validation, folder / "examples" / "validation", force=True)
     else:
-        refuse_evaluation_of_nothing(workload)
+        refuse_evaluation_of_nothing(workload, sides.remark)
     described = Inputs(
         base_sha256=base_sha256(base_dir),
         tokenizer_sha256=tokenizer_sha256(base_dir),
@@ -283,39 +276,31 @@ def prepare_inputs(
     return PreparedInputs(train, validation, described)
 
 
-def find_overlap(train: Sequence[Record], held_out: Sequence[Record]) -> Overlap:
+def find_overlap(train: Sequence[Record], held_out: Sequence[Record]) -> list[Overlap]:
     """Compare the answers; blanks, line ends and, for near ones, letter case do not count."""
     trained = [_answer(record) for record in train]
     others = [_answer(record) for record in held_out]
-    known = set(trained)
-    equal = [i for i, text in enumerate(others) if text in known]
-    left = [i for i, text in enumerate(others) if text not in known]
-    most: dict[int, tuple[float, int]] = {}
-    for i, j, similarity in similar_pairs(trained, [others[i] for i in left], DUPLICATE_SIMILARITY):
-        if similarity > most.get(j, (0.0, 0))[0]:
-            most[j] = (similarity, i)
-    near = [NearPair(held_out[left[j]].line, train[i].line, s) for j, (s, i) in sorted(most.items())]
-    return Overlap(len(held_out), [held_out[i].line for i in equal], near, _unit(held_out), _unit(train))
+    place_of = {text: place for place, text in reversed(list(enumerate(trained)))}
+    found = {j: Overlap(held_out[j], train[place_of[t]], 1.0, True) for j, t in enumerate(others) if t in place_of}
+    left = [j for j in range(len(others)) if j not in found]
+    for i, k, similarity in similar_pairs(trained, [others[j] for j in left], DUPLICATE_SIMILARITY):
+        known = found.get(left[k])
+        if known is None or similarity > known.similarity:
+            found[left[k]] = Overlap(held_out[left[k]], train[i], similarity, False)
+    return [overlap for _, overlap in sorted(found.items())]
 
 
-def describe_overlap(overlap: Overlap) -> list[str]:
+def describe_overlap(train: Sequence[Record], held_out: Sequence[Record]) -> list[str]:
     """One line for equal texts and one for near ones, where there are any."""
-    lines = []
-    if overlap.equal_lines:
-        where = several([str(line) for line in overlap.equal_lines])
-        equal = f"{len(overlap.equal_lines)} of {overlap.num_held_out} held-out texts are trained too"
-        lines.append(f"{equal}: {overlap.unit}s {where}")
-    if overlap.near:
-        here, there = overlap.unit, overlap.train_unit
-        where = several(
-            [f"{here} {n.held_out_line} is {n.similarity:.0%} {there} {n.train_line}" for n in overlap.near]
-        )
-        lines.append(f"{len(overlap.near)} of {overlap.num_held_out} held-out texts are nearly trained ones: {where}")
+    found = find_overlap(train, held_out)
+    equal = [str(each.held_out.line) for each in found if each.is_equal]
+    near = [f"{o.held_out.place} is {o.similarity:.0%} {o.train.place}" for o in found if not o.is_equal]
+    texts, lines = f"of {len(held_out)} held-out texts are", []
+    if equal:
+        lines.append(f"{len(equal)} {texts} trained too: {held_out[0].unit}s {several(equal)}")
+    if near:
+        lines.append(f"{len(near)} {texts} nearly trained ones: {several(near)}")
     return lines
-
-
-def _unit(records: Sequence[Record]) -> Unit:
-    return records[0].unit if records else "line"
 
 
 def _answer(record: Record) -> str:

@@ -14,7 +14,7 @@ from forge.training.config.workload import Workload
 from forge.training.data.batching import num_steps
 from forge.training.data.conversation import IGNORED, load_encoder
 from forge.training.data.examples import Examples, describe_left_out, document_name
-from forge.training.data.inputs import corpus_paths, describe_overlap, encode_corpus, find_overlap
+from forge.training.data.inputs import corpus_paths, describe_overlap, encode_corpus
 from forge.training.data.records import several
 from forge.training.system.command import rows_table
 
@@ -66,10 +66,10 @@ def preview_workload(workload: Workload, base_dir: Path, *, num_examples: int = 
     with tempfile.TemporaryDirectory() as scratch:
         train_path, validation_path, documents = corpus_paths(workload, Path(scratch))
         encoded = encode_corpus(workload, encoder, train_path, validation_path)
-    train, validation = encoded.train, encoded.validation
+    sides, train, validation = encoded.sides, encoded.train, encoded.validation
     left_out = describe_left_out(train_path.name, train.report)
-    if validation_path is not None and validation is not None:
-        left_out += describe_left_out(validation_path.name, validation.report)
+    if validation is not None:
+        left_out += describe_left_out((validation_path or train_path).name, validation.report)
     report, lengths = train.report, np.array(train.report.lengths)
     before = report.num_tokens + report.num_tokens_cut
     return Preview(
@@ -92,7 +92,7 @@ def preview_workload(workload: Workload, base_dir: Path, *, num_examples: int = 
         longest=int(lengths.max()),
         median=float(np.median(lengths)),
         histogram=_histogram(lengths),
-        overlap=describe_overlap(find_overlap(encoded.records, encoded.held_out)) if encoded.held_out else [],
+        overlap=describe_overlap(sides.train, sides.held_out) if sides.held_out else [],
         shown=[(train.document_ids[i], _spans(train, i, encoder.tokenizer)) for i in _spread(train, num_examples)],
     )
 

@@ -16,7 +16,7 @@ from forge.training.config.workload import Workload
 from forge.training.data import conversation
 from forge.training.data.batching import step_order
 from forge.training.data.duplicates import similar_pairs
-from forge.training.data.inputs import PreparedInputs, describe_overlap, find_overlap, prepare_inputs, read_sides
+from forge.training.data.inputs import PreparedInputs, describe_overlap, prepare_inputs, read_sides
 from forge.training.data.preview import preview_workload
 from forge.training.data.questions import question_ids
 from forge.training.data.records import Message, Record
@@ -184,10 +184,10 @@ def test_a_fact_that_a_template_cannot_ask_for_is_an_error_before_training(tmp_p
 
 def test_many_overlapping_texts_are_counted_and_five_are_shown() -> None:
     records = [Record(n, (Message("user", "a"), Message("assistant", prose(n))), True) for n in range(1, 31)]
-    assert describe_overlap(find_overlap(records, records)) == [
+    assert describe_overlap(records, records) == [
         "30 of 30 held-out texts are trained too: lines 1, 2, 3, 4, 5 and 25 more"
     ]
-    assert describe_overlap(find_overlap(records[:10], records[10:])) == []
+    assert describe_overlap(records[:10], records[10:]) == []
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -238,6 +238,13 @@ def test_a_share_of_the_records_is_held_out_near_copies_on_one_side(tmp_path: Pa
 
 
 def test_records_that_cannot_be_parted_are_all_trained_and_it_is_said(tmp_path: Path) -> None:
-    inputs = prepare(workload(write(tmp_path / "t.jsonl", "one"), validation_share=0.1), tmp_path)
+    work = workload(write(tmp_path / "t.jsonl", "one"), validation_share=0.1)
+    inputs = prepare(work, tmp_path)
     assert inputs.validation is None
-    assert "nothing is held out of t.jsonl: 1 document cannot be split" in inputs.described.notes[0]
+    why = "nothing is held out of t.jsonl: 1 document cannot be split"
+    assert why in inputs.described.notes[0]
+    judged = Workload.model_validate(work.model_dump() | {"training": {"evaluate_every_steps": 1}})
+    for refuse in (lambda: prepare(judged, tmp_path / "b"), lambda: list(check_data(judged))):
+        with pytest.raises(DataError, match=f"evaluate_every_steps is set and {why}") as caught:
+            refuse()
+        assert "add records, give data.validation, or" in str(caught.value.remedy)

@@ -120,18 +120,34 @@ def test_force_does_not_touch_a_folder_with_files_that_no_run_made(finished: Pat
     assert files(place) == before
 
 
+def checked_and_trained(finished: Path, out: str, *settings: str) -> tuple[Ended, Ended]:
+    """What `check` and `train` say of the same settings."""
+    options = [part for setting in settings for part in ("--set", setting)]
+    typed = [part for part in arguments(finished, finished / out, *options) if part != "--no-check"]
+    logs = finished / "logs"
+    return command.run(["check", *typed[1:]], logs / "check"), command.run(typed, logs / "train")
+
+
 def test_what_check_refuses_is_refused_before_anything_is_made(finished: Path) -> None:
     wrong = ("lora.targets=[q_proj,qq_proj]", "export.quantizations=[q4_k_m]")
-    settings = [part for setting in wrong for part in ("--set", setting)]
-    typed = [part for part in arguments(finished, finished / "never", *settings) if part != "--no-check"]
-    checked = command.run(["check", *typed[1:]], finished / "logs" / "check")
-    done = command.run(typed, finished / "logs" / "train")
+    checked, done = checked_and_trained(finished, "never", *wrong)
     assert done.returncode == checked.returncode == 2, done.stderr
     for words in ("qq_proj", "q4_k_m"):
         assert words in done.stderr
         assert words in checked.stdout
     assert not (finished / "never").exists()
     assert "Traceback" not in done.stderr
+
+
+def test_a_record_that_check_refuses_is_refused_by_the_training_itself(finished: Path) -> None:
+    rows = [{"instruction": "Recite", "output": text} for text in ("one", "two <|im_end|>")]
+    (finished / "odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    odd = (f"data.train={finished / 'odd.jsonl'}", "data.control_tokens=fail")
+    checked, done = checked_and_trained(finished, "odd", *odd)
+    assert done.returncode == checked.returncode == 3, done.stderr
+    for said in (checked.stdout, done.stderr):
+        assert "line 2: the text holds the control token <|im_end|>" in " ".join(said.split())
+    assert not (finished / "odd" / "run.json").exists()
 
 
 def test_a_finished_run_is_trained_further_on_other_documents_and_says_of_which_it_is_made(finished: Path) -> None:
