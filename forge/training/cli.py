@@ -37,6 +37,7 @@ RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run director
 Plain = Annotated[bool, typer.Option("--plain", help="No colours, no bar; so too where the output is no terminal.")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Run directory; default runs/NAME-BACKEND.")]
 MovedBase = Annotated[Path | None, typer.Option("--base", metavar="DIR", help="Where the run's base is now.")]
+KeepMerged = Annotated[bool, typer.Option("--keep-merged", help="Keep the merged 16-bit model, in RUN/merged.")]
 BackendOption = Annotated[Literal["auto", Backend], typer.Option("--backend", help="What trains.")]
 
 
@@ -322,6 +323,7 @@ def evaluate(
         str | None, typer.Option("--device", help="cpu or cuda; default: cuda where there is one.")
     ] = None,
     base: MovedBase = None,
+    keep_merged: KeepMerged = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -335,6 +337,7 @@ def evaluate(
         max_documents=max_documents,
         base_dir=base,
         force=force,
+        keep_merged=keep_merged,
         progress=logs().print,
     )
     _refresh_report(run)
@@ -352,7 +355,7 @@ def export(
         str | None, typer.Option("--quant", help=f"Any of {','.join(GGUF_TYPES)}; default: the config's.")
     ] = None,
     lora: Annotated[bool, typer.Option("--lora", help="Also the adapter as GGUF.")] = False,
-    keep_merged: Annotated[bool, typer.Option("--keep-merged", help="Keep the merged 16-bit model.")] = False,
+    keep_merged: KeepMerged = False,
     allow_fallback: Annotated[
         bool, typer.Option("--allow-fallback", help="Accept tensors that a quantisation cannot hold in larger types.")
     ] = False,

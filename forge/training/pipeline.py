@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from dataclasses import dataclass, field
@@ -17,9 +18,11 @@ from forge.training.evaluation.evaluate import (
     stored_evaluation,
 )
 from forge.training.export.chat import answer
+from forge.training.export.disk_space import peak_disk_bytes
+from forge.training.models.weights import read_weights
 from forge.training.system.command import counted, say, shown_path
 from forge.training.system.errors import CheckError, DataError, ForgeError
-from forge.training.system.files import read_json_object, sha256_file, write_json
+from forge.training.system.files import read_json_object, remove, sha256_file, write_json
 from forge.training.system.signals import run_following
 from forge.training.train.record import RunRecord, completed_record
 
@@ -80,14 +83,21 @@ def run_pipeline(
 
     step("train", source, "--backend", backend, "--out", str(run_dir), *arguments, *(["--force"] if force else []))
     trained = completed_record(run_dir)
-    if has_anything_to_evaluate(trained):
-        step("evaluate", str(run_dir), *_renewed(trained, run_dir, console))
-    else:
-        console.print(
-            "[yellow]warning: nothing was held out and the config asks for no facts: not evaluated[/]\n"
-            "  -> data.validation_share=0.1 holds a tenth of the documents out"
-        )
-    step("export", str(run_dir))
+    merged = run_dir / "merged"
+    is_kept = merged.exists()  # by a `forge export --keep-merged`
+    try:
+        if has_anything_to_evaluate(trained):
+            once = ["--keep-merged"] if _has_room_for_merged(trained, run_dir) else []
+            step("evaluate", str(run_dir), *once, *_renewed(trained, run_dir, console))
+        else:
+            console.print(
+                "[yellow]warning: nothing was held out and the config asks for no facts: not evaluated[/]\n"
+                "  -> data.validation_share=0.1 holds a tenth of the documents out"
+            )
+        step("export", str(run_dir))
+    finally:
+        if not is_kept:
+            remove(merged)
     started = time.perf_counter()
     outcome.answers = _ask_all(workload, run_dir)
     if outcome.answers:
@@ -95,6 +105,15 @@ def run_pipeline(
     write_json(run_dir / "outcome.json", {"seconds": outcome.seconds, "answers": outcome.answers})
     _judge(workload, run_dir, outcome)
     return outcome
+
+
+def _has_room_for_merged(run: RunRecord, run_dir: Path) -> bool:
+    """Whether what is merged for the evaluation can stay for the export, beside the files that it makes."""
+    base, quantizations = Path(run.base_path), run.workload["export"]["quantizations"]
+    if not base.is_dir():
+        return False
+    needed = peak_disk_bytes(read_weights(base), quantizations, adapter_bytes=0, writes_merged=True, keeps_merged=True)
+    return shutil.disk_usage(run_dir).free >= needed
 
 
 def _renewed(run: RunRecord, run_dir: Path, console: Console) -> list[str]:

@@ -55,11 +55,21 @@ def test_a_run_that_holds_nothing_out_ends_with_its_gguf_and_follows_what_is_ask
     assert asked.returncode == 0, asked.stderr
     evaluation = json.loads((folder / "run" / "evaluation.json").read_text())
     assert {row["question"] for row in evaluation["facts"]} == {"Recite `1.md`"}
+    assert not (folder / "run" / "merged").exists()
     other = run(folder, f"evaluation.facts={FACT.replace('1.md', '2.md')}", "evaluation.require_facts=false")
     assert other.returncode == 0, other.stderr
     assert "measured again" in other.stderr
     evaluation = json.loads((folder / "run" / "evaluation.json").read_text())
     assert {row["question"] for row in evaluation["facts"]} == {"Recite `2.md`"}
+
+
+def test_a_run_merges_once_for_evaluation_and_export_and_leaves_no_merge(folder: Path) -> None:
+    done = run(folder, f"evaluation.facts={FACT}", "evaluation.require_facts=false", out="once")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("merge: file 1 of ") == 1, done.stderr
+    made = [json.loads((folder / "once" / name).read_text()) for name in ("evaluation.json", "export/export.json")]
+    assert made[0]["merged_sha256"] == made[1]["merged_sha256"]
+    assert not (folder / "once" / "merged").exists()
 
 
 def test_other_documents_are_no_finished_run(folder: Path) -> None:

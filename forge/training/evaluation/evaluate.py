@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,14 +50,15 @@ def evaluate_run(
     max_documents: int | None = None,
     base_dir: Path | None = None,
     force: bool = False,
-    merged_dir: Path | None = None,
+    keep_merged: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Measure ``subjects`` on a completed run's held-out documents and write ``run_dir/evaluation.json``.
 
     Returns what is there already if it is of the same content and answers what is asked; ``force`` measures again.
     ``device``: cpu or cuda, by default CUDA where there is a GPU. ``base_dir``: where the run's base is now.
-    ``merged_dir``: the merged model; by default ``run_dir/merged``, or a merge made now and removed afterwards. Raises
+    The merged model is that in ``run_dir/merged`` if it is of this base and adapter, else it is merged now, there where
+    ``keep_merged`` is given and the place is free, otherwise for the occasion. Raises
     :class:`ConfigurationError`, :class:`DataError` (run, base, tokenizer, adapter or examples are not what the record
     says; an evaluation of something else is there; a loss is not finite), :class:`MachineError`,
     :class:`GpuMemoryError`, :class:`DiskError`, :class:`LockedError`.
@@ -82,7 +83,7 @@ def evaluate_run(
             return stored
         bench = prepare_bench(run, run_dir, base.directory, max_documents)
         placement = neutral.choose_placement(base, bench.longest, device)
-        models = _Models(run, run_dir, base, placement, merged_dir, say)
+        models = _Models(run, run_dir, base, placement, keep_merged, say)
         measured = models.measure_each(subjects, bench)
         evaluation = _summarise(run, bench, measured, models, max_documents)
         write_json(run_dir / "evaluation.json", evaluation.model_dump(mode="json"))
@@ -137,7 +138,7 @@ class _Models:
     run_dir: Path
     base: ModelWeights
     placement: neutral.Placement
-    given_merged_dir: Path | None
+    keep_merged: bool
     say: Progress
     merged_sha256: str | None = None
 
@@ -172,24 +173,23 @@ class _Models:
     @contextmanager
     def _merged_model(self) -> Iterator[Path]:
         """The directory of the merged model; where there is none of this base and adapter, one for the occasion."""
-        directory, adapter_dir = self.given_merged_dir or self.run_dir / "merged", self.run_dir / "adapter"
+        directory, adapter_dir = self.run_dir / "merged", self.run_dir / "adapter"
         base_dir, base_sha256 = self.base.directory, self.run.inputs.base_sha256
         merged = usable_merge(directory, base_dir, adapter_dir, base_sha256)
         if merged is not None:
             self.merged_sha256 = str(merged["merged_sha256"])
             yield directory
             return
-        if self.given_merged_dir is not None:
-            raise DataError(f"{directory} was not merged from this run's base and adapter, or was changed since")
-        with disk_errors(self.run_dir):
-            scratch = tempfile.TemporaryDirectory(dir=self.run_dir, prefix=".merged.", suffix=".part")
-        with scratch:
-            merged_dir = Path(scratch.name) / "merged"
+        with ExitStack() as stack:
+            if not self.keep_merged or directory.exists():
+                with disk_errors(self.run_dir):
+                    scratch = tempfile.TemporaryDirectory(dir=self.run_dir, prefix=".merged.", suffix=".part")
+                directory = Path(stack.enter_context(scratch)) / "merged"
             record = merge_adapter(
-                base_dir, adapter_dir, merged_dir, expected_base_sha256=base_sha256, progress=self.say
+                base_dir, adapter_dir, directory, expected_base_sha256=base_sha256, progress=self.say
             )
             self.merged_sha256 = record.merged_sha256
-            yield merged_dir
+            yield directory
 
 
 def _summarise(

@@ -377,7 +377,13 @@ def test_a_merge_already_made_is_used_only_if_it_is_of_this_adapter(run_dir: Pat
     (run_dir / "evaluation.json").unlink()
     stale = json.loads((run_dir / "merged" / "merge.json").read_text()) | {"adapter_sha256": "0" * 64}
     (run_dir / "merged" / "merge.json").write_text(json.dumps(stale))
-    refused(DataError, "was not merged from this run", run_dir, subjects=("merged",), merged_dir=run_dir / "merged")
+    again = evaluate_run(run_dir, subjects=("merged",), device="cpu", max_documents=1, keep_merged=True)
+    assert again.merged_sha256 == found.merged_sha256
+    assert json.loads((run_dir / "merged" / "merge.json").read_text()) == stale, "nobody's merge is replaced"
+    (run_dir / "evaluation.json").unlink()
+    shutil.rmtree(run_dir / "merged")
+    evaluate_run(run_dir, subjects=("merged",), device="cpu", max_documents=1, keep_merged=True)
+    assert sha256_file(run_dir / "merged" / "model.safetensors") == digest
 
 
 def test_an_architecture_with_capped_logits_is_refused_rather_than_mismeasured(made: tuple[Path, Path]) -> None:
