@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from forge.training.system.command import shown_path
-from forge.training.system.errors import ForgeError
+from forge.training.system.errors import DataError, ForgeError
 from forge.training.system.files import lock_holder
-from forge.training.train.record import RunRecord, read_record
+from forge.training.train.record import RunRecord, predecessor_directory, read_record
 from forge.training.train.status import read_status
 from forge.training.train.step_log import read_step_log
 
@@ -28,8 +28,14 @@ def describe_status(run_dir: Path | str) -> dict[str, Any]:
     step = max([status.step, *(step for step, _ in log.losses[-1:])]) if holder is not None else status.step
     left = max((status.num_planned_steps or step) - step, 0)
     best_step, best_loss = log.best or (None, None)
+    following, remedy = None, status.remedy
+    try:
+        following = next_command(run_dir) if holder is None else None
+    except DataError as error:  # the run that it continues is gone
+        remedy = str(error)
     return {
         **status.model_dump(mode="json"),
+        "remedy": remedy,
         "step": step,
         "holder": holder,
         "killed": killed,
@@ -40,14 +46,15 @@ def describe_status(run_dir: Path | str) -> dict[str, Any]:
         "best_validation_loss": best_loss,
         "tokens_per_second": log.tokens_per_second,
         "seconds_left": left * log.seconds_per_step if left and log.seconds_per_step is not None else None,
-        "next": next_command(run_dir) if holder is None else None,
+        "next": following,
     }
 
 
 def next_command(run_dir: Path, export_dir: Path | None = None) -> list[str] | None:
     """What to type after what a run directory holds: train, evaluate, export or chat, with what it needs.
 
-    ``export_dir``: where the export is, if not in the run. ``None`` where nothing can be said.
+    ``export_dir``: where the export is, if not in the run. ``None`` where nothing can be said. Raises
+    :class:`DataError` for an unfinished run that continues one which is gone.
     """
     try:
         record = read_record(run_dir)
@@ -74,5 +81,5 @@ def _same_training(run_dir: Path, record: RunRecord) -> list[str] | None:
         return None
     command = ["forge", "train", shown_path(stored), "--backend", record.backend, "--out", shown_path(run_dir)]
     if record.continues:
-        command += ["--continue", shown_path(Path(record.continues[-1].path))]
+        command += ["--continue", shown_path(predecessor_directory(run_dir, record))]
     return command

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,7 +89,10 @@ class Resume(_Part):
 
 
 class Predecessor(_Part):
-    """A run whose adapter was trained on: its adapter, config and examples by digest. ``path``: where it was."""
+    """A run whose adapter was trained on: its adapter, config and examples by digest.
+
+    ``path``: its directory, relative to that of the record, so that both can be moved together.
+    """
 
     path: str
     adapter_sha256: str
@@ -155,18 +159,38 @@ def describe_trainable(model: Any) -> Trainable:
     )
 
 
-def chain_after(run_dir: Path, run: RunRecord) -> list[Predecessor]:
-    """What a run that continues the adapter of the complete ``run`` in ``run_dir`` says in ``continues``."""
+def chain_after(continued: Path, run: RunRecord, run_dir: Path) -> list[Predecessor]:
+    """What the run in ``run_dir`` that continues the adapter of the complete ``run`` says in ``continues``."""
     assert run.adapter_sha256 is not None
+    earlier = [each.model_copy(update={"path": _between(continued / each.path, run_dir)}) for each in run.continues]
     last = Predecessor(
-        path=str(run_dir.absolute()),
+        path=_between(continued, run_dir),
         adapter_sha256=run.adapter_sha256,
         workload_sha256=run.workload_sha256,
         train_examples_sha256=run.inputs.train_examples_sha256,
         backend=run.backend,
         num_steps=run.num_steps,
     )
-    return [*run.continues, last]
+    return [*earlier, last]
+
+
+def _between(directory: Path, run_dir: Path) -> str:
+    return os.path.relpath(directory.resolve(), run_dir.resolve())
+
+
+def predecessor_directory(run_dir: Path, run: RunRecord) -> Path:
+    """The directory of the run that ``run`` in ``run_dir`` continues, if it holds the adapter that it continued.
+
+    Raises :class:`DataError` if it is not there any more.
+    """
+    last = run.continues[-1]
+    directory = Path(os.path.normpath(run_dir.absolute() / last.path))
+    if not is_there(directory / "run.json") or read_record(directory).adapter_sha256 != last.adapter_sha256:
+        raise DataError(
+            f"{directory} is not the run whose adapter {run_dir} continues (adapter {last.adapter_sha256[:16]})",
+            remedy="put that run back there, or name where it is now: forge train ... --continue RUN",
+        )
+    return directory
 
 
 def status_of(error: BaseException) -> Status:

@@ -115,7 +115,7 @@ def train(
     module = load_backend(backend)
     module.refuse(workload, plan)
     predecessor = None if continued is None else completed_record(continued)
-    chain = [] if continued is None or predecessor is None else chain_after(continued, predecessor)
+    chain = [] if continued is None or predecessor is None else chain_after(continued, predecessor, run_dir)
     first_adapter = None if continued is None else _first_adapter(continued, chain, run_dir)
     look = partial(previous_run, run_dir, workload, backend, resume=resume, force=force, continues=chain)
     before = look()

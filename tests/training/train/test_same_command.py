@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from forge.training.train.progress import describe_status
+from forge.training.train.record import chain_after, read_record
 from tests.support import run_command as command
 from tests.support.run_command import Ended
 from tests.support.tiny_model import write_base
@@ -166,7 +168,28 @@ def test_a_finished_run_is_trained_further_on_other_documents_and_says_of_which_
     done = again(finished, "--continue", str(finished / "further"), "--set", "training.max_steps=2", out="third")
     assert done.returncode == 0, done.stderr
     third = record(finished / "third")["continues"]
-    assert [each["num_steps"] for each in third] == [first["num_steps"], 10]
+    assert [(each["num_steps"], each["path"]) for each in third] == [
+        (first["num_steps"], "../kept"),
+        (10, "../further"),
+    ]
+
+
+def test_runs_that_continue_one_another_can_be_moved_together_and_a_lost_one_is_named(finished: Path) -> None:
+    moved = finished / "moved"
+    for name in ("kept", "more"):
+        shutil.copytree(finished / "kept", moved / name)
+    chain = [each.model_dump() for each in chain_after(moved / "kept", read_record(moved / "kept"), moved / "more")]
+    edit_json(moved / "more" / "run.json", status="interrupted", continues=chain)
+    again = finished / "again"
+    moved.rename(again)
+    assert describe_status(again / "more")["next"][-2:] == ["--continue", str(again / "kept")]
+    edit_json(again / "kept" / "run.json", adapter_sha256="0" * 64)
+    for _ in range(2):  # another run, then none
+        where = describe_status(again / "more")
+        assert where["next"] is None
+        assert f"{again / 'kept'} is not the run whose adapter {again / 'more'} continues" in where["remedy"]
+        assert "--continue RUN" in where["remedy"]
+        shutil.rmtree(again / "kept", ignore_errors=True)
 
 
 @pytest.mark.parametrize(("setting", "code"), [("lora.rank=8", 3), ("model.path={folder}/other", 3)])
