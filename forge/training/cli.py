@@ -32,7 +32,7 @@ Force = Annotated[bool, typer.Option("--force", help="Replace an existing output
 ForceRun = Annotated[bool, typer.Option("--force", help="Train afresh; what was there is kept as NAME.1 beside it.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a config key.")]
 PlanOption = Annotated[list[str] | None, typer.Option("--plan", metavar="KEY=VALUE", help="Override a plan key.")]
-ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or a name in workloads/.")]
+ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a bundled one.")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory written by `forge train`.")]
 Plain = Annotated[bool, typer.Option("--plain", help="No colours, no bar; so too where the output is no terminal.")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Run directory; default runs/NAME-BACKEND.")]

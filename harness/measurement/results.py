@@ -34,7 +34,7 @@ _Model = TypeVar("_Model", bound=_Part)
 
 
 class RunSpec(_Part):
-    """What is run; nothing about where. ``workload``: a name in ``workloads/`` or a file.
+    """What is run; nothing about where. ``workload``: a name in ``forge/workloads/`` or a file.
 
     ``evaluate``: put base and adapter to the held-out documents before the run's files are deleted.
     ``float32_adapter``: whatever precision the stack itself keeps the adapter in; with it ``rounding``, what else is

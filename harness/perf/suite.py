@@ -39,7 +39,7 @@ PEAK_SECONDS, PEAK_TAKES_SECONDS = 90.0, 10.0  # the limit of the matrix-product
 
 @dataclass(frozen=True)
 class Arm:
-    """A backend in a layout. ``plan``: what differs from the layout in ``workloads/*.plans.yaml``."""
+    """A backend in a layout. ``plan``: what differs from the layout in ``forge/workloads/*.plans.yaml``."""
 
     name: str
     backend: Backend

@@ -10,7 +10,7 @@ from pathlib import Path
 from forge.training.config.overrides import shown
 from forge.training.system.errors import ConfigurationError
 
-WORKLOADS = Path(__file__).resolve().parents[3] / "workloads"  # of the checkout; not there in a wheel
+WORKLOADS = Path(__file__).resolve().parents[2] / "workloads"
 
 
 def find_config(source: str | Path) -> Path:
@@ -29,12 +29,6 @@ def find_config(source: str | Path) -> Path:
     if str(source) in known:
         return WORKLOADS / f"{source}.yaml"
     near = difflib.get_close_matches(str(source)[:60], known, 1)
-    if not known:  # installed without a checkout
-        raise ConfigurationError(
-            f"no config {shown(repr(str(source)))}: not a file, and this Forge is installed without the configs of its"
-            " checkout",
-            remedy="name a YAML file; `forge init FOLDER` writes one for the documents in a folder",
-        )
     raise ConfigurationError(
         f"no config {shown(repr(str(source)))}: neither a file nor one of {', '.join(known)}",
         remedy=f"did you mean {near[0]}?"

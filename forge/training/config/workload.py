@@ -337,7 +337,7 @@ _NAMES_ELSEWHERE = {
 
 
 def load_workload(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Workload:
-    """Read a config from a YAML file, or from ``workloads/`` by name, with ``key=value`` overrides.
+    """Read a config from a YAML file, or from ``forge/workloads/`` by name, with ``key=value`` overrides.
 
     Relative paths in the file are relative to the file's folder, those in overrides to the
     current directory. Raises :class:`ConfigurationError` listing every error found.

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from forge.training.backends import load_plan
-from forge.training.config import find
 from forge.training.config.workload import Workload, load_workload
 from forge.training.system.errors import ConfigurationError
 
@@ -81,13 +80,6 @@ def test_a_folder_or_a_file_of_plans_given_as_a_config_is_told_what_to_name(tmp_
     with pytest.raises(ConfigurationError, match="holds plans") as caught:
         load_workload(tmp_path / "mine.plans.yaml")
     assert str(tmp_path / "mine.yaml") in str(caught.value.remedy)
-
-
-def test_an_installation_without_the_checkouts_configs_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(find, "WORKLOADS", tmp_path / "absent")
-    with pytest.raises(ConfigurationError, match="installed without") as caught:
-        load_workload("smoke")
-    assert "forge init" in str(caught.value.remedy)
 
 
 def test_every_key_says_what_it_means() -> None:
