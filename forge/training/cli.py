@@ -106,7 +106,7 @@ def dataset(
     split: Annotated[float, typer.Option("--split", min=0.0, max=0.9, help="Share held out, by document.")] = 0.0,
     config: Annotated[
         str | None,
-        typer.Option("--config", "--workload", metavar="CONFIG", help="Take its data.instructions as rules."),
+        typer.Option("--config", "--workload", metavar="CONFIG", help="Its instructions, include, exclude, allow."),
     ] = None,
     include: Annotated[
         list[str] | None,
@@ -125,13 +125,19 @@ def dataset(
     as_json: Json = False,
 ) -> None:
     """Turn a repository into instruction/input/output records, documents whole."""
-    from forge.training.config.workload import load_workload
+    from forge.training.config.workload import DataSection, load_workload
     from forge.training.data.corpus import build_corpus, print_report
     from forge.training.data.documents import choose
 
-    rules = load_workload(config).data.instructions if config else ()
-    choice = choose(root, include or [], exclude or [], allow or [], allow_secrets=allow_secrets)
-    report = build_corpus(root, output, validation_share=split, rules=rules, choice=choice, force=force)
+    data = load_workload(config).data if config else DataSection(documents=str(root))
+    choice = choose(
+        root,
+        [*data.include, *(include or [])],
+        [*data.exclude, *(exclude or [])],
+        [*data.allow, *(allow or [])],
+        allow_secrets=allow_secrets,
+    )
+    report = build_corpus(root, output, validation_share=split, rules=data.instructions, choice=choice, force=force)
     print_json(report) if as_json else print_report(report, results())
 
 

@@ -46,6 +46,7 @@ _LEAST_STEPS, _MOST_EPOCHS = 60, 10
 _TRIAL_STEPS = 200  # of the trial base: minutes on a CPU
 _SELDOM_SET = (
     *("description", "model.revision", "model.offline", "data.train", "data.validation", "data.columns"),
+    *("data.include", "data.exclude", "data.allow"),
     *("data.instructions", "data.sample", "data.loss_on", "data.control_tokens", "lora.use_rslora", "gate"),
     *("optimizer.weight_decay", "optimizer.adam_beta1", "optimizer.adam_beta2", "optimizer.adam_epsilon"),
     *("training.early_stopping_patience", "training.save_every_steps", "training.spike_limit"),

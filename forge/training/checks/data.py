@@ -10,6 +10,7 @@ from forge.training.checks.finding import Finding, ok, warning
 from forge.training.config.workload import Workload
 from forge.training.data.corpus import documents_root, passed_over
 from forge.training.data.discovery import discover
+from forge.training.data.documents import choose
 from forge.training.data.inputs import (
     describe_overlap,
     own_files,
@@ -34,12 +35,14 @@ def check_data(workload: Workload) -> Iterator[Finding]:
 
 
 def _check_documents(workload: Workload) -> Iterator[Finding]:
-    assert workload.data.documents is not None
-    is_embedded = workload.data.documents == "embedded"
-    root = documents_root(workload.data.documents).resolve()
+    data = workload.data
+    assert data.documents is not None
+    is_embedded = data.documents == "embedded"
+    root = documents_root(data.documents).resolve()
     refuse_unusable_sources(workload)
-    num_files = len(discover(root, exclude=passed_over(own_files(workload))).candidates)
-    needed = 2 if workload.data.validation_share else 1
+    choice = choose(root, data.include, data.exclude, data.allow)
+    num_files = len(discover(root, exclude=passed_over(own_files(workload)), choice=choice).candidates)
+    needed = 2 if data.validation_share else 1
     if num_files < needed:
         raise DataError(
             f"data.documents: {root} holds {counted(num_files, 'file')} to read, {needed} needed",

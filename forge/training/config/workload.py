@@ -84,6 +84,12 @@ class DataSection(_Section):
 
     documents: PathText | None = None
     """the folder of your documents, relative to this file; or embedded, those of the demo"""
+    include: tuple[str, ...] = Field(default=(), strict=False)
+    """files of documents to take although their kind is skipped, in gitignore syntax: ["*.lock"]"""
+    exclude: tuple[str, ...] = Field(default=(), strict=False)
+    """files of documents to leave out, in gitignore syntax: [drafts/]"""
+    allow: tuple[str, ...] = Field(default=(), strict=False)
+    """files of documents to take with the credentials in them, by their paths"""
     train: PathText | None = None
     """instead of documents: records in JSONL, a JSON array, CSV or Parquet"""
     validation: PathText | None = None
@@ -289,8 +295,8 @@ class Workload(_Section):
         for section, key in (("model", "path"), ("model", "offline"), ("model", "revision")):
             del content[section][key]
         for key in (
-            *("documents", "train", "validation", "columns", "instructions", "validation_share"),
-            "on_unrepresentable",
+            *("documents", "include", "exclude", "allow", "train", "validation", "columns", "instructions"),
+            *("validation_share", "on_unrepresentable"),
         ):
             del content["data"][key]
         for key in ("save_every_steps", "save_every_minutes", "spike_limit", "sample_answers"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -104,10 +104,17 @@ def _read(candidate: Candidate, choice: Choice, max_file_bytes: int, read: Docum
     return Document(path, text, is_markdown=is_notebook)
 
 
-def choose(root: Path, include: list[str], exclude: list[str], allow: list[str], *, allow_secrets: bool) -> Choice:
-    """What the options of a command mean for ``root``. An ``--allow`` names a file from the root or from where one is.
+def choose(
+    root: Path,
+    include: Iterable[str],
+    exclude: Iterable[str],
+    allow: Iterable[str],
+    *,
+    allow_secrets: bool = False,
+) -> Choice:
+    """What a config and the options of `forge dataset` take of ``root`` and leave.
 
-    Raises :class:`ConfigurationError` for an ``--allow`` of no file.
+    ``allow`` names files from the root or from where one is. Raises :class:`ConfigurationError` for no file.
     """
     allowed = set()
     for name in allow:
@@ -115,7 +122,8 @@ def choose(root: Path, include: list[str], exclude: list[str], allow: list[str],
         file = next((place.resolve() for place in places if place.is_file()), None)
         if file is None or not file.is_relative_to(root.resolve()):
             raise ConfigurationError(
-                f"--allow {name}: no such file in {root}", remedy="name one file as the summary names it"
+                f"--allow {name} (data.allow in a config): no such file in {root}",
+                remedy="name one file as the summary names it",
             )
         allowed.add(file.relative_to(root.resolve()).as_posix())
     return Choice(tuple(include), tuple(exclude), frozenset(allowed), allow_secrets)

@@ -14,7 +14,10 @@ from typing import Any
 import pytest
 
 from forge.training import cli
+from forge.training.checks.data import check_data
+from forge.training.config.workload import load_workload
 from forge.training.data.documents import choose
+from forge.training.data.inputs import corpus_paths
 from forge.training.system.environment import ROOT
 from forge.training.system.errors import ConfigurationError
 
@@ -140,6 +143,23 @@ def test_options_take_files_in_and_leave_files_out(
     assert kept(root, tmp_path / "c.jsonl", *arguments) == KEPT - fewer | more
 
 
+def test_a_config_makes_the_same_choice_for_training_check_and_dataset(root: Path, tmp_path: Path) -> None:
+    config = tmp_path / "mine.yaml"
+    data = {"documents": str(root), "validation_share": 0, "include": ["*.min.js"], "exclude": ["LICENSE*", "*.ipynb"]}
+    config.write_text(json.dumps({"name": "w", "data": data | {"allow": ["docs/rotate.md", ".env"]}}))
+    wanted = KEPT - {"LICENSE.md", "levels.ipynb"} | {"web/shop.min.js", "docs/rotate.md", ".env"}
+    assert kept(root, tmp_path / "c.jsonl", "--config", str(config)) == wanted
+    assert kept(root, tmp_path / "c.jsonl", "--config", str(config), "--exclude", ".env") == wanted - {".env"}
+    train, _, _ = corpus_paths(load_workload(config), tmp_path / "run")
+    assert {json.loads(line)["instruction"].split("`")[1] for line in train.read_text().splitlines()} == wanted
+    assert load_workload(config).digest() == load_workload(config, ["data.include=[]", "data.allow=[]"]).digest()
+    for refuse in (check_data, lambda work: corpus_paths(work, tmp_path / "run")):
+        with pytest.raises(ConfigurationError, match=r"rotat\.md .data\.allow"):
+            list(refuse(load_workload(config, ["data.allow=[docs/rotat.md]"])))
+    few = [str(finding.message) for finding in check_data(load_workload(config, ["data.exclude=['*','!README.md']"]))]
+    assert few[0].startswith("1 file in "), few
+
+
 def test_include_does_not_take_what_git_ignores_and_says_so(tmp_path: Path) -> None:
     for name, content in {".gitignore": "*.draft.md\n", "a.md": "one", "b.draft.md": "two"}.items():
         (tmp_path / name).write_text(content)
@@ -164,7 +184,7 @@ def test_a_file_to_allow_may_be_named_from_where_one_is_and_must_be_there(root: 
     (tmp_path / "outside.md").write_text(TOKEN)
     for name in ("docs/rotat.md", "outside.md", "docs"):
         with pytest.raises(ConfigurationError, match=name):
-            choose(tmp_path / "book", [], [], [name], allow_secrets=False)
+            choose(tmp_path / "book", [], [], [name])
 
 
 def test_a_large_file_and_a_notebook_of_large_pictures_have_a_way_in(tmp_path: Path) -> None:
