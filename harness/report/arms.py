@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from forge.training.backends import BACKENDS
-from forge.training.report.page.numbers import NONE, Spread, spread
+from forge.training.report.page.numbers import NONE
 from harness.perf.suite import LEGACY as BASELINE
 from harness.report.evidence import Entry, Evidence, Run
+from harness.report.page.numbers import Spread, spread
 
 
 @dataclass(frozen=True, eq=False)  # the same only if it is the same object: it serves as a key

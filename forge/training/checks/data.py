@@ -8,9 +8,8 @@ from pathlib import Path
 
 from forge.training.checks.finding import Finding, ok, warning
 from forge.training.config.workload import Workload
-from forge.training.data.corpus import documents_root, passed_over
+from forge.training.data.corpus import documents_of, passed_over
 from forge.training.data.discovery import discover
-from forge.training.data.documents import choose
 from forge.training.data.inputs import (
     describe_overlap,
     own_files,
@@ -35,14 +34,12 @@ def check_data(workload: Workload) -> Iterator[Finding]:
 
 
 def _check_documents(workload: Workload) -> Iterator[Finding]:
-    data = workload.data
-    assert data.documents is not None
-    is_embedded = data.documents == "embedded"
-    root = documents_root(data.documents).resolve()
     refuse_unusable_sources(workload)
-    choice = choose(root, data.include, data.exclude, data.allow)
+    root, choice = documents_of(workload.data)
+    root = root.resolve()
+    is_embedded = workload.data.documents == "embedded"
     num_files = len(discover(root, exclude=passed_over(own_files(workload)), choice=choice).candidates)
-    needed = 2 if data.validation_share else 1
+    needed = 2 if workload.data.validation_share else 1
     if num_files < needed:
         raise DataError(
             f"data.documents: {root} holds {counted(num_files, 'file')} to read, {needed} needed",

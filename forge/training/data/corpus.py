@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from forge.training.config.workload import InstructionRule
+from forge.training.config.workload import DataSection, InstructionRule
 from forge.training.data.discovery import Choice, Skipped, embedded_documents
 from forge.training.data.documents import (
     MAX_FILE_BYTES,
     Document,
     PictureCount,
+    choose,
     licences,
     read_documents,
     ways_back,
@@ -113,9 +114,11 @@ class CorpusReport:
     megabytes_per_second: float
 
 
-def documents_root(documents: str) -> Path:
-    """The folder that ``data.documents`` names: a path, or ``embedded``."""
-    return embedded_documents() if documents == "embedded" else Path(documents)
+def documents_of(data: DataSection) -> tuple[Path, Choice]:
+    """The folder of a config's documents, and what it takes and leaves there. Raises as :func:`choose`."""
+    assert data.documents is not None
+    root = embedded_documents() if data.documents == "embedded" else Path(data.documents)
+    return root, choose(root, data.include, data.exclude, data.allow)
 
 
 def build_corpus(

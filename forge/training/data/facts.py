@@ -21,46 +21,13 @@ _IS = re.compile(
     r" (?P<answer>[^,;:()!?]{2,60}?)\.?"
 )
 _NAMED = re.compile(r"(?P<key>[A-Z][\w'’ -]{2,30}):\s+(?P<answer>[^:;|]{2,60})")
+# As a first word: the subject is named elsewhere.
 _POINTERS = frozenset(
-    {
-        "it",
-        "this",
-        "that",
-        "there",
-        "he",
-        "she",
-        "they",
-        "we",
-        "you",
-        "i",
-        "what",
-        "if",
-        "when",
-        "here",
-        "these",
-        "those",
-    }
-    | {"which", "who", "how", "why", "each", "one", "all", "some", "and", "but", "or", "so", "then", "because", "while"}
-    | {
-        "as",
-        "to",
-        "in",
-        "on",
-        "at",
-        "by",
-        "for",
-        "with",
-        "from",
-        "not",
-        "no",
-        "our",
-        "your",
-        "their",
-        "its",
-        "his",
-        "her",
-    }
-)  # as a first word: the subject is named elsewhere
+    {"it", "this", "that", "there", "he", "she", "they", "we", "you", "i", "what", "if", "when", "here"}
+    | {"these", "those", "which", "who", "how", "why", "each", "one", "all", "some", "and", "but", "or", "so"}
+    | {"then", "because", "while", "as", "to", "in", "on", "at", "by", "for", "with", "from", "not", "no", "our"}
+    | {"your", "their", "its", "his", "her"}
+)
 _VAGUE = re.compile(r"^(?:not|no|also|only|very|more|less|used|done|made|being|now|still|just|it|this|that)\b", re.I)
 _TITLE_IS, _NAMED_AS, _DEFINES = "What is the title of the document", "What is given as", "What does"
 _MARKUP = re.compile(r"[\[\]<>|{}\\#=]|https?:")

@@ -141,17 +141,15 @@ def corpus_paths(workload: Workload, folder: Path, run_dir: Path | None = None) 
     if data.train is not None:
         return Path(data.train), Path(data.validation) if data.validation else None, []
     # a run that is given its corpus does without: what the gate measures has these modules not in its key
-    from forge.training.data.corpus import build_corpus, documents_root, reasons
-    from forge.training.data.documents import choose
+    from forge.training.data.corpus import build_corpus, documents_of, reasons
 
-    assert data.documents is not None
-    root = documents_root(data.documents)
+    root, choice = documents_of(data)
     report = build_corpus(
         root,
         folder / "corpus.jsonl",
         validation_share=data.validation_share,
         rules=data.instructions,
-        choice=choose(root, data.include, data.exclude, data.allow),
+        choice=choice,
         without_split="hold nothing out: --set data.validation_share=0",
         own=[*own_files(workload), run_dir or folder],
         force=True,

@@ -32,30 +32,11 @@ _GENERATED = re.compile(
     re.IGNORECASE | re.VERBOSE | re.DOTALL,
 )
 _PROSE = frozenset(
-    {
-        ".md",
-        ".markdown",
-        ".mdown",
-        ".mkd",
-        ".mdx",
-        ".txt",
-        ".rst",
-        ".adoc",
-        ".asciidoc",
-        ".asc",
-        ".tex",
-        ".org",
-        ".textile",
-    }
-    | {".wiki", ".mediawiki", ".pod", ".typ", ".rtf", ".ipynb", ".rmd", ".qmd"}
+    {".md", ".markdown", ".mdown", ".mkd", ".mdx", ".txt", ".rst", ".adoc", ".asciidoc", ".asc", ".tex", ".org"}
+    | {".textile", ".wiki", ".mediawiki", ".pod", ".typ", ".rtf", ".ipynb", ".rmd", ".qmd"}
 )
-_WITH_HEADINGS = _PROSE - {
-    ".txt",
-    ".rst",
-    ".tex",
-    ".pod",
-    ".typ",
-}  # what begins a comment in code begins a heading there
+# what begins a comment in code begins a heading in these
+_WITH_HEADINGS = _PROSE - {".txt", ".rst", ".tex", ".pod", ".typ"}
 _RECORDS = frozenset({".csv", ".tsv", ".jsonl", ".ndjson"})  # a line is a record, however long
 _LONG_LINE = 500  # characters
 _MIN_MINIFIED = 1000  # characters: shorter, and it does no harm

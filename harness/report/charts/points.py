@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from forge.training.report.charts.style import colour, finished, legend, name_axes, names_beside, point
-from forge.training.report.charts.svg import BAD, DOUBT, GOOD, INK, MUTED, PAPER, SMALL_SIZE, mark, paper
+from forge.training.report.charts.style import colour, finished, is_variant, legend, marker, name_axes
+from forge.training.report.charts.svg import BAD, DOUBT, GOOD, INK, MUTED, PAPER, SMALL_SIZE, WIDTH, mark, paper
 from forge.training.report.page.content import Chart
 from forge.training.report.page.numbers import digits
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # status -> colour, shape, sign
+_LINE_HEIGHT = 14.0  # pixels from one line of text to the next
 _MARGINS = (0.02, 0.05, 0.1, 0.2, 0.5, 0.8, 1, 1.25, 1.5, 2, 3, 5, 8, 15, 30)
 _STATUS = {
     "PASS": (GOOD, "o", "✓"),
@@ -47,8 +48,8 @@ def trade_off(name: str, title: str, dots: Sequence[Dot], x_label: str, y_label:
         across, up = [best[0].x, *(dot.x for dot in best), edge], [0.0, *(dot.y for dot in best), best[-1].y]
         axes.step(across, up, where="post", color=MUTED, linewidth=1, linestyle=(0, (3, 3)), zorder=1)
         for dot in dots:
-            point(axes, dot.x, dot.y, dot.label, dot.backend, f"{dot.label}: {dot.text}")
-        names_beside(axes, [(dot.x, dot.y, dot.label) for dot in dots])
+            _point(axes, dot.x, dot.y, dot.label, dot.backend, f"{dot.label}: {dot.text}")
+        _names_beside(axes, [(dot.x, dot.y, dot.label) for dot in dots])
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator(5))
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
@@ -90,7 +91,7 @@ def reaches(name: str, title: str, series: Sequence[Reach]) -> Chart:
                 axes.plot(*zip(*reach.points, strict=True), color=colour(reach.backend), linewidth=1.2)
             for tokens, peak in reach.points:
                 tooltip = f"{reach.backend}: {digits(peak)} GiB at {tokens:,} tokens"
-                point(axes, tokens, peak, reach.backend, reach.backend, tooltip, size=6)
+                _point(axes, tokens, peak, reach.backend, reach.backend, tooltip, size=6)
             for budget, tokens in reach.longest.items():
                 (ring,) = axes.plot([tokens], [budget], "o", color=colour(reach.backend), markersize=11, clip_on=False)
                 ring.set(markerfacecolor="none", markeredgewidth=1.8)
@@ -171,3 +172,30 @@ def _spaced(axes: Axes, ticks: Sequence[float]) -> list[float]:
 
 def _thousands(tokens: float) -> str:
     return f"{tokens / 1024:g}k" if tokens >= 1024 else f"{tokens:g}"
+
+
+def _halo() -> dict[str, Any]:
+    """A patch of paper behind a text, so that lines do not cross it."""
+    return {"boxstyle": "square,pad=0.1", "facecolor": PAPER, "edgecolor": "none", "alpha": 0.8}
+
+
+def _point(axes: Axes, x: float, y: float, label: str, backend: str, tooltip: str, *, size: float = 9) -> None:
+    """A mark in its backend's shape, hollow for a variant."""
+    (drawn,) = axes.plot([x], [y], marker(backend), color=colour(backend), markersize=size, clip_on=False)
+    face = PAPER if is_variant(label, backend) else colour(backend)
+    drawn.set(markerfacecolor=face, markeredgewidth=1.6, zorder=3)
+    mark(drawn, label, tooltip)
+
+
+def _names_beside(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
+    """Names beside their points: to the left in the right half, moved apart where they would lie on each other."""
+    taken: list[float] = []
+    for x, y, text in sorted(points, key=lambda p: p[1]):
+        across, up = axes.transData.transform((x, y))
+        line = up
+        while any(abs(line - other) < _LINE_HEIGHT for other in taken):
+            line += 1.0
+        taken.append(line)
+        left = across > WIDTH / 2
+        placed: dict[str, Any] = {"ha": "right" if left else "left", "va": "center", "color": INK, "bbox": _halo()}
+        axes.annotate(text, (x, y), (-9 if left else 9, line - up), textcoords="offset points", **placed)

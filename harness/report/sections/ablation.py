@@ -10,9 +10,10 @@ from pydantic import BaseModel, Field
 from forge.training.backends import BACKENDS
 from forge.training.report.charts.bars import Bar, bars
 from forge.training.report.page.content import Chart, Row, Section, Table
-from forge.training.report.page.numbers import GIB, NONE, digits, gib, percent, times, with_range
+from forge.training.report.page.numbers import GIB, NONE, digits, gib
 from harness.report.arms import ArmRuns, ratio
 from harness.report.evidence import Evidence
+from harness.report.page.numbers import percent, times, with_range
 
 _TERA = 1e12
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]

@@ -7,10 +7,11 @@ from typing import Annotated
 from pydantic import BaseModel, Field
 
 from forge.training.report.page.content import Row, Section, Table
-from forge.training.report.page.numbers import GIB, count, tied
+from forge.training.report.page.numbers import GIB, tied
 from harness.report.arms import by_backend
 from harness.report.charts.points import Reach, reaches
 from harness.report.evidence import Evidence
+from harness.report.page.numbers import count
 
 _ON_HOST = "its input embedding on the host"
 _Tokens = Annotated[int, Field(ge=0)]

@@ -7,8 +7,9 @@ from typing import Any
 
 from forge.training.backends import BACKENDS
 from forge.training.report.page.content import Row, Section, Table
-from forge.training.report.page.numbers import NONE, count, gib, spread, with_range
+from forge.training.report.page.numbers import NONE, gib
 from harness.report.evidence import Evidence, Run
+from harness.report.page.numbers import count, spread, with_range
 
 
 def build(evidence: Evidence, used: Iterable[Run]) -> Section:

@@ -7,8 +7,9 @@ from typing import Any
 
 from forge.training.report.charts.bars import Bar, bars
 from forge.training.report.page.content import Chart, Row, Section, Table
-from forge.training.report.page.numbers import NONE, duration, gib, number, percent
+from forge.training.report.page.numbers import NONE, gib
 from harness.report.evidence import Entry, Evidence, figures_of
+from harness.report.page.numbers import duration, number, percent
 from harness.report.verdicts import Judged, verdict_table
 
 

@@ -7,10 +7,11 @@ from typing import Any
 
 from forge.training.backends import BACKENDS
 from forge.training.report.page.content import Row, Section, Table
-from forge.training.report.page.numbers import NONE, duration
+from forge.training.report.page.numbers import NONE
 from harness.perf.suite import ABLATION, CONTEXT_BUDGETS_GIB, SINGLES, TRIALS
 from harness.report.arms import ArmRuns
 from harness.report.evidence import KINDS, Evidence
+from harness.report.page.numbers import duration
 from harness.report.sections.context import contexts
 from harness.report.sections.export import timed_exports
 from harness.report.verdicts import SUITES, Judged, label

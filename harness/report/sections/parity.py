@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from forge.training.report.page.content import Chart, Row, Section, Table
-from forge.training.report.page.numbers import NONE, count, digits, number, percent
+from forge.training.report.page.numbers import NONE, digits
 from harness.parity.outcome import ROLES
 from harness.report.charts.bands import Difference, differences, within_band
 from harness.report.evidence import Entry, figures_of
+from harness.report.page.numbers import count, number, percent
 from harness.report.verdicts import Judged, verdict_table
 
 _STOCK = "unchanged"

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from forge.training.report.charts.bars import Bar, bars
 from forge.training.report.page.content import Chart, Row, Section, Table
-from forge.training.report.page.numbers import NONE, Spread, duration, spread
+from forge.training.report.page.numbers import NONE
 from harness.report.arms import ArmRuns
 from harness.report.evidence import Run
+from harness.report.page.numbers import Spread, duration, spread
 from harness.stats import corpus_seconds
 
 _HOUR = 3600.0

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from forge.training.report.charts.bars import Bar, bars, groups
+from forge.training.report.charts.bars import Bar, bars
 from forge.training.report.page.content import Chart, Row, Section, Table
-from forge.training.report.page.numbers import GIB, NONE, count, digits, gib, percent, spread, times, with_range
+from forge.training.report.page.numbers import GIB, NONE, digits, gib
 from harness.perf.claims import CLAIMS
 from harness.perf.suite import LEGACY as BASELINE
 from harness.perf.suite import TRIALS
 from harness.report.arms import ArmRuns, baseline_of, floor_bytes, ratio
+from harness.report.charts.groups import groups
 from harness.report.charts.points import Dot, trade_off, undominated
 from harness.report.evidence import Evidence
+from harness.report.page.numbers import count, percent, spread, times, with_range
 
 
 def build(arms: dict[str, list[ArmRuns]], evidence: Evidence) -> Section:

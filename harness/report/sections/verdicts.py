@@ -6,10 +6,11 @@ import math
 from typing import Any
 
 from forge.training.report.page.content import Row, Section, Table
-from forge.training.report.page.numbers import NONE, digits, number, percent, spread, tied, times
+from forge.training.report.page.numbers import NONE, digits, tied
 from harness.perf.claims import Claim
 from harness.report.charts.points import Estimate, margins
 from harness.report.evidence import Evidence
+from harness.report.page.numbers import number, percent, spread, times
 from harness.report.verdicts import Judged
 from harness.verdict import Verdict
 

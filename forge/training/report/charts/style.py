@@ -1,4 +1,4 @@
-"""What the charts share: how each series looks, names beside points, legends, axis titles.
+"""What the charts share: how each series looks, legends, axis titles.
 
 Colour is never the only sign: a mark is labelled, or has a shape or a line style of its own. Looks are dealt out to
 the list of backends in order: a new backend takes the next one. The losses of one run have their own.
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from forge.training.backends import BACKENDS
 from forge.training.report.charts import svg
-from forge.training.report.charts.svg import INK, MUTED, PAPER, SERIES_COLOURS, SMALL_SIZE, WIDTH, mark
+from forge.training.report.charts.svg import INK, MUTED, SERIES_COLOURS, SMALL_SIZE, WIDTH
 from forge.training.report.page.content import Chart
 
 if TYPE_CHECKING:
@@ -43,7 +43,6 @@ _LOOK_OF: dict[str, Look] = {
 }
 _VARIANT = {"linewidth": 1.6, "linestyle": (0, (1, 1.5))}
 _CHARACTER = 0.56  # mean width of a character, in text sizes; generous, since the page's font is not known here
-_LINE = 14.0  # pixels from one line of text to the next
 
 
 def colour_variables(series: Sequence[str]) -> str:
@@ -76,33 +75,6 @@ def line_style(label: str, backend: str) -> dict[str, Any]:
 def text_width(text: str, size: float) -> float:
     """About how many pixels a text takes."""
     return len(text) * size * _CHARACTER
-
-
-def halo() -> dict[str, Any]:
-    """A patch of paper behind a text, so that lines do not cross it."""
-    return {"boxstyle": "square,pad=0.1", "facecolor": PAPER, "edgecolor": "none", "alpha": 0.8}
-
-
-def point(axes: Axes, x: float, y: float, label: str, backend: str, tooltip: str, *, size: float = 9) -> None:
-    """A mark in its backend's shape, hollow for a variant."""
-    (drawn,) = axes.plot([x], [y], marker(backend), color=colour(backend), markersize=size, clip_on=False)
-    face = PAPER if is_variant(label, backend) else colour(backend)
-    drawn.set(markerfacecolor=face, markeredgewidth=1.6, zorder=3)
-    mark(drawn, label, tooltip)
-
-
-def names_beside(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
-    """Names beside their points: to the left in the right half, moved apart where they would lie on each other."""
-    taken: list[float] = []
-    for x, y, text in sorted(points, key=lambda p: p[1]):
-        across, up = axes.transData.transform((x, y))
-        line = up
-        while any(abs(line - other) < _LINE for other in taken):
-            line += 1.0
-        taken.append(line)
-        left = across > WIDTH / 2
-        placed: dict[str, Any] = {"ha": "right" if left else "left", "va": "center", "color": INK, "bbox": halo()}
-        axes.annotate(text, (x, y), (-9 if left else 9, line - up), textcoords="offset points", **placed)
 
 
 def legend(
