@@ -21,7 +21,8 @@ from forge.training.config.workload import Workload, changed_keys
 from forge.training.data.inputs import Inputs
 from forge.training.data.records import several
 from forge.training.system.errors import ConfigurationError, DataError, DiskError
-from forge.training.system.files import disk_errors, remove
+from forge.training.system.files import disk_errors, remove, sha256_file, write_text
+from forge.training.train.checkpoint import delete_all
 from forge.training.train.record import TRAINING_VERSION, Predecessor, RunRecord, read_record
 from forge.training.train.status import NAME as STATUS
 
@@ -141,22 +142,60 @@ def allowed_changes(before: RunRecord, plan: Plan, environment: dict[str, Any]) 
     return lines
 
 
-def set_aside(run_dir: Path) -> Path | None:
-    """Move what an earlier run made to ``NAME.1`` (2, 3, ...) beside it; ``None``: there was nothing worth it.
+def first_adapter_of(continued: Path, chain: list[Predecessor], run_dir: Path) -> Path:
+    """The weights of a complete run's adapter. Raises :class:`DataError` if they are not those that it trained.
+
+    Raises :class:`ConfigurationError` if the run that continues it would take its place.
+    """
+    if continued.resolve() == run_dir.resolve():
+        raise ConfigurationError(f"{run_dir} is the run to continue", remedy="name another directory with --out")
+    path = continued / "adapter" / "adapter_model.safetensors"
+    if not path.is_file() or sha256_file(path) != chain[-1].adapter_sha256:
+        raise DataError(f"{path} is not the adapter that this run trained", remedy="put it back, or train it again")
+    return path
+
+
+def is_complete(run: RunRecord | None) -> bool:
+    """Whether there is a run and it was trained to its end."""
+    return run is not None and run.status == "completed"
+
+
+def completed_again(
+    before: RunRecord, workload: Workload, base_dir: Path, run_dir: Path, announce: Callable[[str], None]
+) -> RunRecord:
+    """The record of a run that is complete and was trained on just this.
+
+    What does not change training may have changed (facts, quantisations, paths): the steps after it read it here.
+    """
+    delete_all(run_dir / "checkpoints")  # of a process killed between its last two writes
+    now = workload.model_dump(mode="json")
+    changed = changed_keys(before.workload, now)
+    if changed:
+        announce("changed since it was trained, and no part of training:\n" + "\n".join(changed))
+    if changed or before.base_path != str(base_dir):
+        before.workload, before.base_path = now, str(base_dir)
+        before.write(run_dir)
+        write_text(run_dir / "workload.yaml", workload.to_yaml())
+    announce(f"{run_dir} is complete, and trained on these documents and this base: nothing to do")
+    return before
+
+
+def set_aside(run_dir: Path, announce: Callable[[str], None]) -> None:
+    """Move what an earlier run made to ``NAME.1`` (2, 3, ...) beside it, and say so, unless it is not worth it.
 
     Nothing is deleted: a fresh run shares nothing with it, and who forced one can go back. A start that failed
     before its record left only what the next one makes again.
     """
     made = [run_dir / name for name in _MADE_BY_A_RUN if os.path.lexists(run_dir / name)]
     if {path.name for path in made} <= {*_MADE_BEFORE_THE_RECORD, STATUS}:
-        return None
+        return
     with disk_errors(run_dir):
         beside = (run_dir.with_name(f"{run_dir.name}.{number}") for number in count(1))
         place = next(path for path in beside if not os.path.lexists(path))
         place.mkdir()
         for path in made:
             os.replace(path, place / path.name)
-    return place
+    announce(f"the run that was in {run_dir.name} is kept in {place}: delete it when you no longer need it")
 
 
 def clear_partials(run_dir: Path, announce: Callable[[str], None]) -> None:

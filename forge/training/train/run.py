@@ -30,7 +30,7 @@ from forge.training.backends import (
 )
 from forge.training.backends.job import StepObserver, TrainingJob
 from forge.training.config.plan import Plan
-from forge.training.config.workload import Workload, changed_keys
+from forge.training.config.workload import Workload
 from forge.training.config.yaml import dump_yaml
 from forge.training.data.inputs import Inputs, prepare_inputs, refuse_unusable_sources
 from forge.training.models.base import is_here, refuse_unknown_name, resolve_base
@@ -38,7 +38,7 @@ from forge.training.models.digests import model_shape
 from forge.training.models.lora_targets import refuse_targets
 from forge.training.models.weights import read_weights
 from forge.training.system.environment import describe_environment
-from forge.training.system.errors import ConfigurationError, DataError, DiskError, ForgeError, MachineError
+from forge.training.system.errors import DiskError, ForgeError, MachineError
 from forge.training.system.files import as_disk_error, locked, remove, sha256_file, write_text
 from forge.training.system.oom import as_memory_error
 from forge.training.system.signals import StopRequest
@@ -64,6 +64,9 @@ from forge.training.train.record import (
 from forge.training.train.resume import (
     allowed_changes,
     clear_partials,
+    completed_again,
+    first_adapter_of,
+    is_complete,
     previous_run,
     refuse_other_base,
     refuse_other_inputs,
@@ -116,20 +119,20 @@ def train(
     module.refuse(workload, plan)
     predecessor = None if continued is None else completed_record(continued)
     chain = [] if continued is None or predecessor is None else chain_after(continued, predecessor, run_dir)
-    first_adapter = None if continued is None else _first_adapter(continued, chain, run_dir)
+    first_adapter = None if continued is None else first_adapter_of(continued, chain, run_dir)
     look = partial(previous_run, run_dir, workload, backend, resume=resume, force=force, continues=chain)
     before = look()
-    if check_first is not None and not _is_complete(before):
+    if check_first is not None and not is_complete(before):
         check_first()  # nothing is left of a run that does not begin
     with locked(run_dir), StopRequest().caught() as stop:
         before = look()
         clear_partials(run_dir, listener.announce)
-        is_complete = _is_complete(before)
+        is_done = is_complete(before)
         record: RunRecord | None = None
         status: StatusFile | None = None
-        if not is_complete and not force:  # else the status is that of what is there, until all checks are passed
+        if not is_done and not force:  # else the status is that of what is there, until all checks are passed
             if before is None:
-                _set_aside(run_dir, listener.announce)  # of a run whose record was deleted
+                set_aside(run_dir, listener.announce)  # of a run whose record was deleted
             status = StatusFile(run_dir)
             status.update(step=before.num_steps if before else 0)
         try:
@@ -137,13 +140,13 @@ def train(
             refuse_unusable_sources(workload)
             asks_again = (
                 check_first is not None
-                and not is_complete
+                and not is_done
                 and not is_here(workload.model.path, revision=workload.model.revision)
             )
             base_dir = base_directory(workload)
             if check_first is not None and asks_again:
                 check_first()
-            if not is_complete:
+            if not is_done:
                 refuse_targets(workload.lora.targets, read_weights(base_dir))
                 module.prepare(plan)
                 listener.announce(f"base model {base_dir.name}, backend {backend}, plan: {plan_source}")
@@ -154,10 +157,10 @@ def train(
                     refuse_other_inputs(run_dir, before, inputs.described)
                 if predecessor is not None:
                     refuse_other_base(predecessor, inputs.described)
-                if before is not None and is_complete:
-                    return _completed(before, workload, base_dir, run_dir, listener.announce)
+                if before is not None and is_done:
+                    return completed_again(before, workload, base_dir, run_dir, listener.announce)
                 if force:
-                    _set_aside(run_dir, listener.announce)
+                    set_aside(run_dir, listener.announce)
                 if before is None:
                     for path in Path(made).iterdir():
                         remove(run_dir / path.name)  # of a start that failed
@@ -226,49 +229,6 @@ def base_directory(workload: Workload) -> Path:
         message = f"the base model {workload.model.path} cannot be used (see above)"
         raise ForgeError.of_child(done.returncode, message)
     return Path(os.fsdecode(done.stdout.strip().splitlines()[-1]))
-
-
-def _first_adapter(continued: Path, chain: list[Predecessor], run_dir: Path) -> Path:
-    """The weights of a complete run's adapter. Raises :class:`DataError` if they are not those that it trained.
-
-    Raises :class:`ConfigurationError` if the run that continues it would take its place.
-    """
-    if continued.resolve() == run_dir.resolve():
-        raise ConfigurationError(f"{run_dir} is the run to continue", remedy="name another directory with --out")
-    path = continued / "adapter" / "adapter_model.safetensors"
-    if not path.is_file() or sha256_file(path) != chain[-1].adapter_sha256:
-        raise DataError(f"{path} is not the adapter that this run trained", remedy="put it back, or train it again")
-    return path
-
-
-def _is_complete(run: RunRecord | None) -> bool:
-    return run is not None and run.status == "completed"
-
-
-def _set_aside(run_dir: Path, announce: Callable[[str], None]) -> None:
-    place = set_aside(run_dir)
-    if place is not None:
-        announce(f"the run that was in {run_dir.name} is kept in {place}: delete it when you no longer need it")
-
-
-def _completed(
-    before: RunRecord, workload: Workload, base_dir: Path, run_dir: Path, announce: Callable[[str], None]
-) -> RunRecord:
-    """The record of a run that is complete and was trained on just this.
-
-    What does not change training may have changed (facts, quantisations, paths): the steps after it read it here.
-    """
-    delete_all(run_dir / "checkpoints")  # of a process killed between its last two writes
-    now = workload.model_dump(mode="json")
-    changed = changed_keys(before.workload, now)
-    if changed:
-        announce("changed since it was trained, and no part of training:\n" + "\n".join(changed))
-    if changed or before.base_path != str(base_dir):
-        before.workload, before.base_path = now, str(base_dir)
-        before.write(run_dir)
-        write_text(run_dir / "workload.yaml", workload.to_yaml())
-    announce(f"{run_dir} is complete, and trained on these documents and this base: nothing to do")
-    return before
 
 
 def _restore_newest(job: TrainingJob, identity: dict[str, str], announce: Callable[[str], None]) -> Checkpoint | None:
