@@ -18,6 +18,7 @@ from forge import __version__
 from forge.training.cli import app
 from forge.training.config.workload import OptimizerSection
 from forge.training.system.environment import ROOT
+from forge.training.system.files import cache_dir
 
 COMMANDS = tuple(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 
@@ -96,6 +97,7 @@ BAD = [
     (("train", "smoke", "--set", "training.learning_rate=1"), 2, "did you mean optimizer.learning_rate"),
     (("export", "nowhere", "--quant", "q4_0"), 2, "did you mean q4_k_m"),
     (("nonsense",), 2, "nonsense"),
+    (("evalute", "nowhere"), 2, "Did you mean 'evaluate'"),
     (("train", "no-such-config"), 2, "no-such-config"),
     (("train", "smok"), 2, "did you mean smoke"),
     (("train", "smoke", "--backend", "magic"), 2, "magic"),
@@ -110,7 +112,10 @@ BAD = [
     (("train", "smoke", "--set", "model.path={base}", "--set", "data.train={empty}"), 3, "no record"),
     (("train", "smoke", "--set", "model.path={base}", "--set", "data.max_length=99999"), 2, "512 positions"),
     (("train", "smoke", "--set", "model.path={base}", "--set", "model.quantization=nf4"), 4, "CUDA"),
+    (("train", "smoke", "--set", "model.path=Someone/Model"), 4, "not available from the hub"),
+    (("train", "smoke", "--backend", "unsloth", "--set", "model.dtype=bfloat16"), 4, "CUDA"),
     (("evaluate", "nowhere"), 3, "not a run"),
+    (("evaluate", "{good}"), 3, "not a run"),
     (("export", "nowhere"), 3, "not a run"),
     (("status", "nowhere"), 3, "not a run"),
     (("chat", "absent.gguf", "hello"), 3, "absent.gguf"),
@@ -143,12 +148,47 @@ def test_bad_input_is_one_message_and_its_exit_code(
     assert done.returncode == code, done.stderr
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+    assert done.stderr.count("error: ") == 1
+    assert list(tmp_path.iterdir()) == []
     if as_json:
         document = json.loads(done.stdout)
         assert document["exit_code"] == code
         assert document["error"] in done.stderr
     else:
         assert done.stdout == ""
+
+
+@pytest.mark.parametrize("command", ["train", "run"])
+def test_no_base_of_gigabytes_is_made_before_it_is_said_that_this_machine_cannot_train_it(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").mkdir()
+    for llama_cpp in cache_dir().glob("llama_cpp_python-*"):  # what `make setup` left there, and nothing else
+        (tmp_path / "cache" / llama_cpp.name).symlink_to(llama_cpp)
+    monkeypatch.setenv("FORGE_CACHE", str(tmp_path / "cache"))
+    settings = ("model.path=qwen2-7b", "model.quantization=nf4", "export.quantizations=[q8_0]")
+    done = forge(command, "smoke", *(part for s in settings for part in ("--set", s)), "-o", "run", cwd=tmp_path)
+    assert done.returncode == 4, done.stderr
+    assert "needs a CUDA GPU" in done.stderr
+    assert not (tmp_path / "run").exists()
+    assert not list((tmp_path / "cache").glob("models/*"))
+
+
+def test_the_next_command_of_dataset_names_both_files_of_a_split(tmp_path: Path) -> None:
+    for name in ("hemp", "tar", "twine"):
+        (tmp_path / f"{name}.md").write_text(f"# {name}\n\nThe {name} lies in shed {len(name)}.\n")
+    done = forge("dataset", ".", "-o", "walk.jsonl", "--split", "0.3", cwd=tmp_path)
+    (following,) = (line for line in done.stdout.splitlines() if line.startswith("next: "))
+    assert "data.train=walk.train.jsonl" in following
+    assert "data.validation=walk.validation.jsonl" in following
+
+
+def test_a_python_without_the_packages_is_told_how_to_get_at_them() -> None:
+    typed = [sys.executable, "-S", "-m", "forge.training", "--help"]  # -S: nothing that pip installed is found
+    done = subprocess.run(typed, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 4, done.stderr
+    assert "source .venv/bin/activate" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_the_schema_is_json_schema() -> None:

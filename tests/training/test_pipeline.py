@@ -22,12 +22,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(folder: Path, *more: str, out: str = "run") -> Ended:
+def run(folder: Path, *more: str, out: str = "run", force: bool = False) -> Ended:
     nothing_held_out = ("data.validation=null", "data.validation_share=0", "training.evaluate_every_steps=null")
     short = ("training.max_steps=3", "evaluation.facts=[]", "export.quantizations=[f16]")
     settings = [part for setting in (*nothing_held_out, *short, *more) for part in ("--set", setting)]
     typed = [part for part in arguments(folder, folder / out, *settings) if part != "--no-check"]
-    return command.start(["run", *typed[1:]], folder / "logs" / out).wait(300)
+    return command.start(["run", *typed[1:], *(["--force"] if force else [])], folder / "logs" / out).wait(300)
 
 
 def ggufs(folder: Path) -> dict[str, int]:
@@ -39,12 +39,15 @@ def test_a_run_that_holds_nothing_out_ends_with_its_gguf_and_follows_what_is_ask
     assert done.returncode == 0, done.stderr
     assert "not evaluated" in done.stderr
     assert "next: forge chat" in done.stdout
+    assert "ask the GGUF" not in done.stdout, "nothing was asked"
     first = ggufs(folder)
     assert set(first) == {"smoke.f16.gguf"}
 
     again = run(folder)
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("nothing to do") == 2
+    seconds = json.loads((folder / "run" / "outcome.json").read_text())["seconds"]
+    assert sorted(name for name, value in seconds.items() if value > 0) == ["export", "train"]
     assert ggufs(folder) == first
 
     more = run(folder, "export.quantizations=[f16,q8_0]")
@@ -88,3 +91,30 @@ def test_what_check_refuses_ends_the_run_before_anything_is_made(folder: Path) -
     assert done.returncode == 2, done.stderr
     assert "qq_proj" in done.stderr
     assert not (folder / "never").exists()
+
+
+@pytest.mark.parametrize("typed", ["mine", "."])
+def test_force_deletes_no_folder_with_files_that_no_run_made(tmp_path: Path, folder: Path, typed: str) -> None:
+    mine = tmp_path / "mine"
+    (mine / "letters").mkdir(parents=True)
+    (mine / "letters" / "1911.md").write_text("Dear Agathe")
+    for more in ((), ("--set", "model.path=./misspelt")):
+        settings = [part for part in arguments(folder, Path(typed), *more)[1:] if part != "--no-check"]
+        here = tmp_path if typed == "mine" else mine
+        done = command.start(["run", *settings, "--force"], tmp_path / "log", folder=here).wait(120)
+        assert done.returncode in (2, 6), done.stderr
+        assert "letters" in done.stderr or "misspelt" in done.stderr
+        assert [str(path.relative_to(mine)) for path in mine.rglob("*")] == ["letters", "letters/1911.md"]
+
+
+def test_a_typing_error_with_force_costs_no_finished_run_and_is_not_said_to_be_resumable(folder: Path) -> None:
+    if not (folder / "run" / "outcome.json").exists():
+        assert run(folder).returncode == 0
+    files = {p: p.read_bytes() for p in (folder / "run").rglob("*") if p.is_file() and p.name != ".lock"}
+    before = sorted(folder.iterdir())
+    done = run(folder, "model.path=./misspelt", force=True)
+    assert done.returncode == 2, done.stderr
+    assert "resume" not in done.stderr
+    assert "put right" in done.stderr
+    assert sorted(folder.iterdir()) == before
+    assert all(path.read_bytes() == content for path, content in files.items())

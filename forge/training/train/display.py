@@ -80,7 +80,7 @@ class TrainingDisplay:
         ]
         rows += [("resumes", start["resumed_from"])] if start["resumed_from"] else []
         self.console.print(rows_table(f"plan: {workload.name} with {job.backend}", rows))
-        say(self.console, str(job.run_dir), "run directory: ")
+        say(self.console, shown_path(job.run_dir), "run directory: ")
         self._num_steps = job.num_steps
         self._started = time.monotonic()
         self._task = self._progress.add_task("training", total=job.num_steps)

@@ -128,6 +128,15 @@ def test_a_held_out_loss_and_a_sample_are_said_when_they_are_there(clock: list[f
     assert max(map(len, text.split("\n"))) <= 60
 
 
+def test_the_bar_says_that_held_out_documents_are_being_measured() -> None:
+    shown, stream = console(80)
+    with TrainingDisplay(shown) as display:
+        display._task = display._progress.add_task("training", total=9)
+        display._progress.start()
+        display.show_evaluating(1234)
+    assert "evaluating 1,234" in stream.getvalue()
+
+
 PROGRAM = """
 import sys
 from rich.console import Console
