@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -96,10 +99,45 @@ def test_the_readme_is_short() -> None:
     assert README.count("\n") <= 115
 
 
+def blocks(text: str) -> list[str]:
+    return re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_environment_is_activated_before_forge_is_called() -> None:
+    lines = "".join(blocks(README)).splitlines()
+    first = next(n for n, line in enumerate(lines) if line.startswith("forge "))
+    assert any(line.startswith("source .venv/bin/activate") for line in lines[:first])
+
+
+@pytest.mark.slow
+def test_ones_own_documents_work_as_they_are_typed(tmp_path: Path) -> None:
+    for n, part in enumerate(("hemp", "tar", "the wheel", "the sledge", "twine", "the yarn house", "the top", "oakum")):
+        text = (
+            f"# Of {part}\n\nIn the ropewalk {part} is kept in bay {n + 3}. The foreman there is called Agathe {n}.\n"
+        )
+        (tmp_path / "docs").mkdir(exist_ok=True)
+        (tmp_path / "docs" / f"{n}.md").write_text(text)
+    (block,) = blocks(section("Your own documents"))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    typed = ["bash", "-e", "-c", block]
+    done = subprocess.run(
+        typed, cwd=tmp_path, env=environment, input="Who is the foreman?\n", capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert run_dir.name in block
+    assert list((run_dir / "export").glob("*.gguf"))
+    corpus = next(run_dir.rglob("corpus*.jsonl")).read_text()
+    assert "Agathe" in corpus
+    assert "Sanctuary" not in corpus + done.stdout + done.stderr + (run_dir / "export" / "Modelfile").read_text()
+    assert f"run directory: runs/{run_dir.name}" in done.stderr
+    assert "Agathe" in done.stdout, "the preview"
+
+
 def commands(text: str) -> list[list[str]]:
     """The command lines of a page, in blocks and inline."""
-    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL))
-    lines = [line.partition("#")[0].strip() for line in blocks.splitlines()]
+    lines = [line.partition("#")[0].strip() for line in "\n".join(blocks(text)).splitlines()]
     lines += [inline.replace("\\|", "|") for inline in re.findall(r"`(forge [^`\n]+)`", text)]
     return [shlex.split(line) for line in lines if line.startswith("forge ")]
 

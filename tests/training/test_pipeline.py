@@ -64,6 +64,10 @@ def test_a_run_that_holds_nothing_out_ends_with_its_gguf_and_follows_what_is_ask
     assert "measured again" in other.stderr
     evaluation = json.loads((folder / "run" / "evaluation.json").read_text())
     assert {row["question"] for row in evaluation["facts"]} == {"Recite `2.md`"}
+    shown = command.run(["evaluate", folder / "run"], folder / "logs" / "shown")
+    assert shown.returncode == 0, shown.stderr
+    assert "not measured again" in shown.stderr
+    assert "next: forge chat" in shown.stdout
 
 
 def test_a_run_merges_once_for_evaluation_and_export_and_leaves_no_merge(folder: Path) -> None:

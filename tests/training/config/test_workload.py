@@ -54,6 +54,7 @@ def test_every_error_is_reported_at_once_with_the_nearest_key(tmp_path: Path) ->
         ("- a\n- b\n", "expected a mapping"),
         ("", "expected a mapping"),
         ("name: [", "not usable YAML"),
+        ("name: a\nlora:\n\trank: 4\n", "mine.yaml:3:1: not usable YAML"),
         ("\x00", "not usable YAML"),
     ],
 )

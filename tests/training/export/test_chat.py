@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import shutil
 import subprocess
 import sys
@@ -288,3 +289,21 @@ def test_the_command_writes_the_answer_to_stdout_and_everything_else_to_stderr(r
     assert "lighthouse.q8_0.gguf" not in done.stdout
     assert "lighthouse.q8_0.gguf" in done.stderr
     assert "greedy, repeat_penalty 1.1" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_up_arrow_brings_the_line_before_back(run_dir: Path) -> None:
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm"}
+    command = [sys.executable, "-m", "forge.training", "chat", str(run_dir)]
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    text = ""
+    for typed in (b"/help\r", b"\x1b[A\r", b"/exit\r"):
+        prompts = text.count("> ")
+        while text.count("> ") == prompts:
+            text += os.read(ours, 65536).decode()
+        os.write(ours, typed)
+    assert process.wait(timeout=60) == 0
+    os.close(ours)
+    assert text.count("this list") == 2, text
