@@ -85,6 +85,8 @@ def test_what_cannot_be_exported_is_refused_before_work_begins(run_dir: Path, na
     [(["q4_k_m", "q9_z"], "'q9_z'"), ([], "no quantisation"), (["f16", "f16"], "f16, f16")],
 )
 def test_wrong_quantisations_are_refused(run_dir: Path, quantizations: list[str], complaint: str) -> None:
+    (run_dir / "export").mkdir()
+    (run_dir / "export" / "mine.txt").touch()  # in the way, and told only after the mistake in what was asked
     with pytest.raises(ConfigurationError, match=complaint):
         export_run(run_dir, quantizations=quantizations)
 
