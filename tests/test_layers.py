@@ -17,7 +17,19 @@ ROOT = Path(__file__).resolve().parents[1]
 # From low to high. Names on one line are equals, which do not import one another.
 LAYERS = {
     "forge.training": [
-        *("system", "config", "llamacpp", "models", "data", "kernels", "backends", "train", "adapter", "evaluation", "export"),
+        *(
+            "system",
+            "config",
+            "llamacpp",
+            "models",
+            "data",
+            "kernels",
+            "backends",
+            "train",
+            "adapter",
+            "evaluation",
+            "export",
+        ),
         *("report", "checks", "init", "pipeline", "cli", "__main__"),
     ],
     "harness": [

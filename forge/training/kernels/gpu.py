@@ -401,7 +401,9 @@ def _summed(outs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 def _check_contiguous(*tensors: Tensor) -> None:
     for tensor in tensors:
         if not tensor.is_contiguous():
-            raise ValueError(f"the kernels read contiguous tensors; this one is {tuple(tensor.shape)}, {tensor.stride()}")
+            raise ValueError(
+                f"the kernels read contiguous tensors; this one is {tuple(tensor.shape)}, {tensor.stride()}"
+            )
 
 
 # SwiGLU
