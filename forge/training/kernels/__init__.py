@@ -1,1 +1,1 @@
-"""The operations that a training step spends its time in besides the large products: reference, Triton, and the choice."""
+"""What a training step spends its time in besides the large products: in torch, in Triton, and the choice."""

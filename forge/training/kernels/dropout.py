@@ -1,4 +1,4 @@
-"""LoRA dropout by counter: whether an element is kept is a function of seed, step, document, position, module and channel.
+"""LoRA dropout by counter: a mask is a function of seed, step, document, position, module and channel.
 
 Nothing is stored and nothing is drawn in an order, so a recomputation, a resumed run and every layout of the same
 documents have the same masks. All arithmetic is modulo 2**32::
@@ -6,7 +6,7 @@ documents have the same masks. All arithmetic is modulo 2**32::
     token key   = mix32(document key + mix32(position * ODD))       once per example
     row key     = mix32(token key + word of (seed, step))           once per micro-batch
     column key  = mix32(module key + mix32(channel * ODD))          once per column of a tile
-    hash        = mix32(row key + column key)                       once per element; kept where hash / 2 >= threshold
+    hash        = mix32(row key + column key)                       each element, kept where hash / 2 >= threshold
 
 Position and channel are mixed before the sum: otherwise two documents (or modules) whose keys differ by a small multiple
 of ODD would have the same masks, shifted by some positions (or channels). Keys have 32 bits: among 100,000 tokens of a
@@ -75,7 +75,7 @@ def threshold(p: float) -> int:
 
 
 def keep_mask(rows: torch.Tensor, module: int, num_channels: int, p: float) -> torch.Tensor:
-    """Which elements are kept: bool (tokens, num_channels), for row keys int32 (tokens,). What the kernels must equal."""
+    """Which elements are kept, bool (tokens, num_channels), for row keys int32 (tokens,). The kernels equal it."""
     channels = torch.arange(num_channels, dtype=torch.int32, device=rows.device)
     columns = _mix32_(_mix32_(channels * _signed(ODD)) + module)
     hashes = _mix32_(rows[:, None] + columns[None, :])

@@ -1,6 +1,6 @@
 """Every operation in plain torch: what the Triton kernels are tested against, and what runs on a CPU.
 
-Any floating dtype; 16-bit inputs are computed in float32, with one rounding at the end (two where the operation says so).
+Any floating dtype; 16-bit inputs are computed in float32, with one rounding at the end (two where it is said).
 x: (tokens, in). A: (rank, in), rounded to x's dtype before the product. d: (tokens, rank). ``rows``: row keys of
 :func:`forge.training.kernels.dropout.step_keys`, None where p is 0.
 """
