@@ -5,8 +5,10 @@ documents have the same masks. All arithmetic is modulo 2**32::
 
     token key   = mix32(document key + mix32(position * ODD))       once per example
     row key     = mix32(token key + word of (seed, step))           once per micro-batch
-    column key  = mix32(module key + mix32(channel * ODD))          once per column of a tile
-    hash        = mix32(row key + column key)                       each element, kept where hash / 2 >= threshold
+    column key  = mix32(module key + mix32(channel * ODD))          once per column
+    hash        = scramble(row key + column key)                    each element; kept where hash / 2 >= threshold
+
+scramble is mix32 without its last step, which changes none of the upper 16 bits; they decide all but one in 65,536.
 
 Position and channel are mixed before the sum: otherwise two documents (or modules) whose keys differ by a small multiple
 of ODD would have the same masks, shifted by some positions (or channels). Keys have 32 bits: among 100,000 tokens of a
@@ -78,7 +80,7 @@ def keep_mask(rows: torch.Tensor, module: int, num_channels: int, p: float) -> t
     """Which elements are kept, bool (tokens, num_channels), for row keys int32 (tokens,). The kernels equal it."""
     channels = torch.arange(num_channels, dtype=torch.int32, device=rows.device)
     columns = _mix32_(_mix32_(channels * _signed(ODD)) + module)
-    hashes = _mix32_(rows[:, None] + columns[None, :])
+    hashes = _scramble_(rows[:, None] + columns[None, :])
     return hashes.bitwise_right_shift_(1).bitwise_and_(0x7FFFFFFF) >= threshold(p)
 
 
@@ -106,7 +108,11 @@ def _mix32(x: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
 
 
 def _mix32_(x: torch.Tensor) -> torch.Tensor:
+    _scramble_(x)
+    return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
+
+
+def _scramble_(x: torch.Tensor) -> torch.Tensor:
     """In place, on int32: torch's shift keeps the sign, so what it brings in is masked."""
     x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(_signed(MULTIPLIER_1))
-    x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).mul_(_signed(MULTIPLIER_2))
-    return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
+    return x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).mul_(_signed(MULTIPLIER_2))

@@ -35,11 +35,16 @@ _KEYS = ["module0", "module1", "module2"]
 
 
 @triton.jit
-def _mix32(x):
+def _scramble(x):
     x = x ^ (x >> 16)
     x = tl.mul(x, _MULTIPLIER_1, sanitize_overflow=False)
     x = x ^ (x >> 15)
-    x = tl.mul(x, _MULTIPLIER_2, sanitize_overflow=False)
+    return tl.mul(x, _MULTIPLIER_2, sanitize_overflow=False)
+
+
+@triton.jit
+def _mix32(x):
+    x = _scramble(x)
     return x ^ (x >> 16)
 
 
@@ -58,8 +63,8 @@ def _channel_words(channels):
 def _keep(rows, channel_words, module, threshold):
     """As dropout.keep_mask: bool (rows, channels)."""
     columns = _mix32(_add32(channel_words, module.to(tl.uint32)))
-    hashes = _mix32(_add32(rows[:, None], columns[None, :]))
-    return (hashes >> 1).to(tl.int32) >= threshold
+    # h >= 2 t, unsigned, is (h >> 1) >= t with one operation less
+    return _scramble(_add32(rows[:, None], columns[None, :])) >= threshold.to(tl.uint32) << 1
 
 
 @triton.jit(do_not_specialize=["word", "num_tokens"], do_not_specialize_on_alignment=["keys"])
@@ -306,7 +311,7 @@ def _down(
     if not _fit_together(ranks):
         return [_down(x, g, h, [a], [m], rows, p)[0] for a, m in zip(adapters, modules, strict=True)]
     padded = _padded_rank(ranks)
-    bm, bk = 64, 32 if padded > 64 or x.element_size() == 4 else 64
+    bm, bk = 64, 32 if len(ranks) * padded > 128 or x.element_size() == 4 else 64
     row_blocks = triton.cdiv(tokens, bm)
     splits, split = _split(width, row_blocks, max(bk, 512), bk)
     dtype = x.dtype if splits == 1 else torch.float32
@@ -315,7 +320,7 @@ def _down(
     _lora_down[(row_blocks, splits)](
         x, x if g is None else g, x if h is None else h, *_three(adapters), *_three(outs), keys, tokens, width, split,
         *_three(ranks), *_three(modules), dropout.threshold(p), 1 / (1 - p),
-        len(ranks), g is not None, is_dropped, padded, bm, bk, num_warps=4 if padded <= 64 else 8, num_stages=3,
+        len(ranks), g is not None, is_dropped, padded, bm, bk, num_warps=8, num_stages=2 if padded > 128 else 3,
     )  # fmt: skip
     return _summed(outs, x.dtype)
 
@@ -337,7 +342,7 @@ def lora_grad_a(
     _lora_grad_a[(column_blocks, splits)](
         x, *_three(grads), *_three(outs), keys, tokens, width, split,
         *_three(ranks), *_three(modules), dropout.threshold(p), 1 / (1 - p),
-        len(ranks), is_dropped, padded, bm, bk, num_warps=4 if padded <= 64 else 8, num_stages=3,
+        len(ranks), is_dropped, padded, bm, bk, num_warps=4 if padded <= 64 else 8, num_stages=2 if padded > 128 else 3,
     )  # fmt: skip
     return _summed(outs, torch.float32)
 
