@@ -1,7 +1,7 @@
 """Compile each kernel that a call would launch, for a GPU that is not there. Run as a process of its own.
 
 ``python -m tests.support.compiled_kernels 90`` calls every operation on CPU tensors, compiles each launch with Triton's
-own ptxas for that compute capability and prints one JSON line per launch: kernel, registers, spilled bytes, shared bytes.
+own ptxas for that compute capability and prints one JSON line per launch: kernel, registers, spilled and shared bytes.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ documents have the same masks. All arithmetic is modulo 2**32::
     column key  = mix32(module key + mix32(channel * ODD))          once per column
     hash        = scramble(row key + column key)                    each element; kept where hash / 2 >= threshold
 
-scramble is mix32 without its last step, which changes none of the upper 16 bits; they decide all but one in 65,536.
+scramble is mix32 without its last step, which leaves the upper 16 bits alone; they decide all but one in 65,536.
 
 Position and channel are mixed before the sum: otherwise two documents (or modules) whose keys differ by a small multiple
 of ODD would have the same masks, shifted by some positions (or channels). Keys have 32 bits: among 100,000 tokens of a
