@@ -6,8 +6,8 @@ from hypothesis import settings
 settings.register_profile("forge", deadline=None, print_blob=True)
 settings.load_profile("forge")
 
-# Triton decides at its import whether its functions are interpreted, and transformers imports it. The kernels' tests need
-# them interpreted; no other test on a CPU calls them. No process that a test starts inherits it.
+# Triton decides at its import whether its functions are interpreted, and transformers imports it. The kernels' tests
+# need them interpreted; no other test on a CPU calls them. No process that a test starts inherits it.
 with pytest.MonkeyPatch.context() as patch:
     patch.setenv("TRITON_INTERPRET", "1")
     import triton.language  # noqa: F401

@@ -28,6 +28,7 @@ from forge.training.models.tokenizers import load_tokenizer
 from forge.training.system.errors import DataError
 
 NUM_CHECK_TOKENS = 64
+NUM_PLANNED_LENGTHS = 100
 
 disable_progress_bar()  # train/display.py shows one bar, of steps
 
@@ -231,6 +232,10 @@ def forge_trainer(base: Any) -> Callable[..., Any]:
             trained = sum(int((np.asarray(row["labels"][1:]) != IGNORED).sum()) for row in rows)
             before = torch.get_rng_state(), torch.cuda.get_rng_state_all()
             self._check_kernels()
+            if self.layers is not None and job.plan.attention == "mixed" and torch.cuda.is_available():
+                lengths = {job.lengths[i] for batch in job.micro_batches for i in batch}
+                long = sorted(n for n in lengths if n >= LONG_DOCUMENT_TOKENS)[-NUM_PLANNED_LENGTHS:]
+                self.layers.plan_attention(long, getattr(torch, job.workload.model.dtype))
             self.take_step(self.model, self._batch(rows), torch.tensor(trained, device=self.args.device))
             self.model.zero_grad(set_to_none=True)
             torch.set_rng_state(before[0])

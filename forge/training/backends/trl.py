@@ -23,7 +23,7 @@ CASTS_ADAPTER_TO_BFLOAT16 = True
 
 
 def refuse(workload: Workload, plan: Plan) -> None:
-    """Raise :class:`ConfigurationError` for the parts of a plan that only Unsloth, or only Forge's layers, carry out."""
+    """Raise :class:`ConfigurationError` for parts of a plan that only Unsloth, or only Forge's layers, carry out."""
     refuse_without_kernels(plan)
     only_unsloths = {"loss_chunk_gib": plan.loss_chunk_gib is not None}
     if plan.kernels == "stack":

@@ -58,7 +58,7 @@ class Plan(BaseModel):
     """of logits that the loss holds at a time; null: the backend's choice; unsloth only"""
 
     kernels: Literal["stack", "forge"] = "stack"
-    """forge: decoder layers by hand (forge/training/kernels), dropout independent of the layout; stack: the backend's own"""
+    """forge: decoder layers by hand, with dropout that no layout changes; stack: the backend's own"""
     micro_batch_tokens: Annotated[int, Field(gt=0)] | None = None
     """as many examples at a time as fit into so many tokens, a long one alone; null: micro_batch of them"""
     kept_activations_gib: Annotated[float, Field(ge=0)] | None = None
@@ -67,7 +67,7 @@ class Plan(BaseModel):
     """the 4-bit base held in 16 bits too: no dequantisation in a step, the same bits; kernels=forge only"""
 
     def accumulation(self, workload: Workload) -> int:
-        """What the trainer fetches per optimizer step: micro-batches, or with ``micro_batch_tokens`` the step as one."""
+        """What the trainer fetches per optimizer step: micro-batches; with ``micro_batch_tokens`` the step as one."""
         if self.micro_batch_tokens is not None:
             return 1
         return workload.training.effective_batch // self.micro_batch

@@ -81,9 +81,7 @@ def attend_backward(
     return _backward_by_document(_plain_backward, grad, q, k, v, kept, documents, scale)
 
 
-def _by_document(
-    forward: Any, q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float
-) -> Attended:
+def _by_document(forward: Any, q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float) -> Attended:
     output, rest, start = torch.empty_like(q, memory_format=torch.contiguous_format), [], 0
     for length in documents.lengths:
         part = slice(start, start + length)
@@ -118,9 +116,7 @@ def _tokens_first(tensor: Tensor) -> Tensor:
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Any, ...]:
-    out = aten._scaled_dot_product_cudnn_attention(
-        *_heads_first(q, k, v), None, True, 0.0, True, False, scale=scale
-    )
+    out = aten._scaled_dot_product_cudnn_attention(*_heads_first(q, k, v), None, True, 0.0, True, False, scale=scale)
     return _tokens_first(out[0]), *out[1:8]
 
 

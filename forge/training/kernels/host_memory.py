@@ -24,7 +24,7 @@ class HostMemory:
     @property
     def num_bytes(self) -> int:
         """Of pinned memory that it holds now."""
-        return sum(buffer.numel() for buffer in self._free) + sum(buffer.numel() for buffer, *_ in self._stack)
+        return sum(int(buffer.numel()) for buffer in [*self._free, *(buffer for buffer, *_ in self._stack)])
 
     def clear(self) -> None:
         """Forget what was put: a step that was given up leaves its tensors here."""

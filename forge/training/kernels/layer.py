@@ -1,9 +1,9 @@
 """A decoder layer of Llama, Qwen2 or Qwen3, forwards and backwards by hand.
 
-Kept for the backward pass is either everything, or the layer's input with the attention's output and log-sum-exp. In the
-second case the backward computes queries, keys, values and the MLP's inner products again, never the attention and never
-the down projection. Rows longer than a tile go through the MLP tile by tile. Dropout's masks are a function of the
-document and the position (dropout.py), so all of these are the same mathematics.
+Kept for the backward pass is either everything, or the layer's input with the attention's output and log-sum-exp. In
+the second case the backward computes queries, keys, values and the MLP's inner products again, never the attention
+and never the down projection. Rows longer than a tile go through the MLP tile by tile. Dropout's masks are a function
+of the document and the position (dropout.py), so all of these are the same mathematics.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class MicroBatch:
     @property
     def tables(self) -> tuple[Tensor, Tensor]:
         """cos and sin."""
-        assert self.cos is not None and self.sin is not None
+        assert self.cos is not None
+        assert self.sin is not None
         return self.cos, self.sin
 
 
@@ -164,13 +165,11 @@ class Kept:
     inner: list[Inner]
 
 
-class LayerFunction(torch.autograd.Function):
+class LayerFunction(torch.autograd.Function):  # type: ignore[misc]
     """(hidden, micro-batch, layer, whether everything is kept, the layer's adapters) -> hidden."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, batch: MicroBatch, layer: Layer, keep: bool, *adapters: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, batch: MicroBatch, layer: Layer, keep: bool, *adapters: Tensor) -> Tensor:
         x = hidden.detach().reshape(-1, hidden.shape[-1])
         ctx.batch, ctx.layer, ctx.host, ctx.kept = batch, layer, None, None
         with torch.autocast(x.device.type, enabled=False):

@@ -67,7 +67,9 @@ class Gradients:
         """Add ``scale`` times ``gradient``."""
         own = self.sums.get(parameter)
         if own is None:
-            self.sums[parameter] = gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True).mul_(scale)
+            self.sums[parameter] = gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True).mul_(
+                scale
+            )
         else:
             own.add_(gradient, alpha=scale)
 

@@ -28,7 +28,9 @@ EVERY = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 SOME = ("q_proj", "v_proj", "up_proj", "down_proj")
 
 
-def make_model(kind: str = "qwen2", targets: tuple[str, ...] = SOME, dropout: float = 0.0, rank: int = 4, **lora: Any) -> Any:
+def make_model(
+    kind: str = "qwen2", targets: tuple[str, ...] = SOME, dropout: float = 0.0, rank: int = 4, **lora: Any
+) -> Any:
     """A small model with an adapter whose B is not zero."""
     torch.manual_seed(3)
     if kind == "llama":
@@ -90,10 +92,18 @@ def assert_equal(first: list[Any], second: list[Any], tolerance: float = 3e-5) -
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize(
     ("targets", "lora"),
-    [(SOME, {}), (EVERY, {"use_rslora": True}), (("k_proj",), {}), (("o_proj", "gate_proj"), {"rank": 7}), (("down_proj",), {})],
+    [
+        (SOME, {}),
+        (EVERY, {"use_rslora": True}),
+        (("k_proj",), {}),
+        (("o_proj", "gate_proj"), {"rank": 7}),
+        (("down_proj",), {}),
+    ],
 )
 @pytest.mark.parametrize("keep_gib", [None, 0.0])
-def test_layers_compute_what_peft_computes(kind: str, targets: tuple[str, ...], lora: Any, keep_gib: float | None) -> None:
+def test_layers_compute_what_peft_computes(
+    kind: str, targets: tuple[str, ...], lora: Any, keep_gib: float | None
+) -> None:
     model = make_model(kind, targets, **lora)
     expected = gradients(model, None, [[d] for d in DOCUMENTS])
     layers = forge_layers(model, keep_gib=keep_gib, tile_tokens=8)
@@ -109,7 +119,9 @@ LAYOUTS: dict[str, Any] = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("arguments", [{}, {"keep_gib": 0.0}, {"keep_gib": 3e-4}, {"tile_tokens": 7}, {"keep_gib": 0.0, "tile_tokens": 16}])
+@pytest.mark.parametrize(
+    "arguments", [{}, {"keep_gib": 0.0}, {"keep_gib": 3e-4}, {"tile_tokens": 7}, {"keep_gib": 0.0, "tile_tokens": 16}]
+)
 def test_no_layout_changes_the_gradients_of_a_step_with_dropout(layout: str, padded: bool, arguments: Any) -> None:
     model = make_model(targets=EVERY, dropout=0.3)
     expected = gradients(model, forge_layers(model), [[d] for d in DOCUMENTS])
