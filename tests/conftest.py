@@ -10,4 +10,3 @@ settings.load_profile("forge")
 # need them interpreted; no other test on a CPU calls them. No process that a test starts inherits it.
 with pytest.MonkeyPatch.context() as patch:
     patch.setenv("TRITON_INTERPRET", "1")
-    import triton.language  # noqa: F401

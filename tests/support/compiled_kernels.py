@@ -62,6 +62,7 @@ def compile_launch(kernel: Any, capability: int, args: tuple[Any, ...], options:
         "registers": int(usage["REG"]),
         "spilled_bytes": int(usage["LOCAL"]) + int(usage["STACK"]),
         "shared_bytes": compiled.metadata.shared,
+        "is_16_bit": not any(isinstance(a, torch.Tensor) and a.dtype == torch.float32 for a in args[:1]),
         "constants": {kernel.arg_names[at[0]]: value for at, value in constants.items()},
     }
 

@@ -8,11 +8,11 @@ documents have the same masks. All arithmetic is modulo 2**32::
     column key  = mix32(module key + mix32(channel * ODD))          once per column
     hash        = scramble(row key + column key)                    each element; kept where hash / 2 >= threshold
 
-scramble is mix32 without its last step, which leaves the upper 16 bits alone; they decide all but one in 65,536.
+scramble is mix32 without its last step, which leaves the upper 16 bits alone; those decide but for one in 65,536.
 
-Position and channel are mixed before the sum: otherwise two documents (or modules) whose keys differ by a small
-multiple of ODD would have the same masks, shifted by some positions (or channels). Keys have 32 bits: among 100,000
-tokens of a step one pair has the same mask by chance.
+Position and channel are mixed before the sum: otherwise two documents (or modules) whose keys differ by a multiple
+of ODD would have the same masks, shifted by some positions (or channels). Keys have 32 bits: among 100,000 tokens of a
+step one pair has the same mask by chance.
 """
 
 from __future__ import annotations
