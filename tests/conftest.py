@@ -10,3 +10,4 @@ settings.load_profile("forge")
 # need them interpreted; no other test on a CPU calls them. No process that a test starts inherits it.
 with pytest.MonkeyPatch.context() as patch:
     patch.setenv("TRITON_INTERPRET", "1")
+    import triton.experimental.gluon  # noqa: F401 - brings triton.language; a launch would import it

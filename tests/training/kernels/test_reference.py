@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from forge.training.kernels import reference
 from forge.training.kernels.dropout import keep_mask
-from tests.training.kernels.operands import MODULES, Buffers, assert_close, quantized, row_keys
+from tests.support.kernel_operands import MODULES, Buffers, assert_close, quantized, row_keys
 
 FLOAT64 = torch.float64
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
