@@ -10,8 +10,8 @@ documents have the same masks. All arithmetic is modulo 2**32::
 
 scramble is mix32 without its last step, which leaves the upper 16 bits alone; those decide but for one in 65,536.
 
-Position and channel are mixed before the sum: otherwise two documents (or modules) whose keys differ by a multiple
-of ODD would have the same masks, shifted by some positions (or channels). Keys have 32 bits: among 100,000 tokens of a
+Position and channel are mixed before the sum: otherwise two documents (or modules) whose keys differ by a multiple of
+ODD would have the same masks, shifted by some positions (or channels). Keys have 32 bits: among 100,000 tokens of a
 step one pair has the same mask by chance.
 """
 
