@@ -30,7 +30,7 @@ from harness.measurement.results import RunSpec
 # Of forge/training, what a training run executes: folders and files. The part of llamacpp/ with which a run's child
 # process, `forge base`, tries a tokenizer that it made.
 _EXECUTED = (
-    *("config", "data", "models", "backends", "train", "system"),
+    *("config", "data", "models", "kernels", "backends", "train", "system"),
     *("llamacpp/__init__.py", "llamacpp/install.py", "llamacpp/native.py", "llamacpp/parent.py"),
     *("__init__.py", "__main__.py", "cli.py"),
 )
