@@ -19,11 +19,12 @@ from threading import Thread
 
 from forge.training.adapter.lora import check_adapter, write_canonical_adapter
 from forge.training.config.quantizations import QUANTIZED, Quantization
-from forge.training.llamacpp.parent import Answer, run_child, time_limit_seconds
+from forge.training.llamacpp.parent import Answer, Progress, run_child, time_limit_seconds
 from forge.training.models.base import refuse_unsafe_files
 from forge.training.system.errors import CheckError, ConfigurationError, DataError
 from forge.training.system.files import disk_errors, refuse_existing, sha256_file
 
+SECONDS_PER_TOKEN = 5.0  # a limit: a 7B model in 16 bits on two cores
 _HEADER = struct.Struct("<4sIQQ")  # magic, version, number of tensors, number of metadata entries
 _VERSIONS = (2, 3)
 _MIN_TENSOR_BYTES = 8 + 4 + 8 + 4 + 8  # name length, dimensions, one extent, type, offset
@@ -100,8 +101,12 @@ def convert_lora_to_gguf(adapter_dir: Path, base_dir: Path, out: Path) -> Answer
         )
 
 
-def quantize(source: Path, target: Path, quantization: Quantization, *, force: bool = False) -> Answer:
+def quantize(
+    source: Path, target: Path, quantization: Quantization, *, imatrix: Path | None = None, force: bool = False
+) -> Answer:
     """Quantise a 16- or 32-bit GGUF file. Which tensors fell back to another type, :func:`verify_gguf` tells.
+
+    ``imatrix``: an importance matrix that :func:`collect_importance` wrote.
 
     Raises :class:`ConfigurationError`, :class:`CheckError` with llama.cpp's reason, :class:`DiskError`.
     """
@@ -113,11 +118,34 @@ def quantize(source: Path, target: Path, quantization: Quantization, *, force: b
     with _partial(target, force) as partial:
         return run_child(
             "quantize",
-            {"source": str(source.absolute()), "target": str(partial), "quantization": quantization},
+            {
+                "source": str(source.absolute()),
+                "target": str(partial),
+                "quantization": quantization,
+                "imatrix": str(imatrix.absolute()) if imatrix else None,
+            },
             doing=f"quantise {source} to {quantization}",
             limit_seconds=time_limit_seconds(4 * source.stat().st_size),  # 15 MB/s on two busy cores
             memory_limit_bytes=memory_limit_bytes(source.stat().st_size),
         )
+
+
+def collect_importance(
+    source: Path, target: Path, sequences: list[list[int]], progress: Progress | None = None
+) -> Answer:
+    """Evaluate sequences of ids with a 16- or 32-bit file and write what its quantisation shall weigh to ``target``.
+
+    Raises :class:`CheckError`, :class:`DataError`.
+    """
+    num_bytes, num_tokens = source.stat().st_size, sum(map(len, sequences))
+    return run_child(
+        "collect_importance",
+        {"path": str(source.absolute()), "target": str(target.absolute()), "sequences": sequences},
+        doing=f"collect an importance matrix with {source}",
+        limit_seconds=time_limit_seconds(num_bytes) + SECONDS_PER_TOKEN * num_tokens,
+        memory_limit_bytes=memory_limit_bytes(num_bytes),
+        progress=progress,
+    )
 
 
 def check_header(path: Path) -> None:

@@ -14,7 +14,7 @@ from forge.training.llamacpp.native import import_llama_cpp, reason
 from forge.training.system.errors import CheckError, ConfigurationError, DataError
 
 _NFC_PRE_TOKENIZERS = {"qwen2"}  # trained on NFC text, which llama.cpp does not make
-_GRAIN = 256  # llama.cpp rounds a context up to it, llama-cpp-python's array of logits has the rows asked for
+GRAIN = 256  # llama.cpp rounds a context up to it, llama-cpp-python's array of logits has the rows asked for
 _TOO_LONG = re.compile(r"Requested tokens \((\d+)\) exceed context window of (\d+)")  # llama-cpp-python's words
 _model: Any = None
 
@@ -62,7 +62,7 @@ def open_chat(
     if not is_insisted:
         context_tokens = min(context_tokens, positions or context_tokens)
         if free_bytes is not None and token_bytes:
-            context_tokens = max(_GRAIN, min(context_tokens, free_bytes // 2 // token_bytes // _GRAIN * _GRAIN))
+            context_tokens = max(GRAIN, min(context_tokens, free_bytes // 2 // token_bytes // GRAIN * GRAIN))
     _open(path, lora, n_ctx=context_tokens, n_gpu_layers=gpu_layers)
     _require_chat_template(path)
     return {
@@ -141,7 +141,7 @@ def open_logits(path: str, lora: str | None, context_tokens: int, cache: str) ->
     """
     llama_cpp = import_llama_cpp()
     kind = {"f16": llama_cpp.GGML_TYPE_F16, "f32": llama_cpp.GGML_TYPE_F32}[cache]
-    _open(path, lora, n_ctx=-(-context_tokens // _GRAIN) * _GRAIN, logits_all=True, type_k=kind, type_v=kind)
+    _open(path, lora, n_ctx=-(-context_tokens // GRAIN) * GRAIN, logits_all=True, type_k=kind, type_v=kind)
     return {"vocabulary": _model.n_vocab()}
 
 

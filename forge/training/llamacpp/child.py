@@ -29,6 +29,7 @@ TASKS = {
     "status": "forge.training.llamacpp.native:status",
     "verify": "forge.training.llamacpp.native:verify",
     "quantize": "forge.training.llamacpp.native:quantize",
+    "collect_importance": "forge.training.llamacpp.importance:collect_importance",
     "convert": "forge.training.llamacpp.converter:convert",
     "convert_lora": "forge.training.llamacpp.converter:convert_lora",
     "check_adapter": "forge.training.adapter.lora:describe_adapter",

@@ -85,12 +85,20 @@ def status() -> dict[str, Any]:
     return {"version": llama_cpp.__version__, "uses_gpu": bool(llama_cpp.llama_supports_gpu_offload())}
 
 
-def quantize(source: str, target: str, quantization: str) -> dict[str, Any]:
-    """Quantise a GGUF file. The target may be half-written after an error: the parent removes it."""
+def quantize(source: str, target: str, quantization: str, imatrix: str | None = None) -> dict[str, Any]:
+    """Quantise a GGUF file. The target may be half-written after an error: the parent removes it.
+
+    ``imatrix``: what :func:`~forge.training.llamacpp.importance.collect_importance` wrote.
+    """
     llama_cpp = import_llama_cpp()
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{quantization.upper()}")
     parameters.nthread = len(os.sched_getaffinity(0))
+    if imatrix is not None:
+        from forge.training.llamacpp.importance import imatrix_entries
+
+        entries = imatrix_entries(llama_cpp, imatrix)
+        parameters.imatrix = ctypes.cast(entries, ctypes.POINTER(llama_cpp.llama_model_imatrix_data))
     _log_lines.clear()
     if llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(parameters)):
         raise_if_full(target)
