@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 import typer
 
 from forge.training.backends import Backend, choose_backend
-from forge.training.config.quantizations import GGUF_TYPES, gguf_types
+from forge.training.config.quantizations import GGUF_TYPES
 from forge.training.system.command import STEP_OF_RUN, carry_out, print_json
 
 if TYPE_CHECKING:
@@ -360,6 +360,15 @@ def export(
     quantizations: Annotated[
         str | None, typer.Option("--quant", help=f"Any of {','.join(GGUF_TYPES)}; default: the config's.")
     ] = None,
+    add: Annotated[
+        str | None, typer.Option("--add", help="Only these, beside what an export made; its merge and files are used.")
+    ] = None,
+    imatrix: Annotated[
+        Literal["auto", "none"], typer.Option("--imatrix", help="auto: weigh quantisation by your training documents.")
+    ] = "none",
+    checkpoint: Annotated[
+        str | None, typer.Option("--checkpoint", help="Of a run that is not finished: best, last or a step.")
+    ] = None,
     lora: Annotated[bool, typer.Option("--lora", help="Also the adapter as GGUF.")] = False,
     keep_merged: KeepMerged = False,
     allow_fallback: Annotated[
@@ -375,12 +384,9 @@ def export(
     """Merge, convert, quantise and verify: GGUF files, Modelfile, card, SHA256SUMS. Again: make what is missing."""
     from forge.training.export.card import print_export
     from forge.training.export.export import export_run
-    from forge.training.train.record import completed_record
+    from forge.training.export.source import chosen_types
 
-    if quantizations is None:
-        chosen = completed_record(run).workload["export"]["quantizations"]
-    else:
-        chosen = gguf_types(quantizations)
+    chosen = chosen_types(run, quantizations, add, force=force, is_unfinished=checkpoint is not None)
     record = export_run(
         run,
         quantizations=chosen,
@@ -390,14 +396,18 @@ def export(
         force=force,
         keep_merged=keep_merged,
         allow_fallback=allow_fallback,
+        imatrix=imatrix == "auto",
+        checkpoint=checkpoint,
         progress=logs().print,
     )
-    _refresh_report(run, export_dir=out)
+    if checkpoint is None:
+        _refresh_report(run, export_dir=out)
     if as_json:
         print_json(record)
     else:
         print_export(record, results())
-        _say_next(run, export_dir=out)
+        if checkpoint is None:
+            _say_next(run, export_dir=out)
 
 
 @app.command()

@@ -8,8 +8,10 @@ the largest changed tensor, whatever the model's size.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import shutil
+import struct
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -83,12 +85,14 @@ def merge_adapter(
     force: bool = False,
     expected_base_sha256: str | None = None,
     device: str = "auto",
+    in_float32: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> MergeRecord:
     """Merge a LoRA adapter into the original weights of its base and write a complete model directory.
 
     ``device`` is where the products are computed: ``auto`` is CUDA where there is one. Sums are in
-    float32, rounded once to the weight's own type. ``expected_base_sha256`` is what training saw.
+    float32, rounded once to the weight's own type; ``in_float32`` keeps them: every float of the model is then stored
+    in float32, twice the size of a 16-bit base. ``expected_base_sha256`` is what training saw.
     Raises :class:`DataError` if base and adapter do not belong together or the adapter cannot be
     merged (see :mod:`~forge.training.adapter.lora`), :class:`DiskError`. Nothing is left behind then.
     """
@@ -101,14 +105,18 @@ def merge_adapter(
     for name in adapter.factors:
         if base.tensors[name].dtype not in FLOAT_DTYPES:
             raise DataError(f"{base_dir}: {name} is {base.tensors[name].dtype}; only 16- and 32-bit weights are merged")
-    require_free_bytes(out_dir.absolute().parent, base.num_bytes, "the merge", "free space, or choose another place")
+    num_bytes = float32_bytes(base) if in_float32 else base.num_bytes
+    what = "the merge in float32" if in_float32 else "the merge"
+    require_free_bytes(out_dir.absolute().parent, num_bytes, what, "free space, or choose another place")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    merger = _Merger(adapter, device)
+    merger = _Merger(adapter, device, in_float32)
     with staged_directory(out_dir, force=force) as staging, memory_errors("the merge"):
         for name in _COMPANIONS:
             if (base_dir / name).is_file():
                 shutil.copyfile(base_dir / name, staging / name)
+        if in_float32:
+            write_json(staging / "config.json", {**base.config, "torch_dtype": "float32"})
         digests = {}
         for number, shard in enumerate(base.shards, start=1):
             if progress is not None:
@@ -128,7 +136,7 @@ def merge_adapter(
             shard_sha256=digests,
             num_changed_tensors=len(adapter.factors),
             num_copied_tensors=len(base.tensors) - len(adapter.factors),
-            num_bytes=base.num_bytes,
+            num_bytes=num_bytes,
             delta_norm=math.sqrt(merger.delta_squares),
             rounding_norm=math.sqrt(merger.rounding_squares),
             device=merger.device,
@@ -136,6 +144,12 @@ def merge_adapter(
         )
         write_json(staging / RECORD, asdict(record))
     return record
+
+
+def float32_bytes(base: ModelWeights) -> int:
+    """Bytes of a model's weights with every float in float32."""
+    wide = sum(4 * math.prod(t.shape) for t in base.tensors.values() if t.dtype in FLOAT_DTYPES)
+    return wide + sum(t.end - t.begin for t in base.tensors.values() if t.dtype not in FLOAT_DTYPES)
 
 
 def usable_merge(
@@ -182,9 +196,10 @@ def _check_base(base: ModelWeights, expected_sha256: str | None) -> None:
 class _Merger:
     """Writes merged shards and adds up what the merge changed."""
 
-    def __init__(self, adapter: Adapter, device: str) -> None:
+    def __init__(self, adapter: Adapter, device: str, in_float32: bool) -> None:
         self.adapter = adapter
         self.device = device
+        self.in_float32 = in_float32
         self.without_effect: list[str] = []
         self.delta_squares = 0.0
         self.rounding_squares = 0.0
@@ -199,10 +214,16 @@ class _Merger:
                 digest.update(data)
                 out.write(data)
 
-            _copy(source, shard.preamble_bytes, write)
+            if self.in_float32:
+                write(_float32_preamble(shard))
+                source.seek(shard.preamble_bytes)
+            else:
+                _copy(source, shard.preamble_bytes, write)
             for tensor in shard.tensors:
                 factors = self.adapter.factors.get(tensor.name)
-                if factors is None:
+                if factors is None and self.in_float32 and tensor.dtype in FLOAT_DTYPES:
+                    write(_bytes_of(read_tensor(source, tensor).float()))
+                elif factors is None:
                     _copy(source, tensor.end - tensor.begin, write)
                 else:
                     write(self._merge(source, tensor, factors))
@@ -215,15 +236,36 @@ class _Merger:
         a, b = (values.to(self.device, torch.float32) for values in self.adapter.read(factors))
         delta = (b @ a).mul_(factors.scale)
         exact = original.float() + delta  # never in place: a float32 weight is its own .float()
-        merged = exact.to(original.dtype)
+        merged = exact if self.in_float32 else exact.to(original.dtype)
         if not bool(merged.isfinite().all()):
             raise DataError(f"{tensor.name} is not finite after the merge: NaN, or beyond the range of {tensor.dtype}")
-        if torch.equal(merged, original):
+        if torch.equal(merged, original.to(merged.dtype)):
             self.without_effect.append(tensor.name)
         self.largest = max(self.largest, float(merged.abs().max()))
         self.delta_squares += _square_sum(delta)
         self.rounding_squares += _square_sum(exact - merged)
-        return merged.cpu().contiguous().view(torch.uint8).numpy().data
+        return _bytes_of(merged)
+
+
+def _bytes_of(tensor: Any) -> Any:
+    import torch
+
+    return tensor.cpu().contiguous().view(torch.uint8).numpy().data
+
+
+def _float32_preamble(shard: Shard) -> bytes:
+    """The header of a file with the same tensors in the same order, every float in float32."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for tensor in shard.tensors:
+        is_float = tensor.dtype in FLOAT_DTYPES
+        size = 4 * math.prod(tensor.shape) if is_float else tensor.end - tensor.begin
+        dtype = "F32" if is_float else tensor.dtype
+        header[tensor.name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 def _square_sum(tensor: Any) -> float:

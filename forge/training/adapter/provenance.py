@@ -49,12 +49,13 @@ def require_own_base(directory: Path, expected_sha256: str) -> None:
         )
 
 
-def require_own_adapter(run: RunRecord, run_dir: Path, base: ModelWeights) -> int:
+def require_own_adapter(run: RunRecord, run_dir: Path, base: ModelWeights, adapter_dir: Path | None = None) -> int:
     """Bytes of the run's adapter, which must be the one it wrote, whole, of this base, and scaled as it was trained.
 
+    ``adapter_dir``: where it is, if not in ``run_dir/adapter``.
     Raises :class:`DataError`. Parsed in a child process: a run directory may come from elsewhere.
     """
-    adapter_dir = run_dir / "adapter"
+    adapter_dir = adapter_dir or run_dir / "adapter"
     path = adapter_dir / WEIGHTS
     if not path.is_file():
         raise DataError(f"{path} is missing", remedy="train again, or name a run with its adapter")

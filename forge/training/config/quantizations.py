@@ -61,8 +61,8 @@ def _quantized(
     return GgufType(tensor_type, block, bits, True, flagged_kl, refused_kl, needs_imatrix)
 
 
-# The limits: a file that is flagged has lost more than such a file does of a model that was trained well (docs/export.md
-# has what small models lose); one that is refused is broken. Models of a hundred million parameters lose the most.
+# The limits: a file that is flagged has lost more than such a file usually does (docs/export.md has what small models
+# lose, which is the most); one that is refused is broken.
 GGUF_TYPES = {
     "f32": _exact("F32", 32.0, 1e-4, 1e-3),
     "f16": _exact("F16", 16.0, 1e-4, 1e-3),

@@ -44,7 +44,9 @@ class ExportRecord:
     """What an export made; ``export.json``. ``merge`` is the record of the merge, with its digests.
 
     ``quantized_from``: the 16-bit type that the quantised files were made from. ``max_length``: tokens of the longest
-    example that it was trained on. ``steps``: of the export that wrote the record; earlier files took their own.
+    example that it was trained on. ``merge_proof``: the merged weights' divergence from the adapter, by the type that
+    they are stored in. ``imatrix``: on what an importance matrix was collected.
+    ``steps``: of the export that wrote the record; earlier files took their own.
     """
 
     model: str
@@ -61,6 +63,8 @@ class ExportRecord:
     max_length: int | None = None
     system_prompt: str | None = None
     parameters: dict[str, Any] = field(default_factory=dict)
+    merge_proof: dict[str, Any] = field(default_factory=dict)
+    imatrix: dict[str, Any] | None = None
     llama_cpp_commit: str = COMMIT
     llama_cpp_python_version: str = VERSION
     needed_disk_bytes: int = 0

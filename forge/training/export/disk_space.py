@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from forge.training.adapter.merge import float32_bytes
 from forge.training.config.quantizations import GGUF_TYPES, QUANTIZED
+from forge.training.export.proof import reference_bytes
 from forge.training.llamacpp.install import supported_architectures
 from forge.training.models.digests import largest_weight
 from forge.training.models.weights import ModelWeights
@@ -16,14 +18,17 @@ _MARGIN_SHARE = 0.02
 _LARGEST_FLOAT16 = 65504.0
 
 
-def check_quantizations(quantizations: Sequence[str]) -> None:
-    """Raise :class:`ConfigurationError` unless each is known and stands once."""
+def check_quantizations(quantizations: Sequence[str], *, imatrix: bool = True) -> None:
+    """Raise :class:`ConfigurationError` unless each is known, stands once and has the importance matrix it needs."""
     unknown = [name for name in quantizations if name not in GGUF_TYPES]
     if unknown or not quantizations:
         message = f"unknown quantisation {unknown[0]!r}" if unknown else "no quantisation was asked for"
         raise ConfigurationError(message, remedy=f"choose from {', '.join(GGUF_TYPES)}")
     if len(set(quantizations)) != len(quantizations):
         raise ConfigurationError(f"a quantisation appears twice: {', '.join(quantizations)}")
+    needy = [name for name in quantizations if GGUF_TYPES[name].needs_imatrix]
+    if needy and not imatrix:
+        raise ConfigurationError(f"{needy[0]} cannot be made without an importance matrix", remedy="add --imatrix auto")
 
 
 def check_architecture(base: ModelWeights) -> None:
@@ -107,7 +112,14 @@ def peak_disk_bytes(
     while_converting = merged + sum(file_bytes(base, name) for name in converted)
     in_the_end = while_converting - (0 if keeps_merged else merged)
     in_the_end += sum(file_bytes(base, name) for name in quantizations if name in QUANTIZED)
-    return with_margin(max(while_converting, in_the_end)) + 3 * adapter_bytes
+    return with_margin(max(while_converting, in_the_end)) + 3 * adapter_bytes + reference_bytes(base)
+
+
+def float32_peak_bytes(base: ModelWeights, quantizations: Sequence[str]) -> int:
+    """The most bytes at any time of an export whose merge is in float32: the merge, its f32 file, then the files."""
+    wide = float32_bytes(base)
+    made = sum(file_bytes(base, name) for name in quantizations)
+    return with_margin(2 * wide + made) + reference_bytes(base)
 
 
 def with_margin(num_bytes: int) -> int:

@@ -19,6 +19,7 @@ from threading import Thread
 
 from forge.training.adapter.lora import check_adapter, write_canonical_adapter
 from forge.training.config.quantizations import QUANTIZED, Quantization
+from forge.training.export.proven import FileProof
 from forge.training.llamacpp.parent import Answer, Progress, run_child, time_limit_seconds
 from forge.training.models.base import refuse_unsafe_files
 from forge.training.system.errors import CheckError, ConfigurationError, DataError
@@ -46,6 +47,7 @@ class GgufReport:
     pre_tokenizer: str | None
     num_vocabulary_tokens: int | None
     has_chat_template: bool
+    proof: FileProof | None = None  # None: verified only, as an earlier Forge did
 
 
 def convert_to_gguf(

@@ -147,9 +147,19 @@ def open_logits(path: str, lora: str | None, context_tokens: int, cache: str) ->
 
 def write_logits(ids: list[int], rows: list[int], target: str) -> dict[str, Any]:
     """Evaluate a sequence and write the logits after ``rows`` of it: float32, (rows, vocabulary), without a header."""
-    _evaluate(ids)
-    _model.scores[rows].astype("<f4").tofile(target)
+    logits(ids, rows).tofile(target)
     return {}
+
+
+def logits(ids: list[int], rows: list[int]) -> Any:
+    """Evaluate a sequence; the logits after ``rows`` of it, float32 of shape (rows, vocabulary)."""
+    _evaluate(ids)
+    return _model.scores[rows].astype("<f4")
+
+
+def close() -> None:
+    """Give the loaded file back."""
+    _model.close()
 
 
 def continue_greedily(ids: list[int], num_tokens: int, end_ids: list[int]) -> dict[str, Any]:
@@ -204,10 +214,16 @@ def open_vocabulary(path: str) -> dict[str, Any]:
     }
 
 
-def tokenize(texts: list[str], special: bool) -> dict[str, Any]:
+def tokenize(texts: list[str], special: bool, add_bos: bool = True) -> dict[str, Any]:
     """Ids of each text as a prompt would get them, with BOS where the file asks for it; ``special``: control
-    tokens written out are taken for what they name."""
-    return {"ids": [_model.tokenize(text.encode(), add_bos=True, special=special) for text in texts]}
+    tokens written out are taken for what they name. Without ``add_bos`` the text alone."""
+    return {"ids": [_model.tokenize(text.encode(), add_bos=add_bos, special=special) for text in texts]}
+
+
+def detokenize(sequences: list[list[int]]) -> dict[str, Any]:
+    """The text of each sequence of ids, control tokens written out."""
+    texts = [_model.detokenize(ids, special=True) if ids else b"" for ids in sequences]
+    return {"texts": [text.decode("utf-8", "replace") for text in texts]}
 
 
 def render(conversations: list[list[dict[str, str]]]) -> dict[str, Any]:

@@ -34,6 +34,9 @@ TASKS = {
     "convert_lora": "forge.training.llamacpp.converter:convert_lora",
     "check_adapter": "forge.training.adapter.lora:describe_adapter",
     "merge": "forge.training.adapter.merge:merge_adapter",
+    "write_reference": "forge.training.evaluation.divergence:write_reference",
+    "compare_merged": "forge.training.evaluation.divergence:compare_merged",
+    "compare_gguf": "forge.training.evaluation.divergence:compare_gguf",
     "open_chat": "forge.training.llamacpp.answers:open_chat",
     "reply": "forge.training.llamacpp.answers:reply",
     "open_logits": "forge.training.llamacpp.answers:open_logits",
@@ -41,6 +44,7 @@ TASKS = {
     "continue_greedily": "forge.training.llamacpp.answers:continue_greedily",
     "open_vocabulary": "forge.training.llamacpp.answers:open_vocabulary",
     "tokenize": "forge.training.llamacpp.answers:tokenize",
+    "detokenize": "forge.training.llamacpp.answers:detokenize",
     "render": "forge.training.llamacpp.answers:render",
 }
 

@@ -110,7 +110,7 @@ def collect_importance(
     if not collector.sums:
         raise CheckError(f"llama.cpp said nothing of the products in {path}: no importance matrix")
     means = {name: (total / collector.counts[name]).astype(np.float32) for name, total in collector.sums.items()}
-    np.savez(target, **means)
+    np.savez(target, allow_pickle=False, **means)
     return {"num_matrices": len(means), "num_tokens": sum(map(len, sequences))}
 
 

@@ -40,7 +40,9 @@ from forge.training.train.step_log import LOG
 SEAL = "forge-seal.json"
 KEPT = 2  # sealed checkpoints of a run, beside the one it resumed from
 _BEST_RECORD = "best.json"  # beside the best adapter: its step, held-out loss and digest
-_BEST = "best."  # before the names of the best adapter's files: a folder of them would be loaded as a second adapter
+BEST_PREFIX = (
+    "best."  # before the names of the best adapter's files: a folder of them would be loaded as a second adapter
+)
 _NAME = re.compile(r"checkpoint-(\d+)")
 _REQUIRED = (
     *("adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "scheduler.pt"),
@@ -62,7 +64,7 @@ def add_run_state(checkpoint: Path, log: Path, best: Path | None) -> None:
     """Put the step log and the best adapter so far into a checkpoint: copies, so damage to one stays one's own."""
     shutil.copyfile(log, checkpoint / LOG)
     for source in best.iterdir() if best is not None else ():
-        shutil.copyfile(source, checkpoint / (_BEST + source.name))
+        shutil.copyfile(source, checkpoint / (BEST_PREFIX + source.name))
 
 
 def seal(checkpoint: Path, identity: dict[str, str], *, train_seconds: float) -> None:
@@ -170,9 +172,9 @@ def _set_aside(invalid: list[tuple[Path, str, str]]) -> list[str]:
 def restore(checkpoint: Checkpoint, log: Path, best: Path) -> None:
     """Bring the step log and the best adapter back to the moment of the checkpoint."""
     shutil.rmtree(best, ignore_errors=True)
-    for source in checkpoint.path.glob(f"{_BEST}*"):
+    for source in checkpoint.path.glob(f"{BEST_PREFIX}*"):
         best.mkdir(exist_ok=True)
-        shutil.copyfile(source, best / source.name.removeprefix(_BEST))
+        shutil.copyfile(source, best / source.name.removeprefix(BEST_PREFIX))
     shutil.copyfile(checkpoint.path / LOG, log)
 
 

@@ -2,7 +2,7 @@
 
     python -m harness.export.probes.tokens RUN --gguf FILE [--modelfile FILE] [--expect SHA256]
 
-A few hundred awkward strings (:mod:`~harness.export.probes.tokenizer_strings`) are read by the base's tokenizer and by
+A few hundred awkward strings (:mod:`~forge.training.export.awkward_text`) are read by the base's tokenizer and by
 the vocabulary in the GGUF file: once with control tokens as what they name, once as plain text. There are two known
 exceptions, which are counted: text that is not in normal form NFC, which the tokenizer composes and llama.cpp does not
 (it must be equal once composed), and ordinary text that llama.cpp takes for the end of a turn (``</s>`` in Qwen2's
@@ -14,28 +14,25 @@ are in harness/export/answers.py.
 from __future__ import annotations
 
 import argparse
-import re
 import sys
-import unicodedata
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from forge.training.data.conversation import Encoder, load_encoder
 from forge.training.data.records import Message
+from forge.training.export.awkward_text import CONVERSATIONS, awkward_strings
 from forge.training.export.gguf import check_header, memory_limit_bytes
 from forge.training.export.modelfile import parse_modelfile
+from forge.training.export.reading import compare_strings, describe_specials
 from forge.training.llamacpp.parent import Child, time_limit_seconds
 from forge.training.system.errors import DataError
 from forge.training.train.record import completed_record
 from harness.export.answers import Conversation, ModelfileAnswer, SpecialsAnswer, StringsAnswer, TokensAnswer
 from harness.export.probes.go_template import render_chat
 from harness.export.probes.models_under_test import add_run, expected_run
-from harness.export.probes.tokenizer_strings import CONVERSATIONS, awkward_strings
 from harness.measurement.probe_main import probe_main
 
 _MOST_SHOWN = 20  # differences
-_Tokenize = Callable[[list[str]], list[list[int]]]  # ids of each text
 
 
 def compare_tokens(run_dir: Path, gguf: Path, modelfile: Path | None = None) -> TokensAnswer:
@@ -60,7 +57,10 @@ def compare_tokens(run_dir: Path, gguf: Path, modelfile: Path | None = None) -> 
             def llama_cpp_ids(texts: list[str]) -> list[list[int]]:
                 return list(ask("tokenize", texts=texts, special=is_named)["ids"])
 
-            return _compare_strings(awkward_strings(encoder.control), tokenizer_ids, llama_cpp_ids, ordinary_ends)
+            strings = awkward_strings(encoder.control)
+            by_kind, differences = compare_strings(strings, tokenizer_ids, llama_cpp_ids, ordinary_ends)
+            shown = differences[:_MOST_SHOWN]
+            return {"by_kind": by_kind, "num_differing": len(differences), "differences": shown}
 
         opened = ask("open_vocabulary", path=str(gguf.absolute()))
         ordinary_ends = [text for text in opened["ends"].values() if text not in encoder.control]
@@ -77,59 +77,13 @@ def compare_tokens(run_dir: Path, gguf: Path, modelfile: Path | None = None) -> 
         "strings": strings,
         "template_is_equal": opened["chat_template"] == tokenizer.chat_template,
         "conversations": conversations,
-        "specials": _specials(tokenizer, opened, ordinary_ends),
+        "specials": cast(SpecialsAnswer, describe_specials(tokenizer, opened, encoder.control)),
         "modelfile": None if modelfile is None else _modelfile(encoder, modelfile),
     }
 
 
 def _rendered(tokenizer: Any, conversation: list[dict[str, str]]) -> str:
     return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
-
-
-def _compare_strings(
-    strings: dict[str, list[str]], tokenizer_ids: _Tokenize, llama_cpp_ids: _Tokenize, ends: list[str]
-) -> StringsAnswer:
-    """By kind of string: how many, how many equal; and what differs without being a known exception."""
-    by_kind: dict[str, dict[str, int]] = {}
-    differences: list[dict[str, Any]] = []
-    for kind, texts in strings.items():
-        composed = [unicodedata.normalize("NFC", text) for text in texts]
-        ids = (tokenizer_ids(texts), llama_cpp_ids(texts), llama_cpp_ids(composed))
-        counts = by_kind[kind] = {"num_strings": len(texts), "num_equal": 0, "num_not_nfc": 0, "num_end_of_turn": 0}
-        for text, nfc, wanted, read, read_composed in zip(texts, composed, *ids, strict=True):
-            if read == wanted:
-                counts["num_equal"] += 1
-            elif text != nfc and read_composed == wanted:
-                counts["num_not_nfc"] += 1
-            elif any(end in text for end in ends) and _equal_between(nfc, ends, tokenizer_ids, llama_cpp_ids):
-                counts["num_end_of_turn"] += 1
-            else:
-                difference = {"kind": kind, "text": ascii(text)[:120], "wanted": wanted[:24], "found": read[:24]}
-                differences.append(difference)
-    return {"by_kind": by_kind, "num_differing": len(differences), "differences": differences[:_MOST_SHOWN]}
-
-
-def _equal_between(text: str, ends: list[str], tokenizer_ids: _Tokenize, llama_cpp_ids: _Tokenize) -> bool:
-    """Whether both read the pieces of the text between its ends of turn alike."""
-    pieces = re.split("|".join(map(re.escape, ends)), text)
-    return tokenizer_ids(pieces) == llama_cpp_ids(pieces)
-
-
-def _specials(tokenizer: Any, opened: dict[str, Any], ordinary_ends: list[str]) -> SpecialsAnswer:
-    """BOS, EOS and padding as the tokenizer has them, as the file says them and as llama.cpp uses them."""
-    bos, eos, probe_ids = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer("a")["input_ids"]
-    return {
-        "tokenizer": {"bos": bos, "eos": eos, "padding": tokenizer.pad_token_id},
-        "written": opened["written"],
-        "used": opened["used"],
-        "tokenizer_adds_bos": probe_ids[0] == bos,
-        "llama_cpp_adds_bos": opened["adds_bos"],
-        "tokenizer_adds_eos": probe_ids[-1] == eos,
-        "llama_cpp_adds_eos": opened["adds_eos"],
-        "ends_of_turn": sorted(opened["ends"].values()),
-        "eos_ends_a_turn": str(eos) in opened["ends"],
-        "ordinary_text_that_ends_a_turn": sorted(ordinary_ends),
-    }
 
 
 def _modelfile(encoder: Encoder, modelfile: Path) -> ModelfileAnswer:

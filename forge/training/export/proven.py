@@ -1,0 +1,40 @@
+"""What is shown of a GGUF file; part of ``export.json``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from forge.training.evaluation.divergence import Divergence
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What was compared, and by check (``tokens``, ``specials``, ``template``) what was found wrong."""
+
+    num_strings: int
+    num_documents: int
+    num_conversations: int
+    num_known_differences: int
+    faults: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FileProof:
+    """What was shown of a file. KL in nats per prediction; ``*_limit`` allow for what the merge's rounding cost.
+
+    ``text``: on what. ``stops``: whether its answer ended by itself, ``None`` where the adapter's does not.
+    ``kl_without_imatrix``: of the same type made without an importance matrix, where one was tried. ``flags``: what its
+    owner should know.
+    """
+
+    reading: Reading
+    text: str
+    predictions: Divergence
+    flagged_limit: float
+    refused_limit: float
+    question: str
+    answer: str
+    stops: bool | None
+    flags: list[str] = field(default_factory=list)
+    uses_imatrix: bool = False
+    kl_without_imatrix: float | None = None
