@@ -14,7 +14,6 @@ from forge.training.system.errors import ConfigurationError
 
 _HALVES = frozenset({"F16", "BF16"})
 _LARGER = _HALVES | {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL"}
-_IN_MIXTURES = frozenset({"IQ4_NL"})  # which llama.cpp puts some matrices of a good IQ file in
 _BLOCKS_OF_32 = {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL"}
 
 
@@ -41,7 +40,7 @@ class GgufType:
     def fallbacks(self) -> frozenset[str]:
         """What llama.cpp stores instead, without an error, where a row does not divide into blocks."""
         if self.block > 32:
-            return _LARGER - {self.tensor_type} - (_IN_MIXTURES if self.tensor_type.startswith("IQ") else frozenset())
+            return _LARGER
         return _HALVES if self.block > 1 else frozenset()
 
     @property

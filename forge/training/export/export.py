@@ -135,13 +135,15 @@ def _make_missing(
     dropped = () if before is not None else folder.own
     with folder.staged(dropped) as staging:
         try:
-            if missing:
-                work.measure_reference(staging / "reference")
             merged_dir = run_dir / "merged" if keep_merged or merged is not None else staging / "merged"
-            if merges:
-                merged = work.merge(merged_dir, force=keep_merged)
+            with work.proof.open_reference():
+                if missing:
+                    work.measure_reference(staging / "reference")
+                if merges:
+                    merged = work.merge(merged_dir, force=keep_merged)
+                if merged is not None and missing:
+                    merged_dir = _spare_from_rounding(work, merged_dir, staging, merged, missing)
             if merged is not None and missing:
-                merged_dir = _spare_from_rounding(work, merged_dir, staging, merged, missing)
                 work.convert(merged_dir, staging, missing)
             if merged_dir.parent == staging:
                 shutil.rmtree(merged_dir, ignore_errors=True)

@@ -71,10 +71,18 @@ class Proof:
         self.folder = Path()  # of the stored predictions
         self.reference_dtype = "float32"
         self.merge_kl = 0.0  # of the merged weights that files are made from
+        self._torch: Child | None = None
         fact = next((fact.question for fact in self.workload.evaluation.facts), _QUESTION)
         prompt = question_ids(encoder, fact, self.workload.data.system_prompt).tolist()
         self.asked = _Asked(fact, prompt, [], ends=False)
         self.end_ids = _end_ids(encoder, base.directory)
+
+    @contextmanager
+    def open_reference(self) -> Iterator[None]:
+        """The child process that computes with the adapter and the merged weights, for the time of the block."""
+        with Child() as self._torch:
+            yield
+        self._torch = None
 
     def measure_reference(self, adapter_dir: Path, folder: Path, progress: Progress) -> Answer:
         """The adapter's predictions on the texts, stored in ``folder``, and its answer, once per export."""
@@ -83,7 +91,8 @@ class Proof:
         self.folder = folder
         progress(f"the adapter's own predictions on {self._described()}")
         num_tokens = sum(len(text.ids) for text in self.texts) + len(self.asked.prompt) + ANSWER_TOKENS
-        answer = run_child(
+        assert self._torch is not None
+        answer = self._torch.ask(
             "write_reference",
             {
                 "base_dir": str(self.base.directory.absolute()),
@@ -103,7 +112,8 @@ class Proof:
 
     def measure_merge(self, merged_dir: Path) -> tuple[Divergence, Answer]:
         """The merged weights' predictions against the adapter's; both are computed alike."""
-        answer = run_child(
+        assert self._torch is not None
+        answer = self._torch.ask(
             "compare_merged",
             {"merged_dir": str(merged_dir.absolute()), "folder": str(self.folder.absolute())},
             doing="compare the merged weights with the adapter",

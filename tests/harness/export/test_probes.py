@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from forge.training.export.awkward_text import awkward_strings
 from forge.training.export.modelfile import chatml_template
 from forge.training.system.environment import ROOT
 from forge.training.system.errors import CheckError
 from harness.export.probes.go_template import render_chat
-from forge.training.export.awkward_text import awkward_strings
 from harness.export.suite import PROBES
 from tests.support.export_answers import file_of
 
