@@ -82,10 +82,11 @@ def print_export(record: ExportRecord, console: Console) -> None:
     from rich.table import Table
 
     files = Table(title=f"export: {record.model}", title_justify="left")
-    for column in ("file", "GB", "tensor types", "sha256"):
+    for column in ("file", "GB", "KL to the adapter", "same top token", "tensor types", "sha256"):
         files.add_column(column, overflow="fold")
     for report in record.all_files():
-        files.add_row(report.name, f"{report.num_bytes / 1e9:.3f}", _types(report), report.sha256[:12])
+        size, digest = f"{report.num_bytes / 1e9:.3f}", report.sha256[:12]
+        files.add_row(report.name, size, *_predictions(report), _types(report), digest)
     steps = Table(title="steps", title_justify="left")
     for column in ("step", "seconds", "GB written", "peak memory, GB"):
         steps.add_column(column, justify="left" if column == "step" else "right")
@@ -95,6 +96,8 @@ def print_export(record: ExportRecord, console: Console) -> None:
         )
     console.print(files)
     console.print(steps)
+    if text := _compared_on(record):
+        say(console, text)
     for note in record.notes:
         say(console, note, "note: ")
     say(console, shown_path(Path(record.out_dir)), "export: ")
@@ -178,10 +181,34 @@ def _license(base_dir: Path) -> dict[str, str]:
 def _files(export: ExportRecord) -> str:
     rows = []
     for report in export.all_files():
-        rows.append((f"`{report.name}`", f"{report.num_bytes:,}", _types(report), f"`{report.sha256}`"))
-    table = _table(("file", "bytes", "tensors", "SHA-256"), rows)
+        size, digest = f"{report.num_bytes:,}", f"`{report.sha256}`"
+        rows.append((f"`{report.name}`", size, *_predictions(report), _types(report), digest))
+    table = _table(("file", "bytes", "KL to the adapter", "same top token", "tensors", "SHA-256"), rows)
+    if compared := _compared_on(export):
+        table += f"\n\n{compared}"
     checked = "Each file was loaded with every value checked, by the llama.cpp that made it"
     return f"## Files\n\n{table}\n\n{checked} ({export.llama_cpp_commit}); `sha256sum -c SHA256SUMS` checks your copy."
+
+
+def _predictions(report: GgufReport) -> tuple[str, str]:
+    """Mean KL of the adapter's predictions to the file's, what an importance matrix gained, and the same top tokens."""
+    if report.proof is None:
+        return "", ""
+    found, plain = report.proof.predictions, report.proof.kl_without_imatrix
+    without = f" ({plain:.1e} without imatrix)" if report.proof.uses_imatrix and plain is not None else ""
+    return f"{found.mean_kl:.1e}{without}", f"{found.same_top_share:.1%}"
+
+
+def _compared_on(export: ExportRecord) -> str:
+    """On what the files were compared with the adapter; empty where they were not."""
+    proofs = [report.proof for report in export.files if report.proof is not None]
+    if not proofs:
+        return ""
+    found = proofs[0].predictions
+    text = f"KL in nats per token, on {found.num_predictions:,} tokens of {found.num_documents:,} {proofs[0].text}"
+    merges = {name: values["mean_kl"] for name, values in export.merge_proof.items() if isinstance(values, dict)}
+    merged = ", ".join(f"{kl:.1e} in {'the ' if name != 'float32' else ''}{name}" for name, kl in merges.items())
+    return f"{text}; of the merged weights {merged}." if merged else f"{text}."
 
 
 def _types(report: GgufReport) -> str:
