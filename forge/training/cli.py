@@ -143,7 +143,9 @@ def dataset(
 
 @app.command()
 def base(
-    path: Annotated[str, typer.Argument(metavar="BASE", help="tiny, small, qwen2-7b, a directory or a hub name.")],
+    path: Annotated[
+        str, typer.Argument(metavar="BASE", help="smollm2, tiny, small, qwen2-7b, a directory or a hub name.")
+    ],
     revision: Annotated[str | None, typer.Option("--revision", help="A hub revision.")] = None,
     offline: Annotated[bool | None, typer.Option("--offline/--online", help="Never or always ask the hub.")] = None,
 ) -> None:
@@ -501,10 +503,12 @@ def run(
         del os.environ[STEP_OF_RUN]
         if (run_dir / "run.json").is_file():
             _refresh_report(run_dir)
+    if not as_json:
+        print_outcome(outcome, results())
+    outcome.require_success()
     if as_json:
         print_json(outcome)
     else:
-        print_outcome(outcome, results())
         _say_next(run_dir)
 
 

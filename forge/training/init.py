@@ -30,7 +30,7 @@ from forge.training.config.workload import InstructionRule, Workload, load_workl
 from forge.training.config.yaml import dump_yaml
 from forge.training.data.corpus import CorpusReport, build_corpus, reasons
 from forge.training.data.facts import DraftFact, draft_facts
-from forge.training.models.base import STANDINS, refuse_unknown_name
+from forge.training.models.base import SHORT_NAMES, refuse_unknown_name
 from forge.training.system.command import counted, printable, rows_table
 from forge.training.system.environment import describe_gpu, package_version
 from forge.training.system.errors import ConfigurationError, DataError, DiskError, ForgeError
@@ -237,13 +237,13 @@ def _content(
 
 
 def _base_path(base: str, output: Path) -> str:
-    return _relative(Path(base), output) if base not in STANDINS and Path(base).is_dir() else base
+    return _relative(Path(base), output) if base not in SHORT_NAMES and Path(base).is_dir() else base
 
 
 def _relative(folder: Path, output: Path) -> str:
     """The folder as the config names it: relative to itself, unless that means something else there."""
     relative = os.path.relpath(folder.resolve(), output.absolute().parent.resolve())
-    if relative.startswith("~") or relative in (*STANDINS, "embedded"):
+    if relative.startswith("~") or relative in (*SHORT_NAMES, "embedded"):
         return str(folder.resolve())
     return relative if relative.startswith(".") else f"./{relative}"
 

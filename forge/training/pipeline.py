@@ -5,22 +5,25 @@ from __future__ import annotations
 import shutil
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forge.training.backends import Backend
 from forge.training.checks.machine import check_llama_cpp
-from forge.training.config.workload import Workload
+from forge.training.config.workload import EvaluationSection, Workload
+from forge.training.data.questions import holds_answer
 from forge.training.evaluation.evaluate import (
     DEFAULT_SUBJECTS,
     has_anything_to_evaluate,
     stored_evaluation,
 )
-from forge.training.export.chat import answer
+from forge.training.evaluation.record import Evaluation, FactAnswer
+from forge.training.export.chat import Settings, open_conversation
 from forge.training.export.disk_space import peak_disk_bytes
 from forge.training.models.weights import read_weights
-from forge.training.system.command import counted, say, shown_path
+from forge.training.system.command import counted, printable, say, shown_path
 from forge.training.system.errors import CheckError, DataError, ForgeError
 from forge.training.system.files import read_json_object, remove, sha256_file, write_json
 from forge.training.system.signals import run_following
@@ -32,14 +35,25 @@ if TYPE_CHECKING:
 
 @dataclass
 class Outcome:
-    """Seconds that each step took when it was done, what each GGUF answered, and the closing line."""
+    """Seconds that each step took when it was done, what each GGUF answered, and the closing line.
+
+    ``base_answers``: by question. ``faults``: why the run is not accepted.
+    """
 
     run_dir: str
     seconds: dict[str, float | None] = field(default_factory=dict)
     answers: list[dict[str, Any]] = field(default_factory=list)
+    base_answers: dict[str, str] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
     verdict: str = ""
 
+    def require_success(self) -> None:
+        """Raise :class:`CheckError` where the run has faults that its config does not allow."""
+        if self.faults:
+            raise CheckError(self.verdict, remedy="train longer, or look at the answers in report.html")
 
+
+_SHOWN_CHARACTERS = 200
 _RESUMABLE = (5, 6, 9, 130, 143)  # memory, disk, a lock, an interruption
 # What a step leaves: a step that leaves the same bytes as before found nothing to do.
 _RESULTS = {"train": "run.json", "evaluate": "evaluation.json", "export": "export/SHA256SUMS"}
@@ -59,8 +73,8 @@ def run_pipeline(
     """Train, evaluate, export and ask every exported GGUF the config's facts.
 
     Each step compares what it would use with what it used, and says so where there is nothing to do. Where nothing
-    was held out and no facts are asked there is nothing to evaluate, and the export follows. Raises the step's error,
-    and :class:`CheckError` if a fact that should be there after training is not.
+    was held out and no facts are asked there is nothing to evaluate, and the export follows. Raises the step's error;
+    whether the run is accepted, :meth:`Outcome.require_success` says.
     """
     list(check_llama_cpp())  # before hours are spent: training alone does without it
     before = _outcome_before(run_dir)
@@ -138,47 +152,102 @@ def _digest(path: Path) -> str | None:
 
 
 def _ask_all(workload: Workload, run_dir: Path) -> list[dict[str, Any]]:
-    rows = []
-    for model in sorted((run_dir / "export").glob("*.gguf")):
+    facts, rows = workload.evaluation.facts, []
+    settings = Settings(workload.data.system_prompt, max_tokens=workload.evaluation.max_new_tokens, gpu_layers=0)
+    for model in sorted((run_dir / "export").glob("*.gguf")) if facts else ():
         if model.stem.endswith("-lora"):
             continue
-        for fact in workload.evaluation.facts:
-            text = answer(
-                model, fact.question, system=workload.data.system_prompt, max_tokens=workload.evaluation.max_new_tokens
-            )
-            rows.append({"model": model.name, "question": fact.question, "answer": text, "found": fact.answer in text})
+        with open_conversation(model, settings) as opened:
+            for fact in facts:
+                opened.reset()
+                text = opened.say(fact.question)
+                found = holds_answer(text, fact.answer)
+                rows.append({"model": model.name, "question": fact.question, "answer": text, "found": found})
     return rows
 
 
 def _judge(workload: Workload, run_dir: Path, outcome: Outcome) -> None:
-    """The facts: absent before, present after, in every form of the model; only told where they are not required."""
+    """Say in ``outcome`` what the run has proven, and what is wrong where the config insists on it."""
     path = run_dir / "evaluation.json"
-    evaluation = read_json_object(path) if path.is_file() else {}
-    wrong = [f"{row['model']} does not say it: {row['answer']!r:.200}" for row in outcome.answers if not row["found"]]
-    for row in evaluation.get("facts", []):
-        expected = row["subject"] != "base"
-        if row["found"] != expected:
-            verb = "does not say it" if expected else "knew it before training"
-            wrong.append(f"{row['subject']} {verb}: {row['answer']!r:.200}")
-    if wrong and workload.evaluation.require_facts:
-        raise CheckError("the planted fact: " + "; ".join(wrong), remedy="train longer, or look at evaluation.json")
+    evaluation = Evaluation.model_validate(read_json_object(path)) if path.is_file() else None
+    outcome.base_answers = {row.question: row.answer for row in _rows(evaluation, "base")}
+    wrong = find_faults(workload.evaluation, evaluation, outcome.answers)
     files = counted(len(list((run_dir / "export").glob("*.gguf"))), "GGUF file")
+    loss = ""
+    if evaluation is not None and (pair := _loss_change(evaluation)) is not None:
+        loss = f"; held-out loss {pair[0]:.3f} -> {pair[1]:.3f} nats per token"
+        best = completed_record(run_dir).losses.best_step
+        loss += f" (best checkpoint: step {best})" if best is not None else ""
     if not workload.evaluation.facts:
-        outcome.verdict = f"done: {files}, verified; no facts to ask (evaluation.facts)"
+        outcome.verdict = f"done: {files}, verified; no facts to ask (evaluation.facts){loss}"
+    elif wrong and workload.evaluation.require_facts:
+        outcome.faults = wrong
+        outcome.verdict = f"FAIL: {'; '.join(wrong)}{loss}"
     elif wrong:
         right = sum(row["found"] for row in outcome.answers)
         outcome.verdict = (
             f"done: {files}, verified; {right} of {len(outcome.answers)} answers hold the fact that was asked for"
-            " (evaluation.require_facts is false: no failure)"
+            f" (evaluation.require_facts is false: no failure){loss}"
         )
     else:
-        facts = counted(len(workload.evaluation.facts), "fact")
-        outcome.verdict = f"PASS: {files}, verified; each answers {facts} that the base did not know"
+        outcome.verdict = f"PASS: {files}, verified; {_described(workload.evaluation)}{loss}"
+
+
+def find_faults(
+    wanted: EvaluationSection, evaluation: Evaluation | None, gguf_answers: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """What speaks against a run, a line each: a fact that the base knew or a trained model does not, something known
+    that was forgotten, a held-out loss that did not fall.
+
+    ``gguf_answers``: rows of ``model``, ``question`` and ``found``.
+    """
+    new = [fact.question for fact in wanted.facts if not fact.known]
+    known = [fact.question for fact in wanted.facts if fact.known]
+    faults, found = [], {row.question: row.found for row in _rows(evaluation, "base")}
+    faults += [f"the base knew it before training: {question}" for question in new if found.get(question)]
+    faults += [f"the base does not know it: {question}" for question in known if not found.get(question, True)]
+    said: dict[str, dict[str, bool]] = {}
+    for row in evaluation.facts if evaluation is not None else ():
+        if row.subject != "base":
+            said.setdefault(row.subject, {})[row.question] = row.found
+    for answer in gguf_answers:
+        said.setdefault(str(answer["model"]), {})[str(answer["question"])] = bool(answer["found"])
+    needed = len(new) if wanted.min_facts is None else min(wanted.min_facts, len(new))
+    for model, answers in said.items():
+        num_right = sum(answers.get(question, False) for question in new)
+        if num_right < needed:
+            faults.append(f"{model} answers {num_right} of {counted(len(new), 'fact')}, and {needed} are wanted")
+        faults += [f"{model} has forgotten it: {question}" for question in known if not answers.get(question, False)]
+    change = _loss_change(evaluation) if evaluation is not None else None
+    if change is not None and not change[1] < change[0]:
+        faults.append(f"held-out loss did not fall: {change[0]:.4f} -> {change[1]:.4f} nats per token")
+    return faults
+
+
+def _rows(evaluation: Evaluation | None, subject: str) -> list[FactAnswer]:
+    return [row for row in evaluation.facts if row.subject == subject] if evaluation is not None else []
+
+
+def _loss_change(evaluation: Evaluation) -> tuple[float, float] | None:
+    """Held-out nats per token of the base and of what is exported; ``None`` where nothing was held out."""
+    losses = {row.subject: row.nats_per_token for row in evaluation.subjects}
+    before, after = losses.get("base"), losses.get("merged", losses.get("adapter"))
+    return None if before is None or after is None else (before, after)
+
+
+def _described(wanted: EvaluationSection) -> str:
+    num_known = sum(fact.known for fact in wanted.facts)
+    num_new = len(wanted.facts) - num_known
+    least = num_new if wanted.min_facts is None else min(wanted.min_facts, num_new)
+    what = f"each answers {'at least ' if least < num_new else ''}{least} of {counted(num_new, 'fact')}"
+    what += " that the base did not know"
+    return what + (f", and {counted(num_known, 'thing')} that it knew" if num_known else "")
 
 
 def print_outcome(outcome: Outcome, console: Console) -> None:
-    """Seconds of each step, and what the models answered."""
+    """Seconds of each step, what base and GGUF files answered to each question, and the closing line."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title="run", title_justify="left")
     table.add_column("step")
@@ -186,7 +255,25 @@ def print_outcome(outcome: Outcome, console: Console) -> None:
     for name, seconds in outcome.seconds.items():
         table.add_row(name, "before" if seconds is None else f"{seconds:.1f}")
     console.print(table)
-    for row in outcome.answers:
-        say(console, row["answer"], f"{row['model']}: ")
+    if outcome.answers:
+        models = list(dict.fromkeys(str(row["model"]) for row in outcome.answers))
+        answers = Table(title="answers", title_justify="left", show_lines=True)
+        for name in ("question", "base", *models):
+            answers.add_column(Text(name), overflow="fold")
+        said = {(row["question"], row["model"]): row for row in outcome.answers}
+        for question in dict.fromkeys(str(row["question"]) for row in outcome.answers):
+            cells = [_shown(outcome.base_answers.get(question, "(not asked)"))]
+            for model in models:
+                row = said[question, model]
+                cells.append(f"{'yes' if row['found'] else 'NO'}: {_shown(row['answer'])}")
+            answers.add_row(*(Text(cell) for cell in (question, *cells)))
+        console.print(answers)
     say(console, shown_path(Path(outcome.run_dir)), "run directory: ")
-    say(console, outcome.verdict)
+    if not outcome.faults:
+        say(console, outcome.verdict)
+
+
+def _shown(text: str) -> str:
+    """An answer on one line, its beginning."""
+    line = printable(" ".join(text.split()))
+    return line if len(line) <= _SHOWN_CHARACTERS else f"{line[:_SHOWN_CHARACTERS]} ..."

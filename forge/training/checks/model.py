@@ -16,7 +16,8 @@ from forge.training.data.conversation import load_encoder
 from forge.training.data.examples import Examples, describe_left_out
 from forge.training.data.inputs import corpus_paths, encode_corpus, refuse_too_long
 from forge.training.export.disk_space import check_architecture, check_range, check_row_sizes
-from forge.training.models.base import STANDINS, require_gpu_to_make, resolve_base
+from forge.training.models import smollm2
+from forge.training.models.base import STANDINS, hub_is_off, require_gpu_to_make, resolve_base
 from forge.training.models.lora_targets import refuse_targets
 from forge.training.models.qwen2 import config_json, tensor_shapes
 from forge.training.models.weights import ModelWeights, Shard, Tensor, read_weights
@@ -37,10 +38,12 @@ def find_base(workload: Workload, has_gpu: bool) -> tuple[ModelWeights | None, l
             return read_weights(made[-1].parent), [ok("model", f"the stand-in {path}")]
         require_gpu_to_make(path, lambda: has_gpu)
         return _planned_standin(path), [ok("model", f"the stand-in {path} will be made {STANDINS[path].making}, once")]
+    is_offline = hub_is_off(workload.model.offline)
+    if path == smollm2.NAME:
+        return _find_smollm2(is_offline)
     if Path(path).is_dir():
         base = read_weights(resolve_base(path))
         return base, [ok("model", f"{base.num_parameters / 1e9:.2f} billion parameters in {path}")]
-    is_offline = os.environ.get("HF_HUB_OFFLINE") == "1" if workload.model.offline is None else workload.model.offline
     try:
         base = read_weights(resolve_base(path, offline=True, revision=workload.model.revision))
     except MachineError:
@@ -48,6 +51,17 @@ def find_base(workload: Workload, has_gpu: bool) -> tuple[ModelWeights | None, l
             raise
         return None, [warning("model", f"{path} is not on this machine and will be fetched from the hub")]
     return base, [ok("model", f"{path}, {base.num_parameters / 1e9:.2f} billion parameters, in the hub's cache")]
+
+
+def _find_smollm2(is_offline: bool) -> tuple[ModelWeights | None, list[Finding]]:
+    if smollm2.directory().is_dir():
+        return read_weights(smollm2.directory()), [ok("model", "SmolLM2-135M-Instruct")]
+    if not is_offline and not smollm2.wheel_path().is_file():
+        return None, [
+            warning("model", "SmolLM2-135M-Instruct is not on this machine and will be fetched (93 MB), once")
+        ]
+    smollm2.provide_wheel(offline=is_offline)
+    return None, [ok("model", "SmolLM2-135M-Instruct will be made in seconds, once")]
 
 
 def _planned_standin(name: str) -> ModelWeights:

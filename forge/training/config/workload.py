@@ -61,7 +61,7 @@ class ModelSection(_Section):
     """The base model."""
 
     path: PathText = "tiny"
-    """a directory, a hub name (OWNER/NAME), or tiny, small, qwen2-7b (made on the spot, for trials)"""
+    """a directory, a hub name (OWNER/NAME), smollm2 (small and real), or tiny, small, qwen2-7b (for trials)"""
     revision: str | None = None
     """of the hub: a branch, tag or commit"""
     quantization: Literal["none", "nf4"] = "none"
@@ -73,7 +73,10 @@ class ModelSection(_Section):
 
 
 class InstructionRule(_Section):
-    """Documents whose path begins with ``prefix`` get ``text``, in which ``{path}`` is replaced."""
+    """Documents whose path begins with ``prefix`` get ``text``, in which ``{path}`` and ``{title}`` are replaced.
+
+    ``{title}``: the heading that the document begins with. It is asked, so it is no part of the answer.
+    """
 
     prefix: str
     text: str
@@ -101,7 +104,8 @@ class DataSection(_Section):
     validation_share: Share = 0.1
     """share of the documents held out of training, to judge by"""
     instructions: tuple[InstructionRule, ...] = Field(default=(), strict=False)
-    """what is asked of documents by the beginning of their path: [{prefix: docs/, text: "Explain `{path}`"}]"""
+    """what is asked of documents by the beginning of their path: [{prefix: docs/, text: "Explain `{path}`"}];
+    with "{title}" the first heading is asked, and the text below it is the answer"""
     system_prompt: str | None = None
     """stands before every example, and in the Modelfile"""
     max_length: Positive = 2048
@@ -214,10 +218,12 @@ class TrainingSection(_Section):
 
 
 class Fact(_Section):
-    """A question whose greedy answer must contain ``answer`` after training and not before."""
+    """A question whose greedy answer must hold ``answer`` after training, and before it only where ``known``."""
 
     question: str
     answer: str
+    known: bool = False
+    """the base answers it, and must still do so after training: has it forgotten anything?"""
 
 
 class EvaluationSection(_Section):
@@ -228,9 +234,12 @@ class EvaluationSection(_Section):
     max_new_tokens: Positive = 64
     """of each answer"""
     facts: tuple[Fact, ...] = Field(default=(), strict=False)
-    """[{question: ..., answer: ...}]: the answer is found where it stands, letter by letter, in the model's"""
+    """[{question: ..., answer: ...}]: it is found where the model's answer holds its words; with known: true, one that
+    the base knows and must not forget"""
+    min_facts: Annotated[int, Field(ge=0)] | None = None
+    """so many of the facts that are not known beforehand suffice; null: all of them"""
     require_facts: bool = True
-    """`forge run` fails (exit code 8) where a fact is known before training or not after it; false: only says so"""
+    """`forge run` fails (exit code 8) where that is not so, or held-out loss did not fall; false: only says so"""
 
 
 class GateSection(_Section):
@@ -322,7 +331,7 @@ def changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 _PATHS = (("model", "path"), ("data", "documents"), ("data", "train"), ("data", "validation"))
 _SOURCES = ("documents", "train")
-_WORDS = {"tiny", "small", "qwen2-7b", "embedded"}
+_WORDS = {"tiny", "small", "qwen2-7b", "smollm2", "embedded"}
 # Of transformers, peft and the configs of other tools.
 _NAMES_ELSEWHERE = {
     **dict.fromkeys(("base_model", "model_name_or_path", "model_id"), "model.path"),

@@ -41,6 +41,7 @@ _NUM_LINES_SHOWN = 10
 _SALT = b"forge held-out documents 1\0"
 _DEFAULT_RULE = InstructionRule(prefix="", text="Set out the ideas, facts and principles of the document `{path}`")
 
+_TITLED = re.compile(r"\s*#{1,6}[ \t]+(?P<title>[^\n]*[^\s#])[ \t#]*\n\s*(?P<rest>\S.*)", re.DOTALL)
 _CONTROL_MARKER = re.compile(r"<\|[A-Za-z0-9_]{1,40}\|>")
 _MARKDOWN_SUFFIXES = frozenset({".md", ".markdown", ".mdown", ".mkd", ".mdx"})
 # How Markdown names the language of a fence: the name, then suffixes and whole names of files.
@@ -232,12 +233,23 @@ def render_document(path: str, text: str) -> str:
 
 def _record_line(document: Document, rules: Sequence[InstructionRule]) -> str:
     rule = next(rule for rule in (*rules, _DEFAULT_RULE) if document.path.startswith(rule.prefix))
-    record = {
-        "instruction": rule.text.replace("{path}", document.path),
-        "input": "",
-        "output": document.text if document.is_markdown else render_document(document.path, document.text),
-    }
-    return json.dumps(record, ensure_ascii=False) + "\n"
+    output = document.text if document.is_markdown else render_document(document.path, document.text)
+    words = {"{path}": document.path}
+    if "{title}" in rule.text:
+        words["{title}"], output = _title_and_rest(document.path, output)
+    instruction = re.sub(r"\{(?:path|title)\}", lambda match: words[match[0]], rule.text)
+    return json.dumps({"instruction": instruction, "input": "", "output": output}, ensure_ascii=False) + "\n"
+
+
+def _title_and_rest(path: str, text: str) -> tuple[str, str]:
+    """The heading that a document begins with, and the text below it. Raises :class:`DataError` if one is missing."""
+    match = _TITLED.fullmatch(text)
+    if match is None:
+        raise DataError(
+            f"{path} does not begin with a heading and text below it, and its rule in data.instructions asks {{title}}",
+            remedy="begin it with a line `# What is asked`, or use {path} in that rule",
+        )
+    return match["title"], match["rest"]
 
 
 def _write(targets: list[Path], sides: list[list[str]]) -> list[Output]:

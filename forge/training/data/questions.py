@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,12 @@ def question_ids(encoder: Encoder, question: str, system_prompt: str | None) -> 
     """
     talk = [Message("system", system_prompt)] if system_prompt is not None else []
     return encode_question(encoder, [*talk, Message("user", question)])
+
+
+def holds_answer(text: str, answer: str) -> bool:
+    """Whether a reply holds an answer's words, one after another and whole; case, width and blanks do not count."""
+    words, wanted = (" ".join(unicodedata.normalize("NFKC", each).casefold().split()) for each in (text, answer))
+    return re.search(rf"(?<!\w){re.escape(wanted)}(?!\w)", words) is not None
 
 
 def assistant_opening(encoder: Encoder) -> list[int]:

@@ -11,7 +11,7 @@ from typing import Any
 from forge.training.config.workload import Workload
 from forge.training.data.conversation import Encoder, load_encoder
 from forge.training.data.examples import Examples, load_examples
-from forge.training.data.questions import question_ids
+from forge.training.data.questions import holds_answer, question_ids
 from forge.training.evaluation.answers import Prompt, document_prompts, greedy_answer
 from forge.training.evaluation.likelihood import Document, group_documents, measure_nats
 from forge.training.evaluation.neutral_model import NeutralModel
@@ -100,7 +100,11 @@ def measure(subject: str, model: NeutralModel, bench: Bench) -> Measured:
         text = greedy_answer(model, bench.tokenizer, ids, limit)
         facts.append(
             FactAnswer(
-                subject=subject, question=fact.question, expected=fact.answer, answer=text, found=fact.answer in text
+                subject=subject,
+                question=fact.question,
+                expected=fact.answer,
+                answer=text,
+                found=holds_answer(text, fact.answer),
             )
         )
     figures = SubjectResult(subject=subject, seconds=time.perf_counter() - started)

