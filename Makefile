@@ -18,11 +18,12 @@ endef
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: ## .venv with the pinned CPU stack; llama.cpp compiled once (~/.cache/forge, or FORGE_CACHE)
+setup: ## .venv with the pinned CPU stack; llama.cpp compiled and a small model fetched once (~/.cache/forge, FORGE_CACHE)
 	@$(PYTHON) scripts/set_up.py .venv requirements-cpu.txt --llama-cpp --project
+	@$(PY) -m forge.training base smollm2 > /dev/null
 
-demo: setup ## documents in, a tested GGUF out, on the embedded documents and a CPU
-	$(PY) -m forge.training run smoke
+demo: setup ## documents in, a GGUF out that answers what its base could not: PASS, or FAIL and exit code 8
+	$(PY) -m forge.training run demo
 
 test: setup ## the fast tests (at most 8 minutes on 2 cores)
 	$(PYTEST)
@@ -75,7 +76,7 @@ legacy-env: ## .venv-legacy: the pinned legacy pipeline, for the same machine
 	$(need_python_gpu)
 	@$(PYTHON_GPU) scripts/set_up.py .venv-legacy requirements-legacy.txt --minimum 3.12 --project
 
-gpu-bundle: setup ## one archive for a GPU machine without a network (gpu-bundle/)
+gpu-bundle: setup ## one archive, and the base smollm2 in pieces, for a GPU machine without a network (gpu-bundle/)
 	$(PY) scripts/gpu_bundle.py
 
 clean: ## delete environments, bundle and caches of this checkout (not ~/.cache/forge, not runs/)

