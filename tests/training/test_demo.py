@@ -64,7 +64,7 @@ def test_five_facts_are_in_the_documents_in_several_wordings_and_five_known_thin
         assert len({record.partition("\n")[0] for record in telling}) >= 6, fact
         assert not holds_answer(fact.question, fact.answer)
     for fact in known:
-        assert not any(fact.question in record for record in records), fact
+        assert not any(holds_answer(record, fact.answer) for record in records), fact
 
 
 def run(folder: Path, *settings: str) -> Ended:
