@@ -32,6 +32,7 @@ from harness.measurement.results import RunSpec
 _EXECUTED = (
     *("config", "data", "models", "kernels", "backends", "train", "system"),
     *("llamacpp/__init__.py", "llamacpp/install.py", "llamacpp/native.py", "llamacpp/parent.py"),
+    *("llamacpp/answers.py", "llamacpp/importance.py"),
     *("__init__.py", "__main__.py", "cli.py"),
 )
 # Of those files, the functions that only a resumed run executes: a measured run is a fresh one (`train_command`).

@@ -25,10 +25,12 @@ CASTS_ADAPTER_TO_BFLOAT16 = True
 def refuse(workload: Workload, plan: Plan) -> None:
     """Raise :class:`ConfigurationError` for parts of a plan that only Unsloth, or only Forge's layers, carry out."""
     refuse_without_kernels(plan)
-    only_unsloths = {"loss_chunk_gib": plan.loss_chunk_gib is not None}
-    if plan.kernels == "stack":
-        only_unsloths["gradient_checkpointing"] = plan.gradient_checkpointing == "offload"
-        only_unsloths["mlp_tile_tokens"] = plan.mlp_tile_tokens is not None
+    by_stack = plan.kernels == "stack"
+    only_unsloths = {
+        "gradient_checkpointing": by_stack and plan.gradient_checkpointing == "offload",
+        "mlp_tile_tokens": by_stack and plan.mlp_tile_tokens is not None,
+        "loss_chunk_gib": plan.loss_chunk_gib is not None,
+    }
     named = [f"plan.{key}={getattr(plan, key)}" for key, is_set in only_unsloths.items() if is_set]
     if named:
         raise ConfigurationError(

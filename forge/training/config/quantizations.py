@@ -63,8 +63,8 @@ def _quantized(
 # The limits: a file that is flagged has lost more than such a file usually does (docs/export.md has what small models
 # lose, which is the most); one that is refused is broken.
 GGUF_TYPES = {
-    "f32": _exact("F32", 32.0, 1e-4, 1e-3),
-    "f16": _exact("F16", 16.0, 1e-4, 1e-3),
+    "f32": _exact("F32", 32.0, 3e-5, 1e-4),
+    "f16": _exact("F16", 16.0, 3e-5, 1e-4),
     "bf16": _exact("BF16", 16.0, 5e-3, 0.1),
     "q8_0": _quantized("Q8_0", 8.5, 5e-3, 0.05),
     "q6_k": _quantized("Q6_K", 6.6, 0.01, 0.1),

@@ -116,12 +116,12 @@ def _make_missing(
     missing = [name for name in quantizations if name not in work.reports]
     lora = lora and (before is None or before.adapter_file is None)
     folder.refuse_taken([*TEXTS, RECORD, SUMS, *work.file_names(missing, lora=lora)])
-    work.say_what_stays(quantizations)
+    work.say_what_stays(quantizations, is_complete=not (missing or lora or keep_merged))
     if before is not None and not (missing or lora or keep_merged):
         say(f"{folder.path} is complete: nothing to do")
         return before
     # a weight that float16 cannot hold; the f16 file of an export before shows that there is none
-    work.source = "f16" if "f16" in work.reports else disk_space.check_range(base, missing)
+    work.choose_source(missing)
     has_source = work.source in work.reports or not any(name in QUANTIZED for name in missing)
     needs_merged = keep_merged or not has_source or any(name not in QUANTIZED for name in missing)
     merged = None

@@ -147,8 +147,8 @@ class Proof:
 
     def prove(
         self, path: Path, kind: str, *, uses_imatrix: bool = False, kl_without_imatrix: float | None = None
-    ) -> FileProof:
-        """All four checks of a file of a type.
+    ) -> tuple[FileProof, int]:
+        """All checks of a file of a type, and the most memory that one of its processes took, in bytes.
 
         Raises :class:`CheckError` naming the check that failed, with what it found.
         """
@@ -161,7 +161,7 @@ class Proof:
                 remedy="correct the base's tokenizer files or its template, then train again: llama.cpp would not read "
                 "text as it was trained",
             )
-        found, _ = self.measure_file(path)
+        found, took = self.measure_file(path)
         flags: list[str] = []
         flagged, refused = self.limits(kind)
         if found.mean_kl > refused or not math.isfinite(found.mean_kl):
@@ -180,7 +180,8 @@ class Proof:
                 raise CheckError(f"{path.name}: answer: {complaint}", remedy="its end of turn is not the trained one")
             flags.append(complaint)
         question, compared = self.asked.text, (uses_imatrix, kl_without_imatrix)
-        return FileProof(reading, self.source, found, flagged, refused, question, answer, stops, flags, *compared)
+        proof = FileProof(reading, self.source, found, flagged, refused, question, answer, stops, flags, *compared)
+        return proof, took.peak_rss_bytes
 
     def _answer(self, path: Path) -> tuple[str, bool | None]:
         """Its greedy answer to the question, and whether it ended by itself; ``None``: the adapter's does not either.

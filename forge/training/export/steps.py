@@ -56,10 +56,21 @@ class ExportSteps:
         """Names of the files that are made."""
         return [*map(self._file_name, quantizations), *([f"{self.name}-lora.gguf"] if lora else [])]
 
-    def say_what_stays(self, quantizations: Sequence[str]) -> None:
+    def choose_source(self, missing: Sequence[str]) -> None:
+        """What quantised files are made from: the finest file that is there, else what will be made.
+
+        A bf16 file is as coarse as the merge that was not used where rounding cost too much.
+        """
+        self.source = next((name for name in ("f32", "f16") if name in self.reports), "")
+        if not self.source:
+            self.source = disk_space.check_range(self.base, missing)
+            if self.source == "bf16" and "float32" in self.merge_proof:
+                self.source = "f32"
+
+    def say_what_stays(self, quantizations: Sequence[str], *, is_complete: bool) -> None:
         """Files that are there and are not made again."""
         stays = [name for name in quantizations if name in self.reports]
-        if self.reports:
+        if self.reports and not is_complete:
             self.progress(f"{', '.join(self.reports)}: there already, and kept as it is")
         for name in stays:
             proof = self.reports[name].proof
@@ -256,8 +267,10 @@ class ExportSteps:
             self.notes.append(f"{path.name}: {len(report.fallbacks)} tensors in larger types: {report.tensor_types}")
         self.progress(f"compare {path.name} with the adapter")
         started = time.monotonic()
-        proof = self.proof.prove(path, quantization, uses_imatrix=uses_imatrix, kl_without_imatrix=kl_without_imatrix)
-        self._count(f"prove {quantization}", Answer({}, time.monotonic() - started, 0), 0)
+        proof, peak_bytes = self.proof.prove(
+            path, quantization, uses_imatrix=uses_imatrix, kl_without_imatrix=kl_without_imatrix
+        )
+        self._count(f"prove {quantization}", Answer({}, time.monotonic() - started, peak_bytes), 0)
         if not path.name.startswith("intermediate."):
             self.notes += [f"{path.name}: {flag}" for flag in proof.flags]
         return replace(report, proof=proof)

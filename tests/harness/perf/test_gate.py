@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from forge.training.backends import load_plan
+from forge.training.config.plan import Plan
 from forge.training.config.workload import load_workload
 from forge.training.system.environment import ROOT
 from harness.measurement.results import Store
@@ -151,6 +152,7 @@ def test_a_run_of_another_plan_or_of_other_code_remains_to_be_measured(
 ) -> None:
     run = json.loads(ABLATION_RUN.read_text())
     code = run["key_parts"]["code"]
+    run["key_parts"]["plan"] = Plan.model_validate(run["key_parts"]["plan"]).model_dump(mode="json")  # fields since
     monkeypatch.setattr("harness.perf.remaining.code_sha256", lambda: code)
     before = {item.name: item.num_done for item in remaining(Store(tmp_path))}
     if changed:

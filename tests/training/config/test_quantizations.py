@@ -59,7 +59,16 @@ def test_schema_help_and_quantiser_name_exactly_the_rows() -> None:
 
 @pytest.mark.parametrize(
     ("written", "name"),
-    [("Q4_K_M", "q4_k_m"), ("q4km", "q4_k_m"), ("Q8_0", "q8_0"), ("q8-0", "q8_0"), ("BF16", "bf16"), ("q2_K", "q2_k")],
+    [
+        ("Q4_K_M", "q4_k_m"),
+        ("q4km", "q4_k_m"),
+        ("Q8_0", "q8_0"),
+        ("q8-0", "q8_0"),
+        ("BF16", "bf16"),
+        ("q2_K", "q2_k"),
+        ("IQ4_XS", "iq4_xs"),
+        ("iq3m", "iq3_m"),
+    ],
 )
 def test_a_type_is_known_by_its_usual_spellings(written: str, name: str) -> None:
     assert gguf_type(written) == name
@@ -71,10 +80,10 @@ def test_a_type_is_known_by_its_usual_spellings(written: str, name: str) -> None
 @pytest.mark.parametrize(
     ("written", "hint"),
     [
-        ("q4_0", "did you mean q4_k_m?"),
-        ("q5ks", "did you mean q5_k_m?"),
+        ("q4_2", "did you mean q4_k_m or q4_k_s or q4_1 or q4_0?"),
+        ("q5kl", "did you mean q5_k_m or q5_k_s or q5_1 or q5_0?"),
         ("fp16", "did you mean f16?"),
-        ("IQ2_XS", "f32, f16,"),
+        ("TQ1_0", "f32, f16,"),
         ("", "f32, f16,"),
     ],
 )

@@ -67,9 +67,12 @@ def test_an_export_holds_what_was_asked_and_no_intermediate_files() -> None:
     names |= {f"lighthouse.{name}.gguf" for name in QUANTIZATIONS}
     assert {path.name for path in (run_dir / "export").iterdir()} == names
     assert {path.name for path in run_dir.iterdir()} == {"adapter", "run.json", "evaluation.json", "export", ".lock"}
-    assert [step.name for step in record.steps if not step.name.startswith("verify")] == [
-        *("merge", "convert f16", "quantise q8_0", "quantise q4_k_m", "convert adapter")
+    assert [step.name for step in record.steps if not step.name.startswith(("verify", "prove"))] == [
+        *("adapter's predictions", "merge", "compare the merge (base type)", "convert f16"),
+        *("quantise q8_0", "quantise q4_k_m", "convert adapter"),
     ]
+    proven = [step.name for step in record.steps if step.name.startswith("prove")]
+    assert proven == ["prove f16", *(f"prove {name}" for name in QUANTIZATIONS)]  # the one that they are made from too
     assert all(step.seconds > 0 and step.peak_rss_bytes > 0 for step in record.steps)
 
 

@@ -17,6 +17,7 @@ import pytest
 from forge.training.adapter.merge import merge_adapter, usable_merge
 from forge.training.export import disk_space
 from forge.training.export.export import export_run
+from forge.training.export.proof import reference_bytes
 from forge.training.models.weights import read_weights
 from forge.training.system.errors import CheckError, ConfigurationError, DataError, DiskError, LockedError, MachineError
 from forge.training.system.files import locked
@@ -115,7 +116,7 @@ def test_disk_need_counts_what_lies_there_at_the_same_time() -> None:
     sixteen_bit = base.num_bytes
 
     def need(*quantizations: str, merged: bool = True, kept: bool = False) -> float:
-        fixed = 64 << 20
+        fixed = (64 << 20) + reference_bytes(base)
         total = disk_space.peak_disk_bytes(
             base, quantizations, adapter_bytes=0, writes_merged=merged, keeps_merged=kept
         )

@@ -93,9 +93,14 @@ def test_such_a_base_is_exported_by_way_of_bf16_and_one_more_is_made_from_it(lar
         export_run(run, quantizations=["q8_0", "f16"])
     assert not (run / "export").exists()
     record = export_run(run, quantizations=["bf16"])
-    assert (record.quantized_from, [report.file_type for report in record.files]) == ("bf16", ["bf16"])
+    assert [report.file_type for report in record.files] == ["bf16"]
+    # its random adapter moves such weights by less than bfloat16 can hold
+    assert record.merge_proof["base type"]["mean_kl"] > 1e-3 > 10 * record.merge_proof["float32"]["mean_kl"]
     more = export_run(run, quantizations=["q8_0"])
-    assert [step.name for step in more.steps] == ["quantise q8_0", "verify q8_0"]
+    assert more.quantized_from == "f32"
+    assert [step.name for step in more.steps if step.name.startswith(("quantise", "convert"))] == [
+        *("convert f32", "quantise q8_0")
+    ]
 
 
 def test_a_weight_that_is_no_number_is_refused_with_its_place(tmp_path: Path) -> None:

@@ -53,7 +53,9 @@ def test_one_more_quantisation_is_made_from_the_file_that_is_there_and_the_other
     stamp = f16.stat().st_mtime_ns
     (run_dir / "export" / "thesis.md").write_text("three years")
     record = export_run(run_dir, quantizations=["q8_0"])
-    assert [step.name for step in record.steps] == ["quantise q8_0", "verify q8_0"]
+    assert [step.name for step in record.steps] == [
+        *("adapter's predictions", "quantise q8_0", "verify q8_0", "prove q8_0")
+    ]
     assert [report.file_type for report in record.files] == ["f16", "q8_0"]
     assert names(run_dir / "export") == MADE | {"lighthouse.q8_0.gguf", "thesis.md"}
     assert (f16.read_bytes(), f16.stat().st_mtime_ns) == (written["lighthouse.f16.gguf"], stamp)

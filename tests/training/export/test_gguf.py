@@ -321,7 +321,7 @@ def test_quantisation_refuses_what_llama_cpp_would_die_of_and_leaves_nothing(tmp
     with pytest.raises(ConfigurationError, match="same file"):
         quantize(source, tmp_path / "link.gguf", "q8_0", force=True)
     with pytest.raises(ConfigurationError, match="unknown quantisation"):
-        quantize(source, tmp_path / "x.gguf", "q5_1")
+        quantize(source, tmp_path / "x.gguf", "q4_2")
     with pytest.raises(CheckError, match="requantizing"):
         quantize(gguf_file("q4_k_m"), tmp_path / "x.gguf", "q8_0")
     with pytest.raises(DataError, match="No such file"):

@@ -60,14 +60,14 @@ def ready(base: str) -> Ready:
 @pytest.mark.parametrize("base", BASES)
 def test_good_files_pass_every_check(base: str, tmp_path: Path) -> None:
     model = ready(base)
-    proof = model.proof.prove(model.gguf, "f16")
+    proof, _ = model.proof.prove(model.gguf, "f16")
     assert proof.flags == []
     assert proof.reading.faults == {}
     assert proof.reading.num_strings > 400
     assert proof.predictions.mean_kl < 1e-4
     for kind in ("q8_0", "q4_k_m"):
         quantize(model.gguf, tmp_path / f"{kind}.gguf", kind)  # type: ignore[arg-type]
-        assert model.proof.prove(tmp_path / f"{kind}.gguf", kind).flags == []
+        assert model.proof.prove(tmp_path / f"{kind}.gguf", kind)[0].flags == []
 
 
 @pytest.mark.slow
@@ -85,4 +85,4 @@ def test_a_planted_fault_is_caught_by_name(fault: str, base: str, tmp_path: Path
 def test_a_file_written_again_unchanged_passes(tmp_path: Path) -> None:
     rewrite(ready("llama").gguf, tmp_path / "same.gguf", lambda fields, tensors: None)
     verify_gguf(tmp_path / "same.gguf")
-    assert ready("llama").proof.prove(tmp_path / "same.gguf", "f16").flags == []
+    assert ready("llama").proof.prove(tmp_path / "same.gguf", "f16")[0].flags == []
