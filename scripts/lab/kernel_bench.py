@@ -24,8 +24,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-IS_TINY = "--tiny" in sys.argv
-if IS_TINY:
+if "--tiny" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -35,6 +34,7 @@ from torch import Tensor
 
 from forge.training.kernels import dropout, ops, reference
 
+IS_TINY = "--tiny" in sys.argv
 P = 0.1
 # Of a result in this type, against float64: some are rounded twice. The interpreter rounds bfloat16 towards zero.
 LIMITS = {torch.bfloat16: 1.2e-2 if IS_TINY else 4e-3, torch.float16: 1e-3, torch.float32: 2e-5}

@@ -13,22 +13,22 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from forge.training.kernels import gpu, gpu_elementwise, ops, reference
+from forge.training.kernels import dropout, gpu, gpu_elementwise, ops, reference
 from forge.training.kernels.dropout import keep_mask, step_keys
 from tests.support.kernel_operands import MODULES, Buffers, assert_close, quantized, row_keys
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 dtypes = st.sampled_from(DTYPES)
-tokens_ = st.integers(1, 150)
-widths = st.integers(1, 200)
+tokens_ = st.integers(1, 130)
+widths = st.integers(1, 140)
 ranks_ = st.lists(st.sampled_from([1, 4, 7, 16, 17, 33, 64, 100, 256]), min_size=1, max_size=3)
 rates = st.sampled_from([0.0, 0.1, 0.5])
-quick = settings(max_examples=25)
+quick = settings(max_examples=15)
 
 
 @given(dtypes, tokens_, widths, ranks_, rates)
-@example(torch.float32, 70, 1100, [4, 33], 0.1)  # channels in parts
-@example(torch.float32, 600, 70, [5, 16, 64], 0.1)  # tokens in parts
+@example(torch.float32, 70, 600, [4, 33], 0.1)  # channels in parts
+@example(torch.float32, 300, 70, [5, 16, 64], 0.1)  # tokens in parts
 @example(torch.bfloat16, 65, 129, [256, 129], 0.1)  # too large for one launch
 @quick
 def test_lora(dtype: torch.dtype, tokens: int, width: int, ranks: list[int], p: float) -> None:
@@ -76,16 +76,14 @@ def test_forward_and_both_gradients_have_one_mask() -> None:
     assert torch.allclose(grad_a, expected)
 
 
-def test_step_keys_are_the_reference_s(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_keys_are_the_reference_s() -> None:
     keys = row_keys(3000)
-    from forge.training.kernels import dropout
-
     word = dropout._signed(dropout._word(b"42 7"))
     assert torch.equal(gpu.step_keys(keys, word), step_keys(keys, 42, 7))
 
 
 @given(dtypes, tokens_, widths, st.sampled_from([1, 7, 16, 100]), rates)
-@example(torch.float16, 70, 1100, 16, 0.1)
+@example(torch.float16, 70, 600, 16, 0.1)
 @quick
 def test_swiglu(dtype: torch.dtype, tokens: int, width: int, rank: int, p: float) -> None:
     make = Buffers(dtype)
@@ -171,7 +169,7 @@ def test_nf4_in_bfloat16_is_the_float32_value_without_its_lower_bits() -> None:
 
 def test_the_same_call_gives_the_same_bits() -> None:
     make = Buffers(torch.float32)
-    x, a, d, rows = make.random(520, 600), make.random(16, 600), make.random(520, 16), row_keys(520)
+    x, a, d, rows = make.random(270, 530), make.random(16, 530), make.random(270, 16), row_keys(270)
     for call in (
         lambda: gpu.lora_down(x, [a], MODULES[:1], rows, 0.1),
         lambda: gpu.lora_grad_a(x, [d], MODULES[:1], rows, 0.1),
