@@ -17,7 +17,7 @@ from forge.training.system.environment import ROOT
 from tests.support import run_command as command
 from tests.support.run_command import Ended
 
-DOCUMENTS = ROOT / "workloads" / "demo"
+DOCUMENTS = ROOT / "forge" / "workloads" / "demo"
 _SHARED_WORDS = 4  # in a row: a question that shares as many with a record is worded as it is
 
 

@@ -104,8 +104,7 @@ class DataSection(_Section):
     validation_share: Share = 0.1
     """share of the documents held out of training, to judge by"""
     instructions: tuple[InstructionRule, ...] = Field(default=(), strict=False)
-    """what is asked of documents by the beginning of their path: [{prefix: docs/, text: "Explain `{path}`"}];
-    with "{title}" the first heading is asked, and the text below it is the answer"""
+    """by folder: [{prefix: ..., text: ...}]; with "{title}" the first heading is asked"""
     system_prompt: str | None = None
     """stands before every example, and in the Modelfile"""
     max_length: Positive = 2048
@@ -234,8 +233,7 @@ class EvaluationSection(_Section):
     max_new_tokens: Positive = 64
     """of each answer"""
     facts: tuple[Fact, ...] = Field(default=(), strict=False)
-    """[{question: ..., answer: ...}]: it is found where the model's answer holds its words; with known: true, one that
-    the base knows and must not forget"""
+    """[{question: ..., answer: ...}], found where an answer holds its words; known: true, one that the base knows"""
     min_facts: Annotated[int, Field(ge=0)] | None = None
     """so many of the facts that are not known beforehand suffice; null: all of them"""
     require_facts: bool = True
