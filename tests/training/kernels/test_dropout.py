@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 from scipy.stats import binom, norm
 
 from forge.training.kernels.dropout import (
+    ODD,
     document_key,
     keep_mask,
     module_key,
@@ -195,6 +197,31 @@ def test_rows_whose_keys_differ_in_one_bit_or_by_a_power_of_two_do_not_correlate
     for bit in range(32):
         for near in (base ^ (1 << bit), base + (1 << bit)):
             assert_unrelated(a, keep_mask(near.int(), UP, 4096, p), p)
+
+
+def closest(keys: list[int]) -> tuple[int, int, int]:
+    """Two keys, by index, of which the second is the first plus the smallest multiple of ODD; and that multiple."""
+    multiples = [key * pow(ODD, -1, 2**32) % 2**32 for key in keys]
+    order = sorted(range(len(keys)), key=multiples.__getitem__)
+    distance, a, b = min((multiples[b] - multiples[a], a, b) for a, b in pairwise(order))
+    return a, b, distance
+
+
+def test_no_document_has_the_masks_of_another_some_positions_further() -> None:
+    """As a sum of key and position would have them."""
+    texts = [[i] * 2000 for i in range(3000)]
+    a, b, distance = closest([document_key(np.array(text)) for text in texts])
+    assert 0 < distance < 1000
+    masks = [keep_mask(rows_of([texts[i]]), UP, 64, 0.1) for i in (a, b)]
+    assert_unrelated(masks[0][distance:], masks[1][: 2000 - distance], 0.1)
+
+
+def test_no_module_has_the_masks_of_another_some_channels_further() -> None:
+    modules = [module_key(f"module {i}") for i in range(3000)]
+    a, b, distance = closest(modules)
+    assert 0 < distance < 1000
+    masks = [keep_mask(rows_of(documents(1, 64)), modules[i], 2000, 0.1) for i in (a, b)]
+    assert_unrelated(masks[0][:, distance:], masks[1][:, : 2000 - distance], 0.1)
 
 
 def test_all_tokens_of_a_step_have_masks_of_their_own() -> None:
