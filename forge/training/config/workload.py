@@ -104,7 +104,7 @@ class DataSection(_Section):
     validation_share: Share = 0.1
     """share of the documents held out of training, to judge by"""
     instructions: tuple[InstructionRule, ...] = Field(default=(), strict=False)
-    """by folder: [{prefix: ..., text: ...}]; with "{title}" the first heading is asked"""
+    """by the beginning of the path: [{prefix: docs/, text: "Explain `{path}`"}]; "{title}" asks the first heading"""
     system_prompt: str | None = None
     """stands before every example, and in the Modelfile"""
     max_length: Positive = 2048
@@ -233,7 +233,7 @@ class EvaluationSection(_Section):
     max_new_tokens: Positive = 64
     """of each answer"""
     facts: tuple[Fact, ...] = Field(default=(), strict=False)
-    """[{question: ..., answer: ...}], found where an answer holds its words; known: true, one that the base knows"""
+    """[{question: ..., answer: ...}], found where a reply holds its words; known: true: by the base too"""
     min_facts: Annotated[int, Field(ge=0)] | None = None
     """so many of the facts that are not known beforehand suffice; null: all of them"""
     require_facts: bool = True
