@@ -100,10 +100,10 @@ def collect_importance(
     context = llama_cpp.llama_init_from_model(model, parameters)
     if not context:
         raise CheckError(f"llama.cpp cannot create a context for {path}: {reason()}")
+    batch = llama_cpp.llama_batch_init(parameters.n_batch, 0, 1)
     for number, ids in enumerate(sequences, start=1):
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
-        tokens = (llama_cpp.llama_token * len(ids))(*ids)
-        if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(tokens, len(ids))) or collector.failure:
+        if llama_cpp.llama_decode(context, _whole_batch(llama_cpp, batch, ids)) or collector.failure:
             raise DataError(f"cannot collect an importance matrix with {path}: {collector.failure or reason()}")
         if number % 8 == 0:
             progress(f"importance matrix: {number} of {len(sequences)} sequences")
@@ -112,6 +112,16 @@ def collect_importance(
     means = {name: (total / collector.counts[name]).astype(np.float32) for name, total in collector.sums.items()}
     np.savez(target, allow_pickle=False, **means)
     return {"num_matrices": len(means), "num_tokens": sum(map(len, sequences))}
+
+
+def _whole_batch(llama_cpp: Any, batch: Any, ids: list[int]) -> Any:
+    """A sequence whose every token is predicted from: else the last layer computes the last token only."""
+    batch.n_tokens = len(ids)
+    for index, token in enumerate(ids):
+        batch.token[index], batch.pos[index] = token, index
+        batch.n_seq_id[index], batch.seq_id[index][0] = 1, 0
+        batch.logits[index] = True
+    return batch
 
 
 def _on_the_cpu(llama_cpp: Any) -> Any:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from forge.training.adapter.merge import merge_adapter
+from forge.training.adapter.merge import float32_bytes, merge_adapter
+from forge.training.models.weights import read_weights
 from forge.training.system.errors import DataError, DiskError
 from tests.support.tiny_model import shared_adapter, shared_base, write_adapter
 
@@ -62,6 +63,26 @@ def test_merged_weights_are_base_plus_scaled_product_and_all_else_is_the_same_by
     assert num_changed == record.num_changed_tensors == 14
     assert num_changed + record.num_copied_tensors == len(base)
     assert 0 < record.rounding_norm < 0.05 * record.delta_norm
+
+
+def test_a_merge_in_float32_holds_the_exact_sums_and_all_else_widened(tmp_path: Path) -> None:
+    record = merge_adapter(shared_base(), shared_adapter(), tmp_path / "wide", in_float32=True)
+    base, merged, adapter = (
+        *(tensors_of(directory) for directory in (shared_base(), tmp_path / "wide")),
+        load_file(shared_adapter() / WEIGHTS),
+    )
+    assert base.keys() == merged.keys()
+    for name, before in base.items():
+        prefix = f"base_model.model.{name.removesuffix('.weight')}.lora_"
+        exact = before.float()
+        if f"{prefix}A.weight" in adapter:
+            exact = exact + 8 / 4 * adapter[f"{prefix}B.weight"].float() @ adapter[f"{prefix}A.weight"].float()
+        assert merged[name].dtype == torch.float32
+        torch.testing.assert_close(merged[name], exact, rtol=1e-6, atol=1e-7)
+    assert record.rounding_norm == 0.0
+    weights = read_weights(tmp_path / "wide")
+    assert weights.config["torch_dtype"] == "float32"
+    assert record.num_bytes == float32_bytes(read_weights(shared_base())) == 4 * weights.num_parameters
 
 
 def test_merged_directory_has_the_layout_of_the_base_and_no_other_weights(tmp_path: Path) -> None:
