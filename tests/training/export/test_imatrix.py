@@ -1,4 +1,4 @@
-"""Claim: with an importance matrix the file whose predictions are nearer to the adapter's is kept, and both KL shown."""
+"""Claim: with an importance matrix the file that predicts more like the adapter is kept, and both KL are shown."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from forge.training.config.workload import Workload
 from forge.training.data.conversation import load_encoder
 from forge.training.data.examples import encode_records, save_examples
 from forge.training.data.records import Message, Record
@@ -28,16 +29,16 @@ def test_both_are_measured_and_the_nearer_is_kept(tmp_path: Path) -> None:
         export_run(run, quantizations=["q4_0"], imatrix=True)
     encoder = load_encoder(shared_base())
     talks = [(Message("user", f"Recite {i}"), Message("assistant", text)) for i, text in enumerate(SENTENCES)]
-    records = [Record(id=str(i), messages=talk, line=i + 1) for i, talk in enumerate(talks)]
-    from forge.training.config.workload import Workload
-
+    records = [Record(line=i + 1, messages=talk, document=True) for i, talk in enumerate(talks)]
     data = Workload.model_validate(record(run)["workload"]).data
     examples = encode_records(records, encoder, data)
     save_examples(examples, run / "examples" / "train")
     edit_json(run / "run.json", inputs=record(run)["inputs"] | {"train_examples_sha256": examples.sha256})
     made = export_run(run, quantizations=["q8_0", "q4_0", "iq2_xs"], imatrix=True)
     q8, q4, iq2 = (report.proof for report in made.files)
-    assert q8 is not None and q4 is not None and iq2 is not None
+    assert q8 is not None
+    assert q4 is not None
+    assert iq2 is not None
     assert q4.text == "training documents (nothing was held out)"
     assert (q8.uses_imatrix, q8.kl_without_imatrix) == (False, None)  # the quantiser ignores it for q8_0
     assert (iq2.uses_imatrix, iq2.kl_without_imatrix) == (True, None)  # it cannot be made without
@@ -47,5 +48,6 @@ def test_both_are_measured_and_the_nearer_is_kept(tmp_path: Path) -> None:
         assert f"({q4.kl_without_imatrix:.1e} without imatrix)" in (run / "export" / "README.md").read_text()
     else:
         assert any("the importance matrix does not help" in note for note in made.notes)
-    assert made.imatrix is not None and made.imatrix["num_matrices"] == 15
+    assert made.imatrix is not None
+    assert made.imatrix["num_matrices"] == 15
     assert {path.suffix for path in (run / "export").iterdir()} == {".gguf", ".json", ".md", ""}
