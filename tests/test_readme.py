@@ -142,7 +142,9 @@ def commands(text: str) -> list[list[str]]:
     return [shlex.split(line) for line in lines if line.startswith("forge ")]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/commands.md", "docs/migration.md", "docs/inputs.md", "docs/export.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/commands.md", "docs/migration.md", "docs/inputs.md", "docs/export.md"]
+)
 def test_every_command_and_option_that_is_named_exists(page: str) -> None:
     known: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
     text = (ROOT / page).read_text(encoding="utf-8")
