@@ -72,7 +72,7 @@ def test_an_export_holds_what_was_asked_and_no_intermediate_files() -> None:
         *("quantise q8_0", "quantise q4_k_m", "convert adapter"),
     ]
     proven = [step.name for step in record.steps if step.name.startswith("prove")]
-    assert proven == [f"prove {name}" for name in QUANTIZATIONS]
+    assert proven == [f"prove {name}" for name in ("f16", *QUANTIZATIONS)]  # what they are made from, too
     assert all(step.seconds > 0 and step.peak_rss_bytes > 0 for step in record.steps)
 
 

@@ -87,6 +87,7 @@ def test_check_says_that_f16_cannot_hold_it_and_what_is_taken_for_the_others(lar
     assert "from bf16" in message
 
 
+@pytest.mark.slow
 def test_such_a_base_is_exported_by_way_of_bf16_and_one_more_is_made_from_it(large: Path, tmp_path: Path) -> None:
     run = run_on(large, tmp_path / "run")
     with pytest.raises(ConfigurationError, match=f"f16 cannot hold {NAME}"):

@@ -48,6 +48,7 @@ def sums_hold(folder: Path) -> bool:
     return set(named) == own and all(sha256_file(folder / name) == digest for name, digest in named.items())
 
 
+@pytest.mark.slow
 def test_one_more_quantisation_is_made_from_the_file_that_is_there_and_the_others_stay(run_dir: Path) -> None:
     f16, written = run_dir / "export" / "lighthouse.f16.gguf", contents(run_dir / "export")
     stamp = f16.stat().st_mtime_ns

@@ -5,6 +5,7 @@ The adapter, its reference, the converter and llama.cpp are real; the base is on
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -33,16 +34,32 @@ class Ready:
     gguf: Path
 
 
+def wrong_tokenizer_files(directory: Path) -> None:
+    """A BPE of bytes that is said to spell unknown characters as bytes, its words parted by blanks alone."""
+    path = directory / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["byte_fallback"] = True
+    content["pre_tokenizer"] = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": False,
+    }
+    path.write_text(json.dumps(content))
+
+
 @cache
-def ready(base: str) -> Ready:
+def ready(base: str, wrong_tokenizer: bool = False) -> Ready:
     """Made once for all tests; nobody may change it."""
-    place = scratch() / f"proof-{base.replace(' ', '-')}"
+    place = scratch() / f"proof-{base.replace(' ', '-')}-{wrong_tokenizer}"
     qwen2 = place / "qwen2"
     write_base(qwen2, tied=base.endswith("tied"), dtype="float16")
     base_dir = qwen2
     if base in ("llama", "qwen3"):
         base_dir = place / base
         write_architecture(qwen2, base_dir, base)
+    if wrong_tokenizer:
+        wrong_tokenizer_files(base_dir)
     run_dir = place / "run"
     write_adapter(base_dir, run_dir / "adapter")
     run = write_run(run_dir, base_dir)
@@ -86,3 +103,11 @@ def test_a_file_written_again_unchanged_passes(tmp_path: Path) -> None:
     rewrite(ready("llama").gguf, tmp_path / "same.gguf", lambda fields, tensors: None)
     verify_gguf(tmp_path / "same.gguf")
     assert ready("llama").proof.prove(tmp_path / "same.gguf", "f16")[0].flags == []
+
+
+@pytest.mark.slow
+def test_a_base_whose_tokenizer_files_llama_cpp_cannot_read_is_caught() -> None:
+    """Before this, such files trained, were exported, and llama.cpp aborted at the first question."""
+    with pytest.raises(CheckError, match=r"not a byte-level BPE|tokens: "):
+        model = ready("llama", wrong_tokenizer=True)
+        model.proof.prove(model.gguf, "f16")
