@@ -108,6 +108,10 @@ def test_a_file_written_again_unchanged_passes(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_base_whose_tokenizer_files_llama_cpp_cannot_read_is_caught() -> None:
     """Before this, such files trained, were exported, and llama.cpp aborted at the first question."""
-    with pytest.raises(CheckError, match=r"not a byte-level BPE|tokens: "):
+
+    def export() -> None:
         model = ready("llama", wrong_tokenizer=True)
         model.proof.prove(model.gguf, "f16")
+
+    with pytest.raises(CheckError, match=r"not a byte-level BPE|tokens: "):
+        export()
