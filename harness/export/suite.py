@@ -25,8 +25,8 @@ class Seconds(NamedTuple):
 
 STEPS = {
     "train": Seconds(1200.0, 120.0),
-    "export": Seconds(900.0, 100.0),
-    "export at 7B": Seconds(900.0, 270.0),
+    "export": Seconds(1200.0, 200.0),
+    "export at 7B": Seconds(1800.0, 700.0),
     "evaluate": Seconds(600.0, 80.0),
 }
 PROBES = {

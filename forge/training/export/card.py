@@ -199,7 +199,7 @@ def _files(export: ExportRecord) -> str:
 
 def _predictions(report: GgufReport) -> tuple[str, str]:
     """Mean KL of the adapter's predictions to the file's, what an importance matrix gained, and the same top tokens."""
-    if report.proof is None:
+    if report.proof is None or report.proof.predictions is None:
         return "", ""
     found, plain = report.proof.predictions, report.proof.kl_without_imatrix
     without = f" ({plain:.1e} without imatrix)" if report.proof.uses_imatrix and plain is not None else ""
@@ -208,10 +208,10 @@ def _predictions(report: GgufReport) -> tuple[str, str]:
 
 def _compared_on(export: ExportRecord) -> str:
     """On what the files were compared with the adapter; empty where they were not."""
-    proofs = [report.proof for report in export.files if report.proof is not None]
-    if not proofs:
+    proofs = [report.proof for report in export.files if report.proof and report.proof.predictions]
+    found = proofs[0].predictions if proofs else None
+    if found is None:
         return ""
-    found = proofs[0].predictions
     text = f"KL in nats per token, on {found.num_predictions:,} tokens of {found.num_documents:,} {proofs[0].text}"
     merges = {name: values["mean_kl"] for name, values in export.merge_proof.items() if isinstance(values, dict)}
     merged = ", ".join(f"{kl:.1e} in {'the ' if name != 'float32' else ''}{name}" for name, kl in merges.items())

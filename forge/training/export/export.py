@@ -174,8 +174,12 @@ def _spare_from_rounding(
 ) -> Path:
     """Where the weights that files are made from are: in float32 where rounding to the base's type costs too much."""
     base, largest = work.base, merged.get("largest_changed_weight")
-    work.source = disk_space.source_type(base, largest)
-    work.fits_float16 = work.source == "f16"
+    finest = disk_space.source_type(base, largest)
+    work.fits_float16 = finest == "f16"
+    if work.source not in work.reports:
+        work.source = finest
+    if not work.proof.has_reference:
+        return merged_dir
     cost = work.measure_merge(merged_dir, "base type")
     if cost <= MOST_MERGE_KL or base.num_bytes == float32_bytes(base):
         return merged_dir

@@ -39,7 +39,8 @@ from forge.training.system.errors import CheckError, DataError
 from forge.training.system.files import read_json_object
 from forge.training.train.record import RunRecord
 
-ANSWER_TOKENS = 128  # within which the adapter may end its answer; a file gets twice as many
+ANSWER_TOKENS = 128  # within which the adapter may end its answer; a file gets twice as many as it took, and these
+_SHORT_ANSWER = 32
 _TEXT_TOKENS = 512  # of one example
 _PREDICTIONS = 2048  # compared in all; a model of more than a billion parameters: half as many
 _IMPORTANCE_TOKENS = 16384  # of the training documents; a larger model: a quarter
@@ -69,6 +70,7 @@ class Proof:
         self.workload = Workload.model_validate(run.workload)
         self.base, self.encoder, self.texts, self.source = base, encoder, texts, source
         self.folder = Path()  # of the stored predictions
+        self.has_reference = False
         self.reference_dtype = "float32"
         self.merge_kl = 0.0  # of the merged weights that files are made from
         self._torch: Child | None = None
@@ -85,7 +87,10 @@ class Proof:
         self._torch = None
 
     def measure_reference(self, adapter_dir: Path, folder: Path, progress: Progress) -> Answer:
-        """The adapter's predictions on the texts, stored in ``folder``, and its answer, once per export."""
+        """The adapter's predictions on the texts, stored in ``folder``, and its answer, once per export.
+
+        Raises :class:`MachineError` where the model does not fit into memory; files are then proven without it.
+        """
         folder.mkdir()
         write_texts(folder, self.texts)
         self.folder = folder
@@ -106,6 +111,7 @@ class Proof:
             limit_seconds=self._limit_seconds(num_tokens),
         )
         self.reference_dtype = str(answer.value["dtype"])
+        self.has_reference = True
         ids, ends = answer.value["answers"][0], answer.value["ends"][0]
         self.asked = _Asked(self.asked.text, self.asked.prompt, list(ids), bool(ends))
         return answer
@@ -161,17 +167,19 @@ class Proof:
                 remedy="correct the base's tokenizer files or its template, then train again: llama.cpp would not read "
                 "text as it was trained",
             )
-        found, took = self.measure_file(path)
         flags: list[str] = []
         flagged, refused = self.limits(kind)
-        if found.mean_kl > refused or not math.isfinite(found.mean_kl):
+        found, took = self.measure_file(path) if self.has_reference else (None, None)
+        if found is None:
+            flags.append("its predictions were not compared with the adapter's, which does not fit into memory here")
+        elif found.mean_kl > refused or not math.isfinite(found.mean_kl):
             raise CheckError(
                 f"{path.name}: predictions: mean KL {found.mean_kl:.2g} nats to the trained adapter on {self.source}, "
                 f"same top token {found.same_top_share:.1%}; a good {kind} file stays below {refused:.2g}",
                 remedy="the file does not predict what was trained; take a type of more bits, and report this as a bug"
                 " if that is refused as well",
             )
-        if found.mean_kl > flagged:
+        elif found.mean_kl > flagged:
             flags.append(f"mean KL {found.mean_kl:.2g} nats to the adapter; {kind} is usually below {flagged:.2g}")
         answer, stops = self._answer(path)
         if stops is False:
@@ -181,14 +189,15 @@ class Proof:
             flags.append(complaint)
         question, compared = self.asked.text, (uses_imatrix, kl_without_imatrix)
         proof = FileProof(reading, self.source, found, flagged, refused, question, answer, stops, flags, *compared)
-        return proof, took.peak_rss_bytes
+        return proof, took.peak_rss_bytes if took else 0
 
     def _answer(self, path: Path) -> tuple[str, bool | None]:
         """Its greedy answer to the question, and whether it ended by itself; ``None``: the adapter's does not either.
 
         Where it goes on, the end is looked for where the adapter ended: two good answers may part at a near tie.
         """
-        settings = Settings(system=self.workload.data.system_prompt, max_tokens=2 * ANSWER_TOKENS, gpu_layers=0)
+        most = 2 * len(self.asked.ids) + _SHORT_ANSWER if self.asked.ends else _SHORT_ANSWER
+        settings = Settings(system=self.workload.data.system_prompt, max_tokens=most, gpu_layers=0)
         with _named("answer"), open_conversation(path, settings) as opened:
             text = opened.say(self.asked.text)
             if not opened.is_cut or not self.asked.ends:

@@ -22,14 +22,15 @@ class Reading:
 class FileProof:
     """What was shown of a file. KL in nats per prediction; ``*_limit`` allow for what the merge's rounding cost.
 
-    ``text``: on what. ``stops``: whether its answer ended by itself, ``None`` where the adapter's does not.
+    ``text``: on what. ``predictions``: ``None`` where the adapter does not fit into memory. ``stops``: whether its
+    answer ended by itself, ``None`` where the adapter's does not.
     ``kl_without_imatrix``: of the same type made without an importance matrix, where one was tried. ``flags``: what its
     owner should know.
     """
 
     reading: Reading
     text: str
-    predictions: Divergence
+    predictions: Divergence | None
     flagged_limit: float
     refused_limit: float
     question: str

@@ -16,7 +16,7 @@ from forge.training.export.proof import Proof, importance_sequences
 from forge.training.export.source import Source
 from forge.training.llamacpp.parent import Answer, Progress, run_child, time_limit_seconds
 from forge.training.models.weights import ModelWeights
-from forge.training.system.errors import CheckError
+from forge.training.system.errors import CheckError, MachineError
 from forge.training.system.files import require_free_bytes
 
 SPACE_REMEDY = "free space, choose another place with --out, or ask for fewer quantisations"
@@ -117,7 +117,12 @@ class ExportSteps:
 
     def measure_reference(self, folder: Path) -> None:
         """The adapter's own predictions, which everything that is made is compared with."""
-        answer = self.proof.measure_reference(self.adapter_dir, folder, self.progress)
+        try:
+            answer = self.proof.measure_reference(self.adapter_dir, folder, self.progress)
+        except MachineError as error:
+            self.notes.append(f"predictions are not compared: {error.message}")
+            self.progress(self.notes[-1])
+            return
         self._count("adapter's predictions", answer, sum(path.stat().st_size for path in folder.iterdir()))
         if self.before is not None and (stored := self.before.merge_proof):
             self.proof.merge_kl = float((stored.get("float32") or stored["base type"])["mean_kl"])
@@ -187,7 +192,7 @@ class ExportSteps:
         """Quantise with the importance matrix and without; the file whose predictions are nearer is kept."""
         matrix = self._importance(source, staging)
         plain_kl = None
-        if not GGUF_TYPES[name].needs_imatrix:
+        if self.proof.has_reference and not GGUF_TYPES[name].needs_imatrix:
             plain = staging / f"plain.{name}.gguf"
             self.progress(f"quantise to {name} without the importance matrix, to compare")
             self._count(f"quantise {name} without imatrix", gguf.quantize(source, plain, name), 0)
@@ -199,6 +204,7 @@ class ExportSteps:
         if plain_kl is None:
             return report
         assert report.proof is not None
+        assert report.proof.predictions is not None
         if report.proof.predictions.mean_kl <= plain_kl:
             plain.unlink()
             return report

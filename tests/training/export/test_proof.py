@@ -14,14 +14,15 @@ import pytest
 
 from forge.training.adapter.merge import merge_adapter
 from forge.training.data.conversation import load_encoder
+from forge.training.export.export import export_run
 from forge.training.export.gguf import convert_to_gguf, quantize, verify_gguf
 from forge.training.export.proof import Proof, proof_of
 from forge.training.models.weights import read_weights
-from forge.training.system.errors import CheckError
+from forge.training.system.errors import CheckError, MachineError
 from harness.parity.probes.architecture import write_architecture
 from tests.support.gguf_faults import FAULTS, rewrite
 from tests.support.tiny_model import scratch, write_adapter, write_base
-from tests.support.tiny_run import write_run
+from tests.support.tiny_run import made_up_run, write_run
 
 BASES = ("qwen2 tied", "qwen2", "llama", "qwen3")
 
@@ -115,3 +116,20 @@ def test_a_base_whose_tokenizer_files_llama_cpp_cannot_read_is_caught() -> None:
 
     with pytest.raises(CheckError, match=r"not a byte-level BPE|tokens: "):
         export()
+
+
+@pytest.mark.slow
+def test_where_the_adapter_does_not_fit_into_memory_the_rest_is_proven_and_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_large(*_: object) -> None:
+        raise MachineError("the model's 14.2 GiB at 16 bits do not fit: 9.8 GiB are free")
+
+    monkeypatch.setattr(Proof, "measure_reference", too_large)
+    record = export_run(made_up_run(tmp_path / "run"), quantizations=["f16"])
+    assert any("predictions are not compared: the model's 14.2 GiB" in note for note in record.notes)
+    assert any(note.startswith("lighthouse.f16.gguf: its predictions were not compared") for note in record.notes)
+    (report,) = record.files
+    assert report.proof is not None
+    assert report.proof.predictions is None
+    assert report.proof.reading.num_strings > 400
