@@ -95,7 +95,7 @@ BAD = [
     (("schema", "--key", "lora.rank.x"), 2, "no key lora.rank.x"),
     (("schema", "--key", ""), 2, "the sections"),
     (("train", "smoke", "--set", "training.learning_rate=1"), 2, "did you mean optimizer.learning_rate"),
-    (("export", "nowhere", "--quant", "q4_0"), 2, "did you mean q4_k_m"),
+    (("export", "nowhere", "--quant", "q4_k_n"), 2, "did you mean q4_k_m"),
     (("nonsense",), 2, "nonsense"),
     (("evalute", "nowhere"), 2, "Did you mean 'evaluate'"),
     (("train", "no-such-config"), 2, "no-such-config"),
