@@ -26,6 +26,7 @@ LAYERS = {
             "kernels",
             "backends",
             "train",
+            "planner",
             "adapter",
             "evaluation",
             "export",

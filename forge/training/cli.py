@@ -38,6 +38,9 @@ Plain = Annotated[bool, typer.Option("--plain", help="No colours, no bar; so too
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Run directory; default runs/NAME-BACKEND.")]
 MovedBase = Annotated[Path | None, typer.Option("--base", metavar="DIR", help="Where the run's base is now.")]
 KeepMerged = Annotated[bool, typer.Option("--keep-merged", help="Keep the merged 16-bit model, in RUN/merged.")]
+Budget = Annotated[
+    str | None, typer.Option("--budget", metavar="SIZE", help="Of memory: 8GiB. Default: all of this machine's.")
+]
 BackendOption = Annotated[Literal["auto", Backend], typer.Option("--backend", help="What trains.")]
 
 
@@ -198,10 +201,41 @@ def check(
 
 
 @app.command()
+def plan(
+    workload: ConfigArgument,
+    backend: BackendOption = "auto",
+    budget: Budget = None,
+    card: Annotated[
+        str | None, typer.Option("--card", metavar="SIZE", help="Compute it for a card that is not here: 24GiB.")
+    ] = None,
+    overrides: Set = None,
+    fixed: PlanOption = None,
+    again: Annotated[bool, typer.Option("--again", help="Measure again what was measured before.")] = False,
+    as_json: Json = False,
+) -> None:
+    """The fastest layout of this work on this machine, or within a budget of it, with the table it was chosen from."""
+    from dataclasses import asdict
+
+    from forge.training.planner.planner import parse_gib, plan_run, print_planned
+
+    found = plan_run(
+        workload,
+        overrides or [],
+        "unsloth" if card is not None and backend == "auto" else choose_backend(backend),
+        fixed or [],
+        budget_gib=None if budget is None else parse_gib(budget, "--budget"),
+        card_gib=None if card is None else parse_gib(card, "--card"),
+        announce=lambda line: logs().print(line, markup=False),
+        again=again,
+    )
+    print_json(asdict(found)) if as_json else print_planned(found, results())
+
+
+@app.command()
 def context(
     workload: ConfigArgument,
     backend: BackendOption = "auto",
-    budget: Annotated[float | None, typer.Option("--budget", help="GiB; default: all of this GPU.")] = None,
+    budget: Budget = None,
     lengths: Annotated[
         str, typer.Option("--lengths", help="Rising numbers of tokens to measure first.")
     ] = "128,512,2048,8192,32768,131072",
@@ -212,13 +246,14 @@ def context(
 ) -> None:
     """Measure the longest document that this GPU, or a smaller one, trains on."""
     from forge.training.checks.max_context import describe_context, measure_context
+    from forge.training.planner.planner import parse_gib
 
     answer = measure_context(
         workload,
         overrides or [],
         choose_backend(backend),
         plan or [],
-        budget_gib=budget,
+        budget_gib=None if budget is None else parse_gib(budget, "--budget"),
         lengths=lengths.split(","),
         seconds=seconds,
     )
@@ -231,6 +266,7 @@ def train(
     backend: BackendOption = "auto",
     overrides: Set = None,
     plan: PlanOption = None,
+    budget: Budget = None,
     out: Out = None,
     resume: Annotated[bool, typer.Option("--resume", help="Insist that there is a run to resume.")] = False,
     on_oom: Annotated[
@@ -248,9 +284,10 @@ def train(
     """Train an adapter. The same command again resumes a run that was stopped, and leaves a complete one as it is."""
     from forge.training.backends import load_plan
     from forge.training.config.workload import load_workload
+    from forge.training.planner.planner import parse_gib, plan_run
     from forge.training.system.command import make_plain
     from forge.training.system.errors import GpuMemoryError
-    from forge.training.system.oom import restart_with_plan, smaller_micro_batch
+    from forge.training.system.oom import restart
     from forge.training.train.display import TrainingDisplay
     from forge.training.train.run import Listener
     from forge.training.train.run import train as train_run
@@ -271,30 +308,37 @@ def train(
             display.show_evaluation,
             display.show_sample,
         )
+        plans, gib, planned = plan or [], None if budget is None else parse_gib(budget, "--budget"), None
+        if gib is not None:
+            planned = plan_run(workload, overrides or [], chosen, plans, budget_gib=gib, announce=display.announce)
+            plans = [*plans, *planned.changes]
         check_first = None
         if not no_check:
             from forge.training.checks.check import questions_before_training
 
-            check_first = questions_before_training(loaded, chosen, run_dir, plan or [], display.announce)
+            check_first = questions_before_training(loaded, chosen, run_dir, plans, display.announce)
         try:
             record = train_run(
                 loaded,
                 chosen,
-                plan or [],
+                plans,
                 run_dir,
                 listener,
                 resume=resume,
                 force=force,
                 check_first=check_first,
                 continued=continue_run,
+                budget_bytes=None if gib is None else int(gib * 2**30),
             )
         except GpuMemoryError as error:
-            current = load_plan(loaded, chosen, plan or []).micro_batch
-            smaller = smaller_micro_batch(current, loaded.training.effective_batch)
+            smaller = load_plan(loaded, chosen, plans).smaller(loaded)
             if on_oom == "stop" or smaller is None:
                 raise
-            display.announce(f"{error.message}\nresuming in a fresh process with plan.micro_batch={smaller}")
-            restart_with_plan(f"micro_batch={smaller}")
+            display.announce(f"{error.message}\nresuming in a fresh process with plan.{smaller}")
+            if planned is None:
+                restart("--plan", smaller)
+            planned.ran_out(smaller)
+            restart()
     _refresh_report(run_dir)
     if as_json:
         print_json(record)
@@ -480,6 +524,7 @@ def run(
     backend: BackendOption = "auto",
     overrides: Set = None,
     plan: PlanOption = None,
+    budget: Budget = None,
     out: Out = None,
     force: ForceRun = False,
     plain: Plain = False,
@@ -497,7 +542,15 @@ def run(
     os.environ[STEP_OF_RUN] = "1"
     try:
         outcome = run_pipeline(
-            loaded, workload, chosen, run_dir, overrides=overrides or [], plan=plan or [], force=force, console=logs()
+            loaded,
+            workload,
+            chosen,
+            run_dir,
+            overrides=overrides or [],
+            plan=plan or [],
+            budget=budget,
+            force=force,
+            console=logs(),
         )
     finally:
         del os.environ[STEP_OF_RUN]

@@ -67,6 +67,7 @@ def run_pipeline(
     *,
     overrides: list[str],
     plan: list[str],
+    budget: str | None = None,
     force: bool,
     console: Console,
 ) -> Outcome:
@@ -80,6 +81,7 @@ def run_pipeline(
     before = _outcome_before(run_dir)
     outcome = Outcome(run_dir=str(run_dir))
     given = [("--set", setting) for setting in overrides] + [("--plan", setting) for setting in plan]
+    given += [("--budget", budget)] if budget is not None else []
     arguments = [part for option in given for part in option]
 
     def step(name: str, *command: str) -> None:

@@ -18,8 +18,8 @@ from typing import Any, TypeVar, cast, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from forge.training.checks.machine import memory_floor_bytes
 from forge.training.config.workload import Workload
+from forge.training.planner.sizes import Sizes
 from forge.training.report.page.content import printable
 from forge.training.system.errors import CheckError, DataError
 from forge.training.system.files import read_json_object
@@ -107,7 +107,7 @@ class Run:
         if self.record is None or self.record.model_shape is None:
             return None
         try:
-            return memory_floor_bytes(Workload.model_validate(self.record.workload), self.record.model_shape)
+            return Sizes.of(Workload.model_validate(self.record.workload), self.record.model_shape).floor_bytes
         except (ValidationError, KeyError, TypeError):  # a record of another schema: no floor is better than a guess
             return None
 

@@ -150,21 +150,21 @@ def forge_trainer(base: Any) -> Callable[..., Any]:
             )
 
         def _collate(self, rows: list[dict[str, Any]]) -> Any:
-            batch = self._batch(rows)
+            batch = self.collate(rows)
             self.observer.fetched(batch)
             return batch
 
         def _collate_step(self, steps: list[list[list[dict[str, Any]]]]) -> Any:
             (micro_batches,) = steps
-            batches = [self._batch(rows) for rows in micro_batches]
+            batches = [self.collate(rows) for rows in micro_batches]
             self.observer.fetched(*batches)
             labels = torch.cat([batch["labels"].flatten() for batch in batches])
             firsts = torch.cat([_first_labels(batch) for batch in batches])
             labels[firsts] = IGNORED  # no token predicts them: the trainer divides by what is left
             return {"labels": torch.cat([labels.new_full((1,), IGNORED), labels])[None], "micro_batches": batches}
 
-        def _batch(self, rows: list[dict[str, Any]]) -> Any:
-            """A collated micro-batch; for Forge's layers with the keys of its tokens."""
+        def collate(self, rows: list[dict[str, Any]]) -> Any:
+            """A micro-batch of rows of ``input_ids`` and ``labels``; for Forge's layers with the keys of its tokens."""
             batch = self.data_collator(rows)
             if self.layers is not None:
                 documents = [row["input_ids"] for row in rows]
@@ -236,7 +236,7 @@ def forge_trainer(base: Any) -> Callable[..., Any]:
                 lengths = {job.lengths[i] for batch in job.micro_batches for i in batch}
                 long = sorted(n for n in lengths if n >= LONG_DOCUMENT_TOKENS)[-NUM_PLANNED_LENGTHS:]
                 self.layers.plan_attention(long, getattr(torch, job.workload.model.dtype))
-            self.take_step(self.model, self._batch(rows), torch.tensor(trained, device=self.args.device))
+            self.take_step(self.model, self.collate(rows), torch.tensor(trained, device=self.args.device))
             self.model.zero_grad(set_to_none=True)
             torch.set_rng_state(before[0])
             torch.cuda.set_rng_state_all(before[1])

@@ -17,6 +17,7 @@ from forge.training.config.workload import Workload
 from forge.training.export.disk_space import peak_disk_bytes
 from forge.training.llamacpp.install import COMMIT, VERSION, load_llama_cpp
 from forge.training.models.weights import ModelWeights
+from forge.training.planner.sizes import Sizes
 from forge.training.system.environment import available_ram_bytes, is_wsl
 from forge.training.system.errors import CheckError, DiskError, GpuMemoryError, MachineError
 from forge.training.system.files import cache_dir, existing_folder
@@ -82,42 +83,10 @@ def _check_cuda_build(gpu: dict[str, Any]) -> Iterator[Finding]:
         yield ok("PyTorch", f"built for CUDA {build}, the driver knows {gpu['driver_cuda']}")
 
 
-def memory_floor_bytes(workload: Workload, config: dict[str, Any]) -> int:
-    """Bytes that weights, adapter, its gradients and optimizer state need whatever the plan.
-
-    ``config``: the base's ``config.json``. Counts the linear layers at 4 bits plus double-quantised
-    constants (4.127 bits per weight: Dettmers et al. 2023, section 3) under nf4, embedding and head
-    at 16 bits; activations and the CUDA context are not in it.
-    """
-    hidden, layers = config["hidden_size"], config["num_hidden_layers"]
-    intermediate, vocabulary = config["intermediate_size"], config["vocab_size"]
-    head = config.get("head_dim") or hidden // config["num_attention_heads"]
-    # as many key-value heads as query heads where the configuration does not say: transformers' default
-    keys = (config.get("num_key_value_heads") or config["num_attention_heads"]) * head
-    queries = config["num_attention_heads"] * head
-    shapes = {
-        "q_proj": (hidden, queries),
-        "k_proj": (hidden, keys),
-        "v_proj": (hidden, keys),
-        "o_proj": (queries, hidden),
-        "gate_proj": (hidden, intermediate),
-        "up_proj": (hidden, intermediate),
-        "down_proj": (intermediate, hidden),
-    }
-    element = 4 if workload.model.dtype == "float32" else 2
-    bits = 4.127 if workload.model.quantization == "nf4" else 8 * element
-    linear = layers * sum(a * b for a, b in shapes.values()) * bits / 8
-    tied = 1 if config.get("tie_word_embeddings") else 2
-    embeddings = tied * vocabulary * hidden * element
-    rank = workload.lora.rank
-    adapter = layers * sum(rank * (a + b) for name, (a, b) in shapes.items() if name in workload.lora.targets)
-    return int(linear + embeddings + adapter * (4 + 4 + workload.optimizer.state_bytes_per_parameter))
-
-
 def check_memory(workload: Workload, base: ModelWeights, gpu: dict[str, Any] | None) -> Iterator[Finding]:
     """What must be in memory whatever the plan, against what is free. Raises :class:`GpuMemoryError`."""
     try:
-        floor = memory_floor_bytes(workload, base.config)
+        floor = Sizes.of(workload, base.config).floor_bytes
     except KeyError as missing:
         yield warning("memory", f"not known before the run: the base's config.json lacks {missing}")
         return

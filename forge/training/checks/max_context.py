@@ -16,86 +16,26 @@ beyond the base's own positions are allowed: memory does not depend on what RoPE
 from __future__ import annotations
 
 import gc
-import json
 import math
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from forge.training.backends import Backend, load_backend, load_plan
-from forge.training.backends.job import StepObserver, TrainingJob
-from forge.training.config.workload import load_workload
-from forge.training.data.inputs import prepare_inputs
+from forge.training.backends import Backend
+from forge.training.planner.short_run import measure_in_short_run
+from forge.training.system.card import Card
 from forge.training.system.errors import ConfigurationError, MachineError
 from forge.training.system.files import read_json_object
 from forge.training.system.oom import memory_that_ran_out
-from forge.training.train.run import base_directory
 
 GRAIN = 64  # tokens
 MOST_TRIES = 12
 _GAP = 0.03  # of the length: how far apart the longest that fits and the shortest that does not may end
 _LEAST_GAIN = 1.1  # a length that the time allows instead of the predicted one must be so much longer than what fits
 _GIB = 1 << 30
-_ALONE = (  # two steps are planned, the probe ends the run after the first, and nothing else is done
-    *("training.max_steps=2", "training.evaluate_every_steps=null", "training.early_stopping_patience=null"),
-    *("training.save_every_steps=null", "training.save_every_minutes=null", "report_to=[]"),
-    *("data.documents=null", "data.validation=null", "data.sample=null"),
-)
-
 Step = Callable[[int], tuple[int, float] | None]
 """Takes a document of so many tokens through a training step: peak bytes and seconds; ``None``: it does not fit."""
-
-
-class _Done(Exception):
-    """The probe has what it wants of the training loop."""
-
-
-class Card:
-    """While it lasts, this process has a GPU of ``budget_bytes`` within the real one, and PyTorch says so.
-
-    CUDA's context and what others hold are included. ``None``: all of it.
-    """
-
-    def __init__(self, budget_bytes: int | None) -> None:
-        import torch
-
-        self._real, self._real_fraction = torch.cuda.mem_get_info, torch.cuda.get_per_process_memory_fraction
-        self.total_bytes = self._real()[1]
-        self.budget_bytes = budget_bytes or self.total_bytes
-        self.is_real = self.budget_bytes <= self.total_bytes
-
-    def __enter__(self) -> Card:
-        import torch
-
-        self.limit()
-        torch.cuda.mem_get_info = self.free_and_total
-        torch.cuda.get_per_process_memory_fraction = lambda device=None: 1.0  # of what mem_get_info says there is
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        import torch
-
-        torch.cuda.mem_get_info, torch.cuda.get_per_process_memory_fraction = self._real, self._real_fraction
-        torch.cuda.set_per_process_memory_fraction(1.0)
-
-    def limit(self) -> None:
-        """Cap the allocator at what CUDA's context, which grows as kernels are loaded, leaves of the budget."""
-        import torch
-
-        free, _ = self._real()
-        overhead = self.total_bytes - free - torch.cuda.memory_reserved()
-        self.cap_bytes = self.budget_bytes - overhead
-        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, self.cap_bytes) / self.total_bytes))
-
-    def free_and_total(self, device: Any = None) -> tuple[int, int]:
-        """Free and total bytes, as `torch.cuda.mem_get_info` says them."""
-        import torch
-
-        free = max(0, self.cap_bytes - torch.cuda.memory_reserved())
-        return min(free, self._real(device)[0]), min(self.budget_bytes, self.total_bytes)
 
 
 class Prober:
@@ -136,7 +76,7 @@ class Prober:
 
         generator = torch.Generator().manual_seed(num_tokens)
         ids = torch.randint(100, self.vocabulary, (num_tokens,), generator=generator).tolist()
-        batch = self.trainer.data_collator([{"input_ids": ids, "labels": list(ids)}])
+        batch = self.trainer.collate([{"input_ids": ids, "labels": list(ids)}])
         try:
             num_trained = torch.tensor(num_tokens - 1, device=self.trainer.args.device)
             self.trainer.take_step(self.model, batch, num_trained)
@@ -309,44 +249,23 @@ def measure_context(
     tokens = _rising(lengths)
     if budget_gib is not None and not 0 < budget_gib < math.inf:
         raise ConfigurationError("--budget takes an amount above 0")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        own = [f"data.train={_short_documents(folder)}", *_ALONE]
-        workload = load_workload(workload_name, [*overrides, *own])
-        plan = load_plan(workload, backend, plan_overrides)
-        module = load_backend(backend)
-        module.refuse(workload, plan)
-        import torch
+    result: dict[str, Any] = {}
 
-        if not torch.cuda.is_available():
-            raise MachineError("context is measured on a CUDA GPU and none is visible on this machine")
-        base = base_directory(workload)
-        module.prepare(plan)  # as a run does: before anything of CUDA begins
-        with Card(int(budget_gib * _GIB) if budget_gib is not None else None) as card:
-            from transformers import TrainerCallback
+    def look(trainer: Any, model: Any, base: Path, card: Card | None) -> None:
+        assert card is not None
+        vocabulary = int(read_json_object(base / "config.json")["vocab_size"])
+        prober = Prober(trainer, model, vocabulary * 9 // 10)  # below the specials
+        result.update(longest_within(prober, card, tokens, seconds))
 
-            inputs = prepare_inputs(workload, base, folder / "run")
-            vocabulary = int(read_json_object(base / "config.json")["vocab_size"])
-            job = TrainingJob(workload, plan, backend, base, folder / "run", inputs.train, None)
-            result: dict[str, Any] = {}
-
-            class Probe(TrainerCallback):  # type: ignore[misc]
-                def on_step_end(self, *_: Any, model: Any, **__: Any) -> None:
-                    prober = Prober(trainer, model, vocabulary * 9 // 10)  # below the specials
-                    result.update(longest_within(prober, card, tokens, seconds))
-                    raise _Done
-
-            try:
-                trainer = module.build(job, StepObserver())
-                trainer.add_callback(Probe())
-                with suppress(_Done):
-                    trainer.train()
-            except RuntimeError as error:
-                if memory_that_ran_out(error) != "GPU":
-                    raise
-                result = {"cap_bytes": card.cap_bytes, "points": [], "tries": []}
-                result["why"] = "the weights and a first step of short documents do not fit"
-    return {"backend": backend, "plan": plan.model_dump(), "budget_gib": card.budget_bytes / _GIB, **result}
+    budget_bytes = int(budget_gib * _GIB) if budget_gib is not None else None
+    run = measure_in_short_run(
+        workload_name, overrides, backend, plan_overrides, budget_bytes, look, needs_gpu="context"
+    )
+    assert run.card is not None
+    if run.ran_out:
+        result = {"cap_bytes": run.card.cap_bytes, "points": [], "tries": []}
+        result["why"] = "the weights and a first step of short documents do not fit"
+    return {"backend": backend, "plan": run.plan.model_dump(), "budget_gib": run.card.budget_bytes / _GIB, **result}
 
 
 def describe_context(answer: dict[str, Any]) -> str:
@@ -356,11 +275,3 @@ def describe_context(answer: dict[str, Any]) -> str:
         return f"{card}: {answer.get('why', 'nothing was measured')}"
     least = f"; {answer['tokens_fails']:,} do not" if answer.get("tokens_fails") else f"; {answer.get('why', '')}"
     return f"{card}: documents of {answer['tokens_fits']:,} tokens fit{least}"
-
-
-def _short_documents(folder: Path) -> Path:
-    """Enough for the first steps at any effective batch in use."""
-    path = folder / "short.jsonl"
-    rows = [{"instruction": f"Say {number}.", "input": "", "output": f"It is {number}."} for number in range(64)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path

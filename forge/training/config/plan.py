@@ -12,8 +12,10 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from forge.training.config.workload import Workload
+from forge.training.system.oom import smaller_micro_batch
 
 LONG_DOCUMENT_TOKENS = 8192
+LEAST_MICRO_BATCH_TOKENS = LEAST_TILE_TOKENS = 1024
 
 
 class Plan(BaseModel):
@@ -71,6 +73,33 @@ class Plan(BaseModel):
         if self.micro_batch_tokens is not None:
             return 1
         return workload.training.effective_batch // self.micro_batch
+
+    def smaller(self, workload: Workload) -> str | None:
+        """What to change, as KEY=VALUE, so that a micro-batch takes less memory; ``None``: nothing is left to change.
+
+        Forge's layers keep less before fewer documents go together: recomputing costs least.
+        """
+        kept = self.kept_activations_gib or 0.0
+        if self.kernels == "forge":
+            if self.gradient_checkpointing == "none":
+                return "gradient_checkpointing=full"
+            if kept > 0:
+                return f"kept_activations_gib={kept / 2 if kept > 0.5 else 0:g}"
+            if self.dequantize_once:
+                return "dequantize_once=false"
+            if self.gradient_checkpointing == "full" and workload.model.quantization == "nf4":  # on a GPU, that is
+                return "gradient_checkpointing=offload"
+            if self.micro_batch_tokens is not None and self.micro_batch_tokens > LEAST_MICRO_BATCH_TOKENS:
+                return f"micro_batch_tokens={max(LEAST_MICRO_BATCH_TOKENS, self.micro_batch_tokens // 2)}"
+            if (self.mlp_tile_tokens or LEAST_TILE_TOKENS + 1) > LEAST_TILE_TOKENS:
+                return f"mlp_tile_tokens={LEAST_TILE_TOKENS}"
+            if self.micro_batch_tokens is not None:
+                return None
+        elif self.micro_batch_tokens is not None:
+            halved = self.micro_batch_tokens // 2
+            return f"micro_batch_tokens={halved}" if halved >= LEAST_MICRO_BATCH_TOKENS else None
+        size = smaller_micro_batch(self.micro_batch, workload.training.effective_batch)
+        return None if size is None else f"micro_batch={size}"
 
     def describe_batches(self, workload: Workload) -> str:
         """How many examples are taken at a time, for a person."""

@@ -87,19 +87,25 @@ class ForgeLayers:
         dequantize_once: bool,
         dtype: torch.dtype,
     ) -> None:
-        self._model, self._tile_tokens, self._keep_gib = model, tile_tokens, keep_gib
+        self._model, self._dtype = model, dtype
         modules = decoder_layers(model)
         self.device = next(model.parameters()).device
         self.layers = [make_layer(model.config, module, i) for i, module in enumerate(modules)]
-        self._host = HostMemory(self.device) if offload and self.device.type == "cuda" else None
         self._batch: MicroBatch | None = None
         self._positions: Tensor | None = None
-        if dequantize_once:
-            for group in (group for layer in self.layers for group in layer.groups):
-                group.hold_dense(dtype)
-        self._num_bytes_kept = _kept_bytes_per_token(model.config, dtype)
+        self._num_bytes_kept = kept_bytes_per_token(model.config, dtype.itemsize)
+        self.configure(tile_tokens=tile_tokens, keep_gib=keep_gib, offload=offload, dequantize_once=dequantize_once)
         for i, module in enumerate(modules):
             module.forward = self._stand_in(module.forward, i)
+
+    def configure(
+        self, *, tile_tokens: int | None, keep_gib: float | None, offload: bool, dequantize_once: bool
+    ) -> None:
+        """Lay the passes that follow out otherwise: the same mathematics."""
+        self._tile_tokens, self._keep_gib = tile_tokens, keep_gib
+        self._host = HostMemory(self.device) if offload and self.device.type == "cuda" else None
+        for group in (group for layer in self.layers for group in layer.groups):
+            group.hold_dense(self._dtype) if dequantize_once else group.drop_dense()
 
     def begin(self, lengths: Sequence[int], keys: Tensor | None, seed: int, step: int, cudnn: bool = False) -> None:
         """The next forward pass is of documents of these lengths, end to end (or rows of that width, padded).
@@ -190,11 +196,14 @@ def make_layer(config: Any, module: Any, index: int) -> Layer:
     )
 
 
-def _kept_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
-    """Of one layer: two norms' outputs, queries, keys, values, the sum after attention and the MLP's inner products."""
+def kept_bytes_per_token(config: Any, itemsize: int) -> int:
+    """Of a layer whose activations are kept, beside its input and its attention's output, which every layer keeps.
+
+    Two norms' outputs, queries, keys, values, the sum after attention and the MLP's inner products.
+    """
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = config.num_attention_heads + 2 * config.num_key_value_heads
-    return int((3 * config.hidden_size + heads * head_dim + 2 * config.intermediate_size) * dtype.itemsize)
+    return int((3 * config.hidden_size + heads * head_dim + 2 * config.intermediate_size) * itemsize)
 
 
 @contextmanager

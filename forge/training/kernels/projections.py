@@ -97,6 +97,10 @@ class Group:
         self._held = self._dense(dtype)
         return sum(weight.numel() * weight.element_size() for weight in self._held)
 
+    def drop_dense(self) -> None:
+        """Dequantise in every pass again."""
+        self._held = None
+
     def parameters(self) -> list[torch.nn.Parameter]:
         """Every A and B."""
         return [parameter for _, adapter in self.adapted for parameter in (adapter.a, adapter.b)]

@@ -72,8 +72,8 @@ def smaller_micro_batch(micro_batch: int, effective_batch: int) -> int | None:
     return next((size for size in range(micro_batch // 2, 0, -1) if effective_batch % size == 0), None)
 
 
-def restart_with_plan(override: str) -> NoReturn:
-    """Replace this process, GPU memory and all, by its own command with ``--plan OVERRIDE``, which resumes the run."""
+def restart(*more: str) -> NoReturn:
+    """Replace this process, GPU memory and all, by its own command with ``more`` arguments, which resumes the run."""
     restore_stdout()
     again = [argument for argument in sys.orig_argv[1:] if argument != "--force"]  # what it replaced is gone
-    os.execv(sys.executable, [sys.executable, *again, "--plan", override])
+    os.execv(sys.executable, [sys.executable, *again, *more])

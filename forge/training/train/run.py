@@ -37,6 +37,7 @@ from forge.training.models.base import is_here, refuse_unknown_name, resolve_bas
 from forge.training.models.digests import model_shape
 from forge.training.models.lora_targets import refuse_targets
 from forge.training.models.weights import read_weights
+from forge.training.system.card import card_of
 from forge.training.system.environment import describe_environment
 from forge.training.system.errors import DiskError, ForgeError, MachineError
 from forge.training.system.files import as_disk_error, locked, remove, sha256_file, write_text
@@ -102,6 +103,7 @@ def train(
     force: bool = False,
     check_first: Callable[[], None] | None = None,
     continued: Path | None = None,
+    budget_bytes: int | None = None,
 ) -> RunRecord:
     """Train and leave ``adapter/``, ``run.json``, ``steps.jsonl``, ``status.json`` in ``run_dir``.
 
@@ -109,8 +111,8 @@ def train(
     tokenizer are seen to be the same. ``resume`` insists that there is one. ``force`` trains afresh and keeps what
     was there in ``NAME.1`` beside it. ``continued``: a complete run on whose adapter this one trains, with its own
     examples, steps and schedule. ``check_first`` raises where training should not begin; it is asked before the base
-    is made or fetched, and again after it was. Raises the errors of :mod:`forge.training.system.errors`; record and
-    status then say how the run ended.
+    is made or fetched, and again after it was. ``budget_bytes``: of the GPU that the run may use. Raises the errors of
+    :mod:`forge.training.system.errors`; record and status then say how the run ended.
     """
     plan = load_plan(workload, backend, plan_overrides)
     plan_source = describe_plan_source(workload, backend, plan_overrides)
@@ -191,7 +193,8 @@ def train(
             record = _begin_record(job, backend, inputs.described, chain, before, checkpoint, listener.announce)
             # trainer, loop, adapter
             saver = Saver(job, identity, resumed_from=checkpoint, on_sealed=lambda name: status.update(checkpoint=name))
-            _train(module, job, checkpoint, saver, record, listener, status, stop)
+            with card_of(budget_bytes):
+                _train(module, job, checkpoint, saver, record, listener, status, stop)
             # record
             record.status = "completed"
             record.write(run_dir)

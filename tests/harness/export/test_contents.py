@@ -31,14 +31,16 @@ def provenance(run_dir: Path) -> Any:
 
 
 def merged_at(run_dir: Path, factor: float, scratch: Path) -> None:
-    """Replace the run's merged weights and its f16 file by those of a merge whose scale is off by a factor."""
+    """Replace the run's merged weights and its f16 file by those of a merge whose scale is off by a factor.
+
+    Converted outside an export, which would refuse the file or merge again.
+    """
     from forge.training.adapter.adapter_config import read_adapter_config
     from forge.training.adapter.merge import merge_adapter
-    from forge.training.export.export import export_run
+    from forge.training.export.gguf import convert_to_gguf
 
     run = completed_record(run_dir)
-    for name in ("merged", "export"):
-        shutil.rmtree(run_dir / name)
+    shutil.rmtree(run_dir / "merged")
     adapter = Path(shutil.copytree(run_dir / "adapter", scratch / "adapter"))
     config = json.loads((adapter / "adapter_config.json").read_text())
     config["lora_alpha"] *= factor
@@ -49,7 +51,8 @@ def merged_at(run_dir: Path, factor: float, scratch: Path) -> None:
         "adapter_config_sha256": read_adapter_config(run_dir / "adapter").digest(),
     }
     path.write_text(json.dumps(made))
-    export_run(run_dir, quantizations=["f16"])
+    file_of(run_dir, "f16").unlink()
+    convert_to_gguf(run_dir / "merged", file_of(run_dir, "f16"), "f16")
 
 
 @pytest.mark.slow

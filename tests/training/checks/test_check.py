@@ -16,10 +16,11 @@ from rich.console import Console
 from forge.training.backends import Backend
 from forge.training.checks import machine, packages
 from forge.training.checks.check import Finding, check_workload, exit_code, print_findings
-from forge.training.checks.machine import check_disk, check_gpu, check_memory, memory_floor_bytes
+from forge.training.checks.machine import check_disk, check_gpu, check_memory
 from forge.training.checks.model import check_export, find_base
 from forge.training.config.workload import Workload, load_workload
 from forge.training.models.weights import read_weights
+from forge.training.planner.sizes import Sizes
 from forge.training.system.environment import ROOT
 from forge.training.system.errors import ConfigurationError, GpuMemoryError, MachineError
 from forge.training.train import run
@@ -354,7 +355,7 @@ def test_the_memory_floor_of_qwen2_7b_in_nf4_is_the_published_one() -> None:
         "num_key_value_heads": 4,
         "tie_word_embeddings": False,
     }
-    gib = memory_floor_bytes(load_workload("legacy_256"), config) / 2**30
+    gib = Sizes.of(load_workload("legacy_256"), config).floor_bytes / 2**30
     assert 5.3 < gib < 5.6  # 3.14 linears + 2.03 embedding and head + 0.24 adapter, computed by hand
 
 

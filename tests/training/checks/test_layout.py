@@ -8,11 +8,11 @@ import pytest
 
 from forge.training.backends import Backend, load_backend
 from forge.training.checks.layout import suggest_layout
-from forge.training.checks.machine import memory_floor_bytes
 from forge.training.config.plan import Plan
 from forge.training.config.workload import Workload
 from forge.training.models.base import QWEN2_7B
 from forge.training.models.qwen2 import config_json
+from forge.training.planner.sizes import Sizes
 
 
 def card(gib: float, capability: str = "8.6") -> dict[str, Any]:
@@ -54,9 +54,8 @@ def test_a_card_of_eight_gib_gets_the_7b_base_whose_weights_fit(gib: float, capa
     assert (layout.max_length, layout.plans["unsloth"]["mlp_tile_tokens"]) == (2048, 2048)
     model = {"quantization": layout.quantization, "dtype": layout.dtype}
     content = {"name": "w", "model": model, "optimizer": {"name": layout.optimizer}, "data": {"documents": "d"}}
-    floor = memory_floor_bytes(
-        Workload.model_validate(content), config_json(QWEN2_7B, {"<|endoftext|>": 0, "<|im_end|>": 0})
-    )
+    config = config_json(QWEN2_7B, {"<|endoftext|>": 0, "<|im_end|>": 0})
+    floor = Sizes.of(Workload.model_validate(content), config).floor_bytes
     assert floor < 0.85 * gib * 2**30
 
 

@@ -1,0 +1,1 @@
+"""The fastest layout of a run for a card."""
