@@ -124,6 +124,13 @@ def dataset(
     allow_secrets: Annotated[
         bool, typer.Option("--allow-secrets", help="Keep all files with secrets in them.")
     ] = False,
+    questions: Annotated[
+        Literal["none", "rules"] | None,
+        typer.Option("--questions", help="rules: questions, sections and completions too; default: the config's."),
+    ] = None,
+    wordings: Annotated[
+        int | None, typer.Option("--wordings", min=1, max=4, help="Of each document and question; default: 3.")
+    ] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -140,7 +147,16 @@ def dataset(
         [*data.allow, *(allow or [])],
         allow_secrets=allow_secrets,
     )
-    report = build_corpus(root, output, validation_share=split, rules=data.instructions, choice=choice, force=force)
+    is_asked = (questions or data.questions) == "rules"
+    report = build_corpus(
+        root,
+        output,
+        validation_share=split,
+        rules=data.instructions,
+        choice=choice,
+        num_wordings=(wordings or data.wordings) if is_asked else 0,
+        force=force,
+    )
     print_json(report) if as_json else print_report(report, results())
 
 

@@ -29,7 +29,7 @@ from forge.training.config.plan import Plan
 from forge.training.config.workload import InstructionRule, Workload, load_workload
 from forge.training.config.yaml import dump_yaml
 from forge.training.data.corpus import CorpusReport, build_corpus, reasons
-from forge.training.data.facts import DraftFact, draft_facts
+from forge.training.data.rules.facts import DraftFact, draft_facts
 from forge.training.models.base import SHORT_NAMES, refuse_unknown_name
 from forge.training.system.command import counted, printable, rows_table
 from forge.training.system.environment import describe_gpu, package_version

@@ -105,6 +105,10 @@ class DataSection(_Section):
     """share of the documents held out of training, to judge by"""
     instructions: tuple[InstructionRule, ...] = Field(default=(), strict=False)
     """by the beginning of the path: [{prefix: docs/, text: "Explain `{path}`"}]; "{title}" asks the first heading"""
+    questions: Literal["none", "rules"] = "none"
+    """rules: of documents, questions, sections and completions are trained too, all cut out of them"""
+    wordings: Annotated[int, Field(ge=1, le=4)] = 3
+    """with questions: in so many wordings each document and each question is asked"""
     system_prompt: str | None = None
     """stands before every example, and in the Modelfile"""
     max_length: Positive = 2048
@@ -303,7 +307,7 @@ class Workload(_Section):
             del content[section][key]
         for key in (
             *("documents", "include", "exclude", "allow", "train", "validation", "columns", "instructions"),
-            *("validation_share", "on_unrepresentable"),
+            *("questions", "wordings", "validation_share", "on_unrepresentable"),
         ):
             del content["data"][key]
         for key in ("save_every_steps", "save_every_minutes", "spike_limit", "sample_answers"):

@@ -13,8 +13,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from forge.training.config.workload import DataSection, InstructionRule
 from forge.training.data.discovery import Choice, Skipped, embedded_documents
@@ -29,6 +30,8 @@ from forge.training.data.documents import (
 )
 from forge.training.data.duplicates import Duplicate, deduplicate
 from forge.training.data.notebook import fenced
+from forge.training.data.rules.records import Source, count_kinds, make_records
+from forge.training.data.rules.split import part_records
 from forge.training.system.command import printable, rows_table, say, say_next
 from forge.training.system.errors import ConfigurationError, DataError, DiskError
 from forge.training.system.files import atomic_file, refuse_existing, sha256_file
@@ -82,6 +85,18 @@ class Output:
 
 
 @dataclass(frozen=True)
+class QuestionsReport:
+    """Records made by rule, by kind. What is left out: see :class:`RuleRecords` and :class:`Parted`."""
+
+    num_train: dict[str, int]
+    num_held_out: dict[str, int]
+    num_facts: int
+    num_held_out_facts: int
+    num_ambiguous: int
+    num_left_out: int
+
+
+@dataclass(frozen=True)
 class CorpusReport:
     """``num_files``: kept and skipped ones, not what lies in skipped folders (their names end in ``/``).
 
@@ -113,6 +128,7 @@ class CorpusReport:
     outputs: list[Output]
     seconds: float
     megabytes_per_second: float
+    questions: QuestionsReport | None = None
 
 
 def documents_of(data: DataSection) -> tuple[Path, Choice]:
@@ -132,6 +148,7 @@ def build_corpus(
     max_file_bytes: int = MAX_FILE_BYTES,
     without_split: str = "leave --split out",
     own: Sequence[Path] = (),
+    num_wordings: int = 0,
     force: bool = False,
 ) -> CorpusReport:
     """Write a repository's documents to ``output``, sorted by path, and say what became of each file.
@@ -139,7 +156,8 @@ def build_corpus(
     With a ``validation_share``, ``NAME.train.jsonl`` and ``NAME.validation.jsonl`` are written instead
     of ``NAME.jsonl``, both or neither. The first of ``rules`` whose prefix a path begins with words
     its instruction, a default where none does. ``own``: files and folders that are no documents. ``without_split``:
-    what to do to hold nothing out. Raises
+    what to do to hold nothing out. ``num_wordings``: 0 for a record per document; from 1 on further ones are made by
+    rule, each document and each question in so many wordings. Raises
     :class:`DataError` where there is nothing to use, :class:`DiskError` where an output exists (unless ``force``) or
     cannot be written.
     """
@@ -176,9 +194,13 @@ def build_corpus(
     held: set[int] = set()
     if validation_share:
         held = hold_out([d.path for d in kept], [d.text for d in kept], unique.groups, validation_share, without_split)
-    lines = [_record_line(document, rules) for document in kept]
-    train, validation = ([line for i, line in enumerate(lines) if (i in held) == side] for side in (False, True))
-    outputs = _write(targets, [train, validation])
+    questions = None
+    if num_wordings:
+        sides_of, questions = _by_rule(kept, rules, held, num_wordings, validation_share, without_split)
+    else:
+        lines = [_json_line(_plain_row(document, rules)) for document in kept]
+        sides_of = [[line for i, line in enumerate(lines) if (i in held) == side] for side in (False, True)]
+    outputs = _write(targets, sides_of)
 
     seconds = time.perf_counter() - started
     num_bytes = sum(len(document.text.encode()) for document in documents)
@@ -189,8 +211,8 @@ def build_corpus(
         num_kept=len(kept),
         num_characters=sum(len(document.text) for document in kept),
         num_bytes=num_bytes,
-        num_train=len(train),
-        num_validation=len(validation),
+        num_train=len(kept) - len(held),
+        num_validation=len(held),
         validation_share=validation_share,
         folders=_by_folder(kept),
         skipped=sorted(skipped, key=lambda s: s.path),
@@ -205,6 +227,7 @@ def build_corpus(
         outputs=outputs,
         seconds=seconds,
         megabytes_per_second=num_bytes / 1e6 / seconds,
+        questions=questions,
     )
 
 
@@ -231,14 +254,58 @@ def render_document(path: str, text: str) -> str:
     return f"# File: {name}\n\n{fenced(text, language)}"
 
 
-def _record_line(document: Document, rules: Sequence[InstructionRule]) -> str:
+def _by_rule(
+    kept: Sequence[Document],
+    rules: Sequence[InstructionRule],
+    held: set[int],
+    num_wordings: int,
+    share: float,
+    without: str,
+) -> tuple[list[list[str]], QuestionsReport]:
+    """The lines of both sides, made by rule."""
+    sources = []
+    for document in kept:
+        instruction, output = _asked(document, rules)
+        text, num_before = _as_trained(document), 0
+        if text != document.text:
+            num_before = text[: text.index(document.text)].count("\n")
+        num_lines = len(document.text.splitlines()) if num_before else None
+        sources.append(Source(document.path, text, instruction, output, 1 - num_before, num_lines))
+    made = make_records(sources, num_wordings)
+    part = partial(hold_out, share=share, without=without) if held else None
+    parted = part_records(made.records, {kept[index].path for index in held}, part)
+    report = QuestionsReport(
+        count_kinds(parted.train),
+        count_kinds(parted.held_out),
+        parted.num_facts,
+        parted.num_held_out,
+        made.num_ambiguous,
+        parted.num_left_out,
+    )
+    return [[_json_line(record.as_row()) for record in side] for side in (parted.train, parted.held_out)], report
+
+
+def _plain_row(document: Document, rules: Sequence[InstructionRule]) -> dict[str, str]:
+    instruction, output = _asked(document, rules)
+    return {"instruction": instruction, "input": "", "output": output}
+
+
+def _json_line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _as_trained(document: Document) -> str:
+    return document.text if document.is_markdown else render_document(document.path, document.text)
+
+
+def _asked(document: Document, rules: Sequence[InstructionRule]) -> tuple[str, str]:
+    """The instruction that a document's rule words, and what answers it."""
     rule = next(rule for rule in (*rules, _DEFAULT_RULE) if document.path.startswith(rule.prefix))
-    output = document.text if document.is_markdown else render_document(document.path, document.text)
+    output = _as_trained(document)
     words = {"{path}": document.path}
     if "{title}" in rule.text:
         words["{title}"], output = _title_and_rest(document.path, output)
-    instruction = re.sub(r"\{(?:path|title)\}", lambda match: words[match[0]], rule.text)
-    return json.dumps({"instruction": instruction, "input": "", "output": output}, ensure_ascii=False) + "\n"
+    return re.sub(r"\{(?:path|title)\}", lambda match: words[match[0]], rule.text), output
 
 
 def _title_and_rest(path: str, text: str) -> tuple[str, str]:
@@ -358,6 +425,8 @@ def print_report(report: CorpusReport, console: Console) -> None:
     for folder in report.folders:
         folders.add_row(Text(printable(folder.name)), f"{folder.num_documents:,}", f"{folder.num_characters:,}")
     console.print(folders)
+    if report.questions is not None:
+        _print_questions(report.questions, console)
     for reason in report.skipped_by_reason:
         if reason not in ("exact duplicate", "near duplicate", "secret"):  # those have lists of their own
             of_it = [s for s in report.skipped if s.reason == reason]
@@ -378,6 +447,26 @@ def print_report(report: CorpusReport, console: Console) -> None:
     names = ("data.train", "data.validation")
     settings = [part for n, o in zip(names, report.outputs, strict=False) for part in ("--set", f"{n}={o.path}")]
     say_next(console, ["forge", "preview", "CONFIG", *settings])
+
+
+def _print_questions(questions: QuestionsReport, console: Console) -> None:
+    from rich.table import Table
+
+    table = Table(title="records by kind, made by rule", title_justify="left")
+    table.add_column("kind")
+    table.add_column("to train", justify="right")
+    table.add_column("held out", justify="right")
+    for kind in dict.fromkeys((*questions.num_train, *questions.num_held_out)):
+        table.add_row(kind, f"{questions.num_train.get(kind, 0):,}", f"{questions.num_held_out.get(kind, 0):,}")
+    console.print(table)
+    say(console, f"facts: {questions.num_facts:,}, all questions of {questions.num_held_out_facts:,} held out")
+    if questions.num_ambiguous:
+        say(console, f"left out: {questions.num_ambiguous:,} questions with different answers in different places")
+    if questions.num_left_out:
+        say(
+            console,
+            f"left out: {questions.num_left_out:,} held-out records whose fact another document trains",
+        )
 
 
 def _print_lines(console: Console, title: str, lines: list[str]) -> None:

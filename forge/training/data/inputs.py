@@ -152,6 +152,7 @@ def corpus_paths(workload: Workload, folder: Path, run_dir: Path | None = None) 
         choice=choice,
         without_split="hold nothing out: --set data.validation_share=0",
         own=[*own_files(workload), run_dir or folder],
+        num_wordings=data.wordings if data.questions == "rules" else 0,
         force=True,
     )
     notes = [f"documents: {report.num_kept:,} kept, {len(report.skipped):,} skipped"]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forge.training.data.facts import draft_facts
+from forge.training.data.rules.facts import draft_facts
 
 ISLAND = """# Notes on Grey Island
 
@@ -30,7 +30,7 @@ def drafted(*documents: tuple[str, str], most: int = 5) -> list[tuple[str, str]]
 def test_sentences_lines_titles_and_definitions_become_questions() -> None:
     assert set(drafted(("island.md", ISLAND), most=9)) == {
         ("What is the harbour pilot?", "Marit Sund"),
-        ("What was the lighthouse?", "built in 1874"),
+        ("When was the lighthouse built?", "1874"),
         ("What is given as `Number of berths` in `island.md`?", "480"),
         ("What is the title of the document `island.md`?", "Notes on Grey Island"),
     }
