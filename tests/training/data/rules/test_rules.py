@@ -206,6 +206,7 @@ def test_no_question_that_is_held_out_has_its_fact_among_those_trained(tmp_path:
     ]
     assert all(documents)
     assert not documents[0] & documents[1]
+    assert documents[1].isdisjoint(row["made_from"]["document"] for row in train)
     assert {row["instruction"] for row in train}.isdisjoint(row["instruction"] for row in held)
     assert {row["made_from"]["document"] for row in held if "fact" in row["made_from"]} & documents[0], (
         "of trained ones too"
