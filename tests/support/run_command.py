@@ -137,3 +137,12 @@ def _main(
         name, _, function = fault.partition(":")
         getattr(importlib.import_module(name), function)()
     runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def planted_everywhere(folder: Path, fault: str) -> dict[str, str]:
+    """An environment in which every ``train`` command has the fault, those that processes become included."""
+    site = folder / f"site-{fault}"
+    site.mkdir(exist_ok=True)
+    code = f"    from tests.support import faults\n    faults.{fault}()\n"
+    (site / "sitecustomize.py").write_text(f"import sys\nif 'train' in sys.orig_argv:\n{code}")
+    return {"PYTHONPATH": os.pathsep.join([str(site), str(ROOT)])}

@@ -70,6 +70,7 @@ def _findings(
     before_training: bool = False,
 ) -> Iterator[Finding]:
     gpu = describe_gpu()
+    llama_cpp = list(guarded(LLAMA_CPP, check_llama_cpp))
     yield from guarded("configuration", partial(check_configuration, workload, backend, plan_overrides))
     data = list(guarded("data", partial(check_data, workload)))
     yield from data
@@ -89,12 +90,13 @@ def _findings(
                 yield from guarded("examples", partial(check_examples, workload, base, data_is_readable=readable))
         yield from guarded("memory", partial(check_memory, workload, base, gpu))
         yield from guarded("disk", partial(check_disk, workload, base, directory))
-        yield from guarded("export", partial(check_export, workload, base))
+        if not exit_code(llama_cpp):  # its converter is asked
+            yield from guarded("export", partial(check_export, workload, base))
     yield from guarded("packages", partial(check_packages, workload, backend, gpu is not None))
     yield from guarded("GPU", partial(check_gpu, workload, backend, gpu))
     yield from guarded("attention", partial(check_attention, gpu is not None))
     yield from guarded("WSL2", partial(check_wsl, gpu))
-    yield from guarded(LLAMA_CPP, check_llama_cpp)
+    yield from llama_cpp
 
 
 def check_configuration(workload: Workload, backend: Backend, plan_overrides: list[str]) -> Iterator[Finding]:

@@ -13,6 +13,7 @@ from forge.training.system.errors import CheckError, DataError
 from forge.training.train.record import completed_record
 from harness.export.claims import claim_of
 from tests.support.export_answers import assert_red, divergence, entry, file_of, number, patched, verdict_on
+from tests.support.tiny_run import edit_json
 
 
 def tokens(run_dir: Path, gguf: Path) -> Any:
@@ -51,6 +52,7 @@ def merged_at(run_dir: Path, factor: float, scratch: Path) -> None:
         "adapter_config_sha256": read_adapter_config(run_dir / "adapter").digest(),
     }
     path.write_text(json.dumps(made))
+    edit_json(run_dir / "export" / "export.json", merged_sha256=made["merged_sha256"])
     file_of(run_dir, "f16").unlink()
     convert_to_gguf(run_dir / "merged", file_of(run_dir, "f16"), "f16")
 

@@ -17,7 +17,7 @@ import pytest
 
 from forge.training.train.checkpoint import SEAL, problem
 from tests.support import run_command as command
-from tests.support.run_command import ROOT, Ended
+from tests.support.run_command import Ended, planted_everywhere
 from tests.support.tiny_run import NUM_STEPS, SAVE_EVERY, adapter, arguments, lines, record, status
 
 FAULTS = "tests.support.faults"
@@ -213,15 +213,6 @@ def test_spikes_are_reported_and_end_the_run_only_past_the_limit(folder: Path) -
 
 # --------------------------------------------------------------------------------------------------------------------
 # Memory and disk
-
-
-def planted_everywhere(folder: Path, fault: str) -> dict[str, str]:
-    """An environment in which every ``train`` command has the fault, those that processes become included."""
-    site = folder / f"site-{fault}"
-    site.mkdir(exist_ok=True)
-    code = f"    from tests.support import faults\n    faults.{fault}()\n"
-    (site / "sitecustomize.py").write_text(f"import sys\nif 'train' in sys.orig_argv:\n{code}")
-    return {"PYTHONPATH": os.pathsep.join([str(site), str(ROOT)])}
 
 
 @pytest.mark.slow
