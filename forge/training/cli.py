@@ -303,6 +303,7 @@ def train(
     from forge.training.planner.planner import parse_gib, plan_run
     from forge.training.system.command import make_plain
     from forge.training.system.errors import GpuMemoryError
+    from forge.training.system.files import beside
     from forge.training.system.oom import restart
     from forge.training.train.display import TrainingDisplay
     from forge.training.train.run import Listener
@@ -313,8 +314,8 @@ def train(
     loaded, chosen = load_workload(workload, overrides or []), choose_backend(backend)
     default = Path("runs") / f"{loaded.name}-{chosen}"
     if continue_run is not None:
-        default = continue_run.with_name(f"{continue_run.name}-more")
-    run_dir = (out or default).absolute()
+        default = beside(continue_run, "-more")
+    run_dir = out or default
     with TrainingDisplay(logs()) as display:
         listener = Listener(
             display.announce,
@@ -370,7 +371,7 @@ def status(run: RunArgument, as_json: Json = False) -> None:
     from forge.training.train.progress import describe_status
 
     where = describe_status(run)
-    print_json(where) if as_json else show_status(where, results())
+    print_json(where) if as_json else show_status(where, run, results())
 
 
 @app.command()
@@ -554,7 +555,7 @@ def run(
     if plain:
         make_plain()
     loaded, chosen = load_workload(workload, overrides or []), choose_backend(backend)
-    run_dir = (out or Path("runs") / f"{loaded.name}-{chosen}").absolute()
+    run_dir = out or Path("runs") / f"{loaded.name}-{chosen}"
     os.environ[STEP_OF_RUN] = "1"
     try:
         outcome = run_pipeline(
@@ -573,7 +574,7 @@ def run(
         if (run_dir / "run.json").is_file():
             _refresh_report(run_dir)
     if not as_json:
-        print_outcome(outcome, results())
+        print_outcome(outcome, run_dir, results())
     outcome.require_success()
     if as_json:
         print_json(outcome)

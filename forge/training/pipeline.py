@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
@@ -28,6 +29,7 @@ from forge.training.system.errors import CheckError, DataError, ForgeError
 from forge.training.system.files import read_json_object, remove, sha256_file, write_json
 from forge.training.system.signals import run_following
 from forge.training.train.record import RunRecord, completed_record
+from forge.training.train.resume import same_command
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,7 +56,7 @@ class Outcome:
 
 
 _SHOWN_CHARACTERS = 200
-_RESUMABLE = (5, 6, 9, 130, 143)  # memory, disk, a lock, an interruption
+_OF_THE_MACHINE = (5, 6, 9)  # memory, disk, a lock: put right, the same command can do it
 # What a step leaves: a step that leaves the same bytes as before found nothing to do.
 _RESULTS = {"train": "run.json", "evaluate": "evaluation.json", "export": "export/SHA256SUMS"}
 
@@ -79,7 +81,8 @@ def run_pipeline(
     """
     list(check_llama_cpp())  # before hours are spent: training alone does without it
     before = _outcome_before(run_dir)
-    outcome = Outcome(run_dir=str(run_dir))
+    outcome = Outcome(run_dir=str(run_dir.absolute()))
+    typed = os.path.join(os.curdir, run_dir)  # so that one that begins with a dash is no option
     given = [("--set", setting) for setting in overrides] + [("--plan", setting) for setting in plan]
     given += [("--budget", budget)] if budget is not None else []
     arguments = [part for option in given for part in option]
@@ -91,26 +94,27 @@ def run_pipeline(
         code = run_following([sys.executable, "-m", "forge.training", name, *command])
         if code:
             ended = f"exit code {code}" if code > 0 else f"signal {-code}"
-            goes_on = code in _RESUMABLE or code < 0
-            remedy = "the same command resumes at this step" if goes_on else "put right what is said above"
+            now = _digest(run_dir / _RESULTS[name])
+            has_begun = name != "train" or (now is not None and not (force and now == old))
+            remedy = _remedy(code, force=force, has_begun=has_begun)
             raise ForgeError.of_child(code, f"step {name!r} ended with {ended}", remedy=remedy)
         is_new = _digest(run_dir / _RESULTS[name]) != old
         outcome.seconds[name] = time.perf_counter() - started if is_new else before.get(name)
 
-    step("train", source, "--backend", backend, "--out", str(run_dir), *arguments, *(["--force"] if force else []))
+    step("train", source, "--backend", backend, "--out", typed, *arguments, *(["--force"] if force else []))
     trained = completed_record(run_dir)
     merged = run_dir / "merged"
     is_kept = merged.exists()  # by a `forge export --keep-merged`
     try:
         if has_anything_to_evaluate(trained):
             once = ["--keep-merged"] if _has_room_for_merged(trained, run_dir) else []
-            step("evaluate", str(run_dir), *once, *_renewed(trained, run_dir, console))
+            step("evaluate", typed, *once, *_renewed(trained, run_dir, console))
         else:
             console.print(
                 "[yellow]warning: nothing was held out and the config asks for no facts: not evaluated[/]\n"
                 "  -> data.validation_share=0.1 holds a tenth of the documents out"
             )
-        step("export", str(run_dir))
+        step("export", typed)
     finally:
         if not is_kept:
             remove(merged)
@@ -121,6 +125,15 @@ def run_pipeline(
     write_json(run_dir / "outcome.json", {"seconds": outcome.seconds, "answers": outcome.answers})
     _judge(workload, run_dir, outcome)
     return outcome
+
+
+def _remedy(code: int, *, force: bool, has_begun: bool) -> str:
+    """What to do after a step that ended with ``code``; ``has_begun``: there is a run by this command to resume."""
+    again = f"{same_command(force=force)} resumes at this step"
+    if code < 0 or code in (130, 143):
+        return again if has_begun else "nothing was trained yet: the same command begins again"
+    put_right = "put right what is said above"
+    return f"{put_right}, then {again}" if code in _OF_THE_MACHINE and has_begun else put_right
 
 
 def _has_room_for_merged(run: RunRecord, run_dir: Path) -> bool:
@@ -246,7 +259,7 @@ def _described(wanted: EvaluationSection) -> str:
     return what + (f", and {counted(num_known, 'thing')} that it knew" if num_known else "")
 
 
-def print_outcome(outcome: Outcome, console: Console) -> None:
+def print_outcome(outcome: Outcome, run_dir: Path, console: Console) -> None:
     """Seconds of each step, what base and GGUF files answered to each question, and the closing line."""
     from rich.table import Table
     from rich.text import Text
@@ -270,7 +283,7 @@ def print_outcome(outcome: Outcome, console: Console) -> None:
                 cells.append(f"{'yes' if row['found'] else 'NO'}: {_shown(row['answer'])}")
             answers.add_row(*(Text(cell) for cell in (question, *cells)))
         console.print(answers)
-    say(console, shown_path(Path(outcome.run_dir)), "run directory: ")
+    say(console, shown_path(run_dir), "run directory: ")
     if not outcome.faults:
         say(console, outcome.verdict)
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+from pathlib import Path
 from typing import Any
 
 from forge.training.backends.job import TrainingJob
@@ -23,7 +25,7 @@ def sft_fields(job: TrainingJob) -> dict[str, Any]:
     offloads = plan.gradient_checkpointing == "offload"
     evaluates = training.evaluate_every_steps is not None and job.validation is not None
     return {
-        "output_dir": str(job.run_dir / "checkpoints"),
+        "output_dir": str(job.run_dir.absolute() / "checkpoints"),
         "per_device_train_batch_size": plan.micro_batch,
         "per_device_eval_batch_size": 1,
         "gradient_accumulation_steps": job.accumulation,
@@ -66,7 +68,7 @@ def sft_fields(job: TrainingJob) -> dict[str, Any]:
         "log_level": "error",
         "disable_tqdm": True,
         "report_to": list(workload.report_to) or "none",
-        "run_name": job.run_dir.name,
+        "run_name": Path(os.path.realpath(job.run_dir)).name,
         "eval_strategy": "steps" if evaluates else "no",
         "eval_steps": training.evaluate_every_steps if evaluates else None,
         "eval_on_start": False,

@@ -233,7 +233,8 @@ def build_corpus(
 
 def passed_over(own: Sequence[Path]) -> Callable[[str], bool]:
     """True for Forge's own files and folders (a corpus, a run), and for what a killed command left beside them."""
-    places = [(str(o.parent.resolve()), o.name) for o in own]
+    absolute = (Path(os.path.abspath(o)) for o in own)  # `.` and `..` have no name of their own
+    places = [(str(o.parent.resolve()), o.name) for o in absolute]
     whole = {os.path.join(*place) for place in places}
     below = tuple(os.path.join(place, "") for place in whole)
     partial = tuple(os.path.join(folder, f".{name}.") for folder, name in places)

@@ -191,8 +191,8 @@ def say_next(console: Console, command: Sequence[str] | None) -> None:
 
 
 def shown_path(path: Path) -> str:
-    """The path as it is typed from here: relative where it is below the current directory."""
-    folder, path = Path.cwd(), path.absolute()
+    """The path as it is typed from here: a relative one as it is, and relative where it is below this directory."""
+    folder = Path.cwd()
     return str(path.relative_to(folder)) if path.is_relative_to(folder) and path != folder else str(path)
 
 

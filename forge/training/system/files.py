@@ -128,6 +128,12 @@ def as_disk_error(error: BaseException, path: Path | str, doing: str = "write") 
     return DiskError(f"cannot {doing} {path}: {reason}", remedy=remedy)
 
 
+def beside(path: Path, ending: str) -> Path:
+    """The path with ``ending`` after its name; that of ``.`` and ``..`` is the name of the folder that they are."""
+    named = Path(os.path.realpath(path)) if path.name in ("", "..") else path
+    return named.with_name(named.name + ending)
+
+
 def existing_folder(path: Path) -> Path:
     """``path`` if it is a directory, else the nearest one above it."""
     return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())

@@ -80,13 +80,13 @@ class StopRequest:
         """Whether ``error`` is the stop: as it was raised, or what a library made of it (an ``ImportError``, say)."""
         return isinstance(error, KeyboardInterrupt) or (self._raised and not isinstance(error, ForgeError))
 
-    def interrupted(self, message: str) -> Interrupted:
-        """The error of a run that was stopped: exit code 130 after SIGINT, 143 after SIGTERM."""
+    def interrupted(self, message: str, remedy: str | None = None) -> Interrupted:
+        """The error of what was stopped: exit code 130 after SIGINT, 143 after SIGTERM."""
         number = self.number or signal.SIGINT
         return Interrupted(
             f"stopped by {signal.Signals(number).name}{message}",
             signal_number=number,
-            remedy="the same command resumes from there",
+            remedy=remedy,
         )
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

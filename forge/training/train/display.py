@@ -179,10 +179,10 @@ def _train_loss(first: float, last: float, num_steps: int) -> str:
     return f"{first:.4f} ({ends[0]}) -> {last:.4f} ({ends[1]}) nats per token"
 
 
-def show_status(status: dict[str, Any], console: Console) -> None:
-    """A run from :func:`forge.training.train.status.describe_status`: a line about its state, then a line a figure."""
+def show_status(status: dict[str, Any], run_dir: Path, console: Console) -> None:
+    """A run from :func:`~.progress.describe_status`: a line about its state, then a line a figure."""
     say(console, describe_status_line(status))
-    rows = [("run directory", shown_path(Path(status["run_dir"])))]
+    rows = [("run directory", shown_path(run_dir))]
     if status["loss"] is not None:
         rows.append(("loss", f"{status['loss']:.4f} nats per token"))
     if status["validation_loss"] is not None:
@@ -205,7 +205,7 @@ def describe_status_line(status: dict[str, Any]) -> str:
     steps = f"step {status['step']} of {status['num_planned_steps']}" if status["num_planned_steps"] else "no step yet"
     kept = f", newest checkpoint {status['checkpoint']}" if status["checkpoint"] else ""
     if status["killed"]:
-        return f"killed at {steps} or later{kept}: the same command resumes it"
+        return f"killed at {steps} or later{kept}" + (": it can be resumed" if status["next"] else "")
     why = f": {status['message']}" if status["message"] else ""
     who = f" (process {status['holder']})" if status["holder"] else ""
     return f"{status['state']}{who}, {steps}{kept}{why}"

@@ -237,7 +237,10 @@ def completed_record(run_dir: Path | str) -> RunRecord:
 
 def _unfinished(run_dir: Path, record: RunRecord) -> DataError:
     """How far an unfinished run is, whose record is written when it begins and when it ends, and what to do."""
-    step, remark, remedy = record.num_steps, "", "finish it first: the same `forge train` command resumes it"
+    step, remark = record.num_steps, ""
+    remedy = f"finish it first: `forge status {run_dir}` shows the command that resumes it"
+    if record.status == "diverged":
+        remedy = "train again with other settings: the same would diverge again"
     if record.status == "running":
         with contextlib.suppress(DataError):
             step = max(step, read_status(run_dir).step)

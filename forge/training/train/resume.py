@@ -21,7 +21,7 @@ from forge.training.config.workload import Workload, changed_keys
 from forge.training.data.inputs import Inputs
 from forge.training.data.records import several
 from forge.training.system.errors import ConfigurationError, DataError, DiskError
-from forge.training.system.files import disk_errors, remove, sha256_file, write_text
+from forge.training.system.files import beside, disk_errors, remove, sha256_file, write_text
 from forge.training.train.checkpoint import delete_all
 from forge.training.train.record import TRAINING_VERSION, Predecessor, RunRecord, read_record
 from forge.training.train.status import NAME as STATUS
@@ -155,6 +155,11 @@ def first_adapter_of(continued: Path, chain: list[Predecessor], run_dir: Path) -
     return path
 
 
+def same_command(*, force: bool) -> str:
+    """What resumes a run that a command began: with ``--force`` it would begin afresh once more."""
+    return "the same command without --force" if force else "the same command"
+
+
 def is_complete(run: RunRecord | None) -> bool:
     """Whether there is a run and it was trained to its end."""
     return run is not None and run.status == "completed"
@@ -190,12 +195,11 @@ def set_aside(run_dir: Path, announce: Callable[[str], None]) -> None:
     if {path.name for path in made} <= {*_MADE_BEFORE_THE_RECORD, STATUS}:
         return
     with disk_errors(run_dir):
-        beside = (run_dir.with_name(f"{run_dir.name}.{number}") for number in count(1))
-        place = next(path for path in beside if not os.path.lexists(path))
+        place = next(path for n in count(1) if not os.path.lexists(path := beside(run_dir, f".{n}")))
         place.mkdir()
         for path in made:
             os.replace(path, place / path.name)
-    announce(f"the run that was in {run_dir.name} is kept in {place}: delete it when you no longer need it")
+    announce(f"the run that was in {run_dir} is kept in {place}: delete it when you no longer need it")
 
 
 def clear_partials(run_dir: Path, announce: Callable[[str], None]) -> None:

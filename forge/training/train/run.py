@@ -71,6 +71,7 @@ from forge.training.train.resume import (
     previous_run,
     refuse_other_base,
     refuse_other_inputs,
+    same_command,
     set_aside,
 )
 from forge.training.train.status import StatusFile
@@ -194,13 +195,15 @@ def train(
             # trainer, loop, adapter
             saver = Saver(job, identity, resumed_from=checkpoint, on_sealed=lambda name: status.update(checkpoint=name))
             with card_of(budget_bytes):
-                _train(module, job, checkpoint, saver, record, listener, status, stop)
+                _train(module, job, checkpoint, saver, record, listener, status, stop, same_command(force=force))
             # record
             record.status = "completed"
             record.write(run_dir)
             delete_all(run_dir / "checkpoints")  # the adapter supersedes them
         except BaseException as error:
-            failure = _as_user_error(error, plan, run_dir, stop)
+            has_begun = before is not None or record is not None
+            resumes = f"{same_command(force=force)} resumes" if has_begun else "the same command begins again"
+            failure = _as_user_error(error, plan, run_dir, stop, resumes)
             if record is not None and record.status == "running":
                 record.status, record.message = status_of(failure), str(failure).partition("\n")[0] or repr(failure)
                 with contextlib.suppress(DiskError):  # where the disk is full, `failure` says so already
@@ -296,6 +299,7 @@ def _train(
     listener: Listener,
     status: StatusFile,
     stop: StopRequest,
+    resumes: str,
 ) -> None:
     """Build the trainer, take every step that is left and keep the adapter. What was measured goes into the record."""
     import torch
@@ -309,7 +313,7 @@ def _train(
     def is_stop_requested() -> bool:
         return stop.number is not None
 
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(job.run_dir / "tensorboard")
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(job.run_dir.absolute() / "tensorboard")
     cuda = torch.cuda.is_available()
     lines = cut_log(job.run_dir / LOG, checkpoint.step if checkpoint else 0)
     counts_first = module.LOSS_COUNTS_FIRST_LABELS
@@ -337,7 +341,7 @@ def _train(
                     trainer.train(resume_from_checkpoint=str(resumed_from) if resumed_from else None)
                 done = int(trainer.state.global_step)
                 if is_stop_requested() and done < job.num_steps and not callback.is_out_of_patience():
-                    raise stop.interrupted(f" after step {done} of {job.num_steps}")
+                    raise stop.interrupted(f" after step {done} of {job.num_steps}", f"{resumes} resumes from there")
                 record.timing.train_seconds = saver.train_seconds
                 meter.phase("train")
                 # the adapter
@@ -375,7 +379,7 @@ def _keep_adapter(model: Any, job: TrainingJob, *, has_best: bool) -> str:
     return sha256_file(adapter / "adapter_model.safetensors")
 
 
-def _as_user_error(error: BaseException, plan: Plan, run_dir: Path, stop: StopRequest) -> BaseException:
+def _as_user_error(error: BaseException, plan: Plan, run_dir: Path, stop: StopRequest, resumes: str) -> BaseException:
     """The error as :mod:`forge.training.system.errors` has it, where it is the user's: memory, a signal, disk."""
     if isinstance(error, ForgeError):
         return error
@@ -389,5 +393,5 @@ def _as_user_error(error: BaseException, plan: Plan, run_dir: Path, stop: StopRe
     if memory_error is not None:
         return memory_error
     if stop.caused(error):
-        return stop.interrupted(" before it trained")
+        return stop.interrupted(" before it trained", resumes)
     return as_disk_error(error, getattr(error, "filename", None) or run_dir) or error

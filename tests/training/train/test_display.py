@@ -219,7 +219,7 @@ def test_a_status_keeps_its_paths_whole(width: int, tmp_path: Path) -> None:
         **{"state": "interrupted", "step": 5, "num_planned_steps": 60, "checkpoint": "checkpoint-5", "killed": False},
         **{"message": None, "holder": None, "remedy": None, "run_dir": PATH, "next": ["forge", "train", PATH]},
     }
-    show_status(status | unknown, shown)
+    show_status(status | unknown, Path(status["run_dir"]), shown)
     text = stream.getvalue()
     assert "…" not in text
     assert PATH.split(" ")[-1] in text

@@ -130,4 +130,8 @@ def test_a_running_run_is_refused_with_its_real_step_and_what_to_do(tmp_path: Pa
     assert "forge status" in str(error.value.remedy)
     with pytest.raises(DataError, match="is running at step 4 of 30; its process is gone") as error:
         completed_record(tmp_path)
-    assert "the same `forge train` command resumes it" in str(error.value.remedy)
+    assert "shows the command that resumes it" in str(error.value.remedy)
+    put(tmp_path, content | {"status": "diverged"})
+    with pytest.raises(DataError, match="is diverged") as error:
+        completed_record(tmp_path)
+    assert "resumes" not in str(error.value.remedy)
