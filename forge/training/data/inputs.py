@@ -21,6 +21,7 @@ from forge.training.data.examples import (
 )
 from forge.training.data.records import Message, Record, of_both, read_both, several
 from forge.training.models.digests import base_sha256, tokenizer_sha256
+from forge.training.system.command import shown_path
 from forge.training.system.errors import ConfigurationError, DataError
 from forge.training.system.files import read_json_object, sha256_file
 
@@ -99,9 +100,12 @@ def refuse_unusable_sources(workload: Workload) -> None:
     """
     data = workload.data
     if data.train is not None:
-        read_both(Path(data.train), Path(data.validation) if data.validation else None, data.columns)
+        train, validation = (Path(shown_path(Path(path))) if path else None for path in (data.train, data.validation))
+        assert train is not None
+        read_both(train, validation, data.columns)
     elif data.documents not in (None, "embedded") and not Path(str(data.documents)).is_dir():
-        raise DataError(f"data.documents: no directory {data.documents}", remedy="name the folder of your documents")
+        folder = shown_path(Path(str(data.documents)))
+        raise DataError(f"data.documents: no directory {folder}", remedy="name the folder of your documents")
 
 
 def refuse_too_long(workload: Workload, base_config: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from forge.training.models.digests import refuse_strange_sizes
 from forge.training.models.qwen2 import Recipe, Say, Shape, training_texts, write_configs, write_random, write_trained
 from forge.training.models.tokenizers import CONTROL_TOKENS, rebuild_qwen2_tokenizer, save_tokenizer, train_tokenizer
 from forge.training.models.weights import read_weights
+from forge.training.system.command import shown_path
 from forge.training.system.errors import ConfigurationError, DataError, MachineError
 from forge.training.system.files import (
     cache_dir,
@@ -114,7 +115,7 @@ def refuse_unknown_name(path: str) -> None:
         return
     if path.startswith(("/", ".", "~")) or path.count("/") != 1:
         raise ConfigurationError(
-            f"model.path: no directory {path}",
+            f"model.path: no directory {shown_path(Path(path))}",
             remedy=f"name a model directory, a hub name (OWNER/NAME) or one of {', '.join(SHORT_NAMES)}",
         )
 

@@ -202,6 +202,83 @@ def test_an_adapter_of_another_shape_or_base_is_not_continued(finished: Path, se
     assert "continue" in done.stderr
 
 
+PLACES = [
+    (("train", "kept"), 0, "kept is complete, and trained on these documents"),
+    (("train", "kept", "--set", "lora.rank=8"), 2, "kept holds a run of other settings"),
+    (("train", "kept", "--set", "data.train=changed.jsonl"), 3, "kept was trained on something else"),
+    (("train", "kept", "--set", "data.train=nowhere.jsonl"), 3, "nowhere.jsonl"),
+    (("train", "kept", "--set", "model.path=./nowhere"), 2, "nowhere"),
+    (("train", "kept", "--continue", "half"), 3, "half is interrupted at step"),
+    (("train", "theirs", "--force"), 6, "theirs holds what no run made: thesis.md"),
+    (("train", "theirs", "--resume"), 3, "theirs holds no run to resume"),
+    (("train", "loose"), 6, "loose/adapter exists already"),
+    (("train", "half", "--set", "training.max_steps=1"), 2, "half holds a run of other settings"),
+    (("run", "theirs", "--force"), 6, "theirs holds what no run made: thesis.md"),
+    (("evaluate", "half"), 3, "half is interrupted at step"),
+    (("evaluate", "theirs"), 3, "theirs is not a run"),
+    (("export", "half"), 3, "half is interrupted at step"),
+    (("export", "kept", "-o", "theirs"), 6, "theirs exists already and holds no export"),
+    (("export", "changed"), 3, "changed/adapter/adapter_model.safetensors is not the adapter"),
+    (("evaluate", "changed"), 3, "changed/adapter/adapter_model.safetensors is not the adapter"),
+    (("chat", "theirs", "Hello?"), 3, "theirs holds no GGUF file"),
+    (("status", "theirs"), 3, "theirs is not a run"),
+    (("status", "../{here}/kept"), 0, "../{here}/kept"),
+    (("report", "theirs"), 3, "theirs is not a run"),
+    (("report", "kept"), 0, "report: kept/report.html"),
+]
+
+
+@pytest.fixture(scope="module")
+def places(finished: Path) -> Path:
+    """The folder with runs that are complete, interrupted, changed, none of Forge's."""
+    typed = arguments(Path(), Path("kept"))  # the record's paths are these then, and nothing more is said to differ
+    assert command.run(typed, finished / "logs" / "kept", folder=finished).returncode == 0
+    for name in ("half", "changed"):
+        shutil.copytree(finished / "kept", finished / name)
+    edit_json(finished / "half" / "run.json", status="interrupted", num_steps=5)
+    with (finished / "changed" / "adapter" / "adapter_model.safetensors").open("ab") as weights:
+        weights.write(b" ")
+    for name in ("theirs/thesis.md", "loose/adapter/mine.md"):
+        (finished / name).parent.mkdir(parents=True)
+        (finished / name).write_text("years of work")
+    (finished / "changed.jsonl").write_text(with_one_more(finished / "train.jsonl"))
+    return finished
+
+
+@pytest.mark.parametrize(
+    ("typed", "code", "says"), PLACES, ids=lambda value: "-".join(value)[:50] if isinstance(value, tuple) else ""
+)
+def test_paths_are_said_as_they_were_typed(places: Path, typed: tuple[str, ...], code: int, says: str) -> None:
+    command_name, place, *more = (word.format(here=places.name) for word in typed)
+    words = [command_name, place, *more]
+    if command_name in ("train", "run"):
+        words = [command_name, *arguments(Path(), Path(place), *more)[1:]]
+    if command_name == "run":
+        words.remove("--no-check")
+    done = command.run(words, places / "logs" / "typed", folder=places)
+    assert done.returncode == code, done.stderr
+    said = done.stdout + done.stderr
+    assert says.format(here=places.name) in said
+    assert str(places) not in said
+    assert "Traceback" not in said
+    assert "resumes at" not in said
+
+
+def test_a_run_may_be_named_by_a_dot(finished: Path) -> None:
+    here = finished / "here"
+    shutil.copytree(finished / "kept", here)
+    typed = arguments(Path(".."), Path(), "--set", "training.max_steps=2")
+    done = command.run([*typed, "--force"], finished / "logs" / "dot", folder=here)
+    assert done.returncode == 0, done.stderr
+    assert f"the run that was in . is kept in {finished / 'here.1'}" in done.stderr
+    assert record(here)["num_steps"] == 2
+    assert record(finished / "here.1")["num_steps"] == record(finished / "kept")["num_steps"]
+    more = [*typed[: typed.index("-o")], *typed[typed.index("-o") + 2 :], "--continue", "."]
+    done = command.run(more, finished / "logs" / "dot", folder=here)
+    assert done.returncode == 0, done.stderr
+    assert record(finished / "here-more")["continues"][0]["path"] == "../here"
+
+
 def test_a_run_is_not_continued_into_its_own_place(finished: Path) -> None:
     before = files(finished / "kept")
     done = again(finished, "--continue", str(finished / "kept"), "--force")
