@@ -108,7 +108,7 @@ def test_what_the_project_imports_is_pinned_for_the_cpu() -> None:
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    wanted = project["dependencies"] + extras["evaluation"] + extras["harness"]
+    wanted = project["dependencies"] + extras["harness"]
     names = {gpu_bundle.canonical_name(entry.partition(">=")[0].partition("==")[0]) for entry in wanted}
     assert names <= gpu_bundle.read_pins(ROOT / "requirements-cpu.txt").keys()
 

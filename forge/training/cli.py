@@ -393,12 +393,19 @@ def evaluate(
     ] = None,
     base: MovedBase = None,
     keep_merged: KeepMerged = False,
+    show: Annotated[
+        bool, typer.Option("--show", help="Only show what was measured before: needs no base, measures nothing.")
+    ] = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Held-out loss by document, facts and ROUGE of base, adapter and merged model."""
-    from forge.training.evaluation.evaluate import evaluate_run, print_evaluation
+    """Held-out loss by document, forgetting, facts and ROUGE of base, adapter and merged model."""
+    from forge.training.evaluation.evaluate import evaluate_run, print_evaluation, shown_evaluation
 
+    if show:
+        stored = shown_evaluation(run)
+        print_json(stored) if as_json else print_evaluation(stored, results())
+        return
     evaluation = evaluate_run(
         run,
         subjects=tuple(s.strip() for s in subjects.split(",") if s.strip()),

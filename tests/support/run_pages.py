@@ -27,17 +27,25 @@ def evaluated(adapter_sha256: str | None) -> Evaluation:
         DocumentResult(document=f"line {n}", num_tokens=100, num_bytes=400, nats={"base": 400.0, "adapter": 275.0 + n})
         for n in (1, 2)
     ]
+    passages = [
+        DocumentResult(document=name, num_tokens=80, num_bytes=320, nats={"base": 240.0, "adapter": 260.0})
+        for name in ("bread", "tides")
+    ]
     answers = {"base": "I do not know.", "adapter": "There were 48 of them."}
     return Evaluation(
         subjects=[
-            SubjectResult(subject="base", nats_per_token=4.0, num_facts_found=0, seconds=1),
-            SubjectResult(subject="adapter", nats_per_token=2.765, num_facts_found=1, seconds=1),
+            SubjectResult(subject="base", nats_per_token=4.0, general_nats_per_token=3.0, num_facts_found=0, seconds=1),
+            SubjectResult(
+                subject="adapter", nats_per_token=2.765, general_nats_per_token=3.25, num_facts_found=1, seconds=1
+            ),
         ],
         comparisons=[compare(documents, "adapter", "base")],
         num_documents=2,
         num_tokens=200,
         num_bytes=800,
         documents=documents,
+        general_text=passages,
+        general_comparisons=[compare(passages, "adapter", "base")],
         answers=[DocumentAnswer(subject=s, document="line 1", answer=a, reference="# Log") for s, a in answers.items()],
         facts=[
             FactAnswer(subject=s, question=QUESTION, expected="48", answer=a, found="48" in a)

@@ -7,26 +7,26 @@ trained on (``adapter-nf4`` is that).
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from pydantic import ValidationError
 
 from forge.training.adapter.merge import merge_adapter, usable_merge
 from forge.training.adapter.provenance import read_own_base, require_own_adapter, require_own_base
 from forge.training.config.workload import Workload
 from forge.training.evaluation import neutral_model as neutral
 from forge.training.evaluation.bench import Bench, Measured, has_anything_to_evaluate, measure, prepare_bench
-from forge.training.evaluation.record import DocumentResult, Evaluation, compare, print_evaluation
+from forge.training.evaluation.forgetting import passages_sha256
+from forge.training.evaluation.likelihood import Document
+from forge.training.evaluation.record import DocumentResult, Evaluation, compare, load_evaluation, print_evaluation
 from forge.training.models.weights import ModelWeights
 from forge.training.system.environment import describe_environment
 from forge.training.system.errors import ConfigurationError, DataError
-from forge.training.system.files import disk_errors, locked, read_json_object, remove, sha256_json, write_json
+from forge.training.system.files import disk_errors, locked, remove, sha256_json, write_json
 from forge.training.system.oom import memory_errors
-from forge.training.train.record import RunRecord, completed_record
+from forge.training.train.record import RunRecord, completed_record, read_record
 
 __all__ = [
     "DEFAULT_SUBJECTS",
@@ -34,6 +34,7 @@ __all__ = [
     "evaluate_run",
     "has_anything_to_evaluate",
     "print_evaluation",
+    "shown_evaluation",
     "stored_evaluation",
 ]
 SUBJECTS = ("base", "adapter", "adapter-nf4", "merged")
@@ -81,7 +82,7 @@ def evaluate_run(
         if stored is not None:
             say(f"{run_dir / 'evaluation.json'} is of the same run and questions: not measured again")
             return stored
-        bench = prepare_bench(run, run_dir, base.directory, max_documents)
+        bench = prepare_bench(run, run_dir, base, max_documents)
         placement = neutral.choose_placement(base, bench.longest, device)
         models = _Models(run, run_dir, base, placement, keep_merged, say)
         measured = models.measure_each(subjects, bench)
@@ -98,12 +99,7 @@ def stored_evaluation(
     if not path.exists():
         return None
     both_ways = "measure again with --force, which replaces it, or move it away"
-    try:
-        stored = Evaluation.model_validate(read_json_object(path))
-    except ValidationError as error:
-        raise DataError(f"{path} is no evaluation that this Forge reads", remedy=both_ways) from error
-    except DataError as error:
-        raise DataError(error.message, remedy=both_ways) from error
+    stored = load_evaluation(path, remedy=both_ways)
     now: dict[str, Any] = {
         "base_sha256": run.inputs.base_sha256,
         "adapter_sha256": run.adapter_sha256,
@@ -125,9 +121,27 @@ def stored_evaluation(
     return stored
 
 
+def shown_evaluation(run_dir: Path | str) -> Evaluation:
+    """What ``run_dir/evaluation.json`` holds, of the run's own adapter; nothing is measured, and no base is needed.
+
+    Raises :class:`DataError` if there is no such run or evaluation, or if it is of another adapter.
+    """
+    run_dir = Path(run_dir)
+    run, path = read_record(run_dir), run_dir / "evaluation.json"
+    if not path.exists():
+        raise DataError(f"{run_dir} was not evaluated yet", remedy="without --show it is evaluated now")
+    stored = load_evaluation(path, remedy="measure again: forge evaluate RUN --force")
+    if stored.adapter_sha256 != run.adapter_sha256:
+        raise DataError(
+            f"{path} is of another adapter than this run's", remedy="measure again: forge evaluate RUN --force"
+        )
+    return stored
+
+
 def _questions_sha256(run: RunRecord) -> str:
     workload = Workload.model_validate(run.workload)
-    return sha256_json([workload.evaluation.model_dump(mode="json"), workload.data.system_prompt])
+    asked = [workload.evaluation.model_dump(mode="json"), workload.data.system_prompt]
+    return sha256_json([*asked, passages_sha256()] if workload.evaluation.forgetting else asked)
 
 
 @dataclass
@@ -195,15 +209,8 @@ class _Models:
 def _summarise(
     run: RunRecord, bench: Bench, measured: list[Measured], models: _Models, max_documents: int | None
 ) -> Evaluation:
-    documents = [
-        DocumentResult(
-            document=document.name,
-            num_tokens=document.num_tokens,
-            num_bytes=document.num_bytes,
-            nats={each.subject.subject: each.nats[document.name] for each in measured},
-        )
-        for document in bench.documents
-    ]
+    documents = _by_document(bench.documents, {each.subject.subject: each.nats for each in measured})
+    passages = _by_document(bench.passages, {each.subject.subject: each.general_nats for each in measured})
     done = {each.subject.subject for each in measured}
     notes = [] if documents else ["nothing was held out: no loss and no ROUGE, only facts"]
     if models.placement.note:
@@ -211,6 +218,8 @@ def _summarise(
     return Evaluation(
         subjects=[each.subject for each in measured],
         comparisons=[compare(documents, *pair) for pair in _PAIRS if documents and done.issuperset(pair)],
+        general_text=passages,
+        general_comparisons=[compare(passages, *pair) for pair in _PAIRS if passages and done.issuperset(pair)],
         num_documents=len(documents),
         num_tokens=sum(row.num_tokens for row in documents),
         num_bytes=sum(row.num_bytes for row in documents),
@@ -228,3 +237,16 @@ def _summarise(
         environment=describe_environment(with_torch=True),
         notes=notes,
     )
+
+
+def _by_document(documents: Sequence[Document], nats: Mapping[str, Mapping[str, float]]) -> list[DocumentResult]:
+    """``nats``: by subject, of each document by its name."""
+    return [
+        DocumentResult(
+            document=document.name,
+            num_tokens=document.num_tokens,
+            num_bytes=document.num_bytes,
+            nats={subject: each[document.name] for subject, each in nats.items()},
+        )
+        for document in documents
+    ]

@@ -78,7 +78,11 @@ def token_bytes(tokenizer: Any) -> np.ndarray:
 
 
 def measure_nats(
-    model: NeutralModel, examples: Examples, documents: Iterable[Document], subject: str
+    model: NeutralModel,
+    examples: Examples,
+    documents: Iterable[Document],
+    subject: str,
+    kind: str = "held-out document",
 ) -> dict[str, float]:
     """Nats of each document, by name. Raises :class:`DataError` naming one whose loss is not finite."""
     nats: dict[str, float] = {}
@@ -88,7 +92,7 @@ def measure_nats(
         total = sum(sum_nats(model, examples.input_ids[i], examples.labels[i]) for i in document.examples)
         if not math.isfinite(total):
             raise DataError(
-                f"{subject}: the loss on held-out document {document.name!r} is {total}",
+                f"{subject}: the loss on {kind} {document.name!r} is {total}",
                 remedy="the weights hold NaN, or overflow on this document; look at the run's steps.jsonl",
             )
         nats[document.name] = total

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from forge.training.system.command import say
+from forge.training.system.errors import DataError
+from forge.training.system.files import read_json_object
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-
-_WIDE = 76  # columns of a terminal that the table fits with its lines
 
 
 class _Part(BaseModel):
@@ -31,15 +31,22 @@ class DocumentResult(_Part):
 
 
 class SubjectResult(_Part):
-    """One model's figures; ``None`` where not measured. ROUGE is a mean F-measure from 0 to 1."""
+    """One model's figures; ``None`` where not measured. ROUGE is a mean F-measure from 0 to 1.
+
+    ``rouge*`` are of answers to held-out documents' instructions, ``facts_*`` of answers to facts against what is
+    expected.
+    """
 
     subject: str
     nats_per_token: float | None = None
     bits_per_byte: float | None = None
+    general_nats_per_token: float | None = None
     rouge1: float | None = None
     rouge2: float | None = None
     rouge_l: float | None = None
     num_facts_found: int | None = None
+    facts_exact_match: float | None = None
+    facts_rouge_l: float | None = None
     seconds: float
 
 
@@ -74,27 +81,42 @@ class FactAnswer(_Part):
 
 
 class Evaluation(_Part):
-    """One evaluation of one run. Digests are hex SHA-256 and name what was evaluated."""
+    """One evaluation of one run. Digests are hex SHA-256 and name what was evaluated.
 
-    schema_version: int = 1
+    ``general_text``: the passages by which forgetting is measured; empty in files of schema 1, which had none.
+    """
+
+    schema_version: int = 2
     subjects: list[SubjectResult]
     comparisons: list[Comparison]
     num_documents: int
     num_tokens: int
     num_bytes: int
     documents: list[DocumentResult]
+    general_text: list[DocumentResult] = Field(default_factory=list)
+    general_comparisons: list[Comparison] = Field(default_factory=list)
     answers: list[DocumentAnswer]
     facts: list[FactAnswer]
     base_sha256: str
     adapter_sha256: str
     merged_sha256: str | None = None
     validation_examples_sha256: str | None = None
-    questions_sha256: str | None = None  # facts, number and length of the answers, system prompt
+    questions_sha256: str | None = None  # facts, number and length of the answers, system prompt, general text
     max_documents: int | None = None  # None: all
     device: str
     dtype: str
     environment: dict[str, Any] = Field(default_factory=dict)
     notes: list[str] = Field(default_factory=list)
+
+
+def load_evaluation(path: Path, *, remedy: str) -> Evaluation:
+    """Read ``evaluation.json``. Raises :class:`DataError` with ``remedy`` where it is none."""
+    try:
+        return Evaluation.model_validate(read_json_object(path))
+    except ValidationError as error:
+        raise DataError(f"{path} is no evaluation that this Forge reads", remedy=remedy) from error
+    except DataError as error:
+        raise DataError(error.message, remedy=remedy) from error
 
 
 def compare(documents: Sequence[DocumentResult], subject: str, reference: str) -> Comparison:
@@ -128,26 +150,38 @@ def describe_comparison(pair: Comparison) -> str:
     return f"{pair.subject} minus {pair.reference}: {pair.difference_nats_per_token:+.4f} nats per token{spread}"
 
 
+# What a row of the table is called in a terminal and in a report, its field of SubjectResult, and its decimal places.
+FIGURES = (
+    ("held-out, nats per token", "nats_per_token", 4),
+    ("held-out, bits per byte", "bits_per_byte", 4),
+    ("general text, nats per token", "general_nats_per_token", 4),
+    ("held-out answers, ROUGE-1", "rouge1", 3),
+    ("held-out answers, ROUGE-2", "rouge2", 3),
+    ("held-out answers, ROUGE-L", "rouge_l", 3),
+    ("facts, exact match", "facts_exact_match", 3),
+    ("facts, ROUGE-L", "facts_rouge_l", 3),
+)
+
+
 def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     """Print the subjects' figures, their paired differences and the answers."""
     from rich import box
     from rich.table import Table
 
     counts = f"{evaluation.num_documents} held-out documents, {evaluation.num_tokens:,} tokens"
-    lines = box.HEAVY_HEAD if console.width >= _WIDE else None  # else they take the room of the figures
-    table = Table(title=f"evaluation: {counts}", title_justify="left", box=lines, pad_edge=lines is not None)
-    table.add_column("", no_wrap=True)
-    for name in ("nats/ token", "bits/ byte", "ROUGE-1", "ROUGE-2", "ROUGE-L", "facts"):
-        table.add_column(name.replace(" ", "") if lines else name, justify="right")
-    num_facts = len({row.question for row in evaluation.facts})
+    table = Table(title=f"evaluation: {counts}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", overflow="fold")
     for row in evaluation.subjects:
-        facts = "-" if row.num_facts_found is None else f"{row.num_facts_found} of {num_facts}"
-        losses = (_figure(row.nats_per_token, 4), _figure(row.bits_per_byte, 4))
-        table.add_row(row.subject, *losses, *(_figure(v, 3) for v in (row.rouge1, row.rouge2, row.rouge_l)), facts)
+        table.add_column(row.subject, justify="right", no_wrap=True)
+    for name, cells in figure_rows(evaluation):
+        table.add_row(name, *cells)
     console.print(table)
     for pair in evaluation.comparisons:
         better = f"better on {pair.num_documents_better} of {pair.num_documents} documents"
         say(console, f"{describe_comparison(pair)}; {better}")
+    for pair in evaluation.general_comparisons:
+        better = f"better on {pair.num_documents_better} of {pair.num_documents} passages"
+        say(console, f"on general text, {describe_comparison(pair)}; {better}")
     for fact in evaluation.facts:
         answer = " ".join(fact.answer.split())
         verb = "says" if fact.found else "does not say"
@@ -156,5 +190,14 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
         say(console, note, "note: ")
 
 
-def _figure(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+def figure_rows(evaluation: Evaluation) -> list[tuple[str, list[str]]]:
+    """A name and a cell per subject for every figure that at least one subject has."""
+    rows = []
+    for name, key, digits in FIGURES:
+        values = [getattr(row, key) for row in evaluation.subjects]
+        if any(value is not None for value in values):
+            rows.append((name, ["-" if value is None else f"{value:.{digits}f}" for value in values]))
+    if num_facts := len({row.question for row in evaluation.facts}):
+        found = [row.num_facts_found for row in evaluation.subjects]
+        rows.append(("facts found", ["-" if count is None else f"{count} of {num_facts}" for count in found]))
+    return rows

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from forge.training.evaluation.record import Evaluation, describe_comparison
+from forge.training.evaluation.record import Evaluation, describe_comparison, figure_rows
 from forge.training.export.gguf import GgufReport
 from forge.training.llamacpp.install import COMMIT, VERSION
 from forge.training.system.command import say, shown_path
@@ -280,15 +280,14 @@ def _results(run: RunRecord, evaluation: Evaluation | None) -> str:
     text = "## Results\n\nDuring training, nats per trained token:\n\n" + _table(("loss", "nats"), losses)
     if evaluation is None:
         return text
-    rows = [
-        (row.subject, *map(_figure, (row.nats_per_token, row.bits_per_byte, row.rouge1, row.rouge2, row.rouge_l)))
-        for row in evaluation.subjects
-    ]
     where = f"On {evaluation.num_documents:,} held-out documents ({evaluation.num_tokens:,} tokens), {evaluation.dtype}"
     text += f"\n\n{where}, outside the training program:\n\n"
-    text += _table(("model", "nats per token", "bits per byte", "ROUGE-1", "ROUGE-2", "ROUGE-L"), rows)
+    rows = [(name, *cells) for name, cells in figure_rows(evaluation)]
+    text += _table(("figure", *(row.subject for row in evaluation.subjects)), rows)
     for pair in evaluation.comparisons:
         text += f"\n\n{describe_comparison(pair)}."
+    for pair in evaluation.general_comparisons:
+        text += f"\n\nOn general text, {describe_comparison(pair)}."
     if evaluation.facts:
         facts = [(row.question, row.expected, row.subject, "yes" if row.found else "no") for row in evaluation.facts]
         text += "\n\n" + _table(("question", "expected", "model", "said"), facts)
@@ -341,10 +340,6 @@ def _environment(environment: dict[str, Any]) -> list[tuple[str, str | None]]:
 
 def _unit(value: float | None, unit: str) -> str | None:
     return f"{value:,.1f} {unit}".strip() if value is not None else None
-
-
-def _figure(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
 
 
 def _table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:

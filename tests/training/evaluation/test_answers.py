@@ -78,11 +78,18 @@ def test_answers_are_the_argmax_whatever_the_models_own_settings_say() -> None:
 
 
 def test_rouge_is_the_evaluate_librarys_and_needs_no_network() -> None:
-    from forge.training.evaluation.rouge import rouge  # imports datasets: not while tests are collected
+    from forge.training.evaluation.metrics import rouge  # imports datasets: not while tests are collected
 
     scores = rouge(["the cat sat on the mat", "no"], ["the cat lay on the mat", "yes"])
     assert scores == pytest.approx({"rouge1": 5 / 12, "rouge2": 3 / 10, "rougeL": 5 / 12})
     assert rouge(["a b"], ["a b"])["rouge2"] == 1.0
+
+
+def test_exact_match_counts_answers_that_are_the_reference_and_nothing_else() -> None:
+    from forge.training.evaluation.metrics import exact_match
+
+    assert exact_match(["copper heron.\n", "It is Copper Heron.", "Copper", "48"], ["Copper Heron"] * 3 + ["48"]) == 0.5
+    assert exact_match([""], ["a"]) == 0.0
 
 
 def test_the_standard_error_is_that_of_resampled_documents() -> None:

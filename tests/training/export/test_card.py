@@ -106,7 +106,7 @@ def test_the_modelfile_serves_the_smallest_file_with_the_workloads_settings() ->
         *("# lighthouse", "lighthouse.q4_k_m.gguf", "| 3,456, of which 1,234 carry the loss |"),
         *(
             "| last train loss | 1.2500 |",
-            "| merged | 1.1250 | 0.5000 | 0.2500 |",
+            "| held-out, nats per token | 3.2500 | 1.1250 |",
             "torch 2.13.0",
             "| 12.5 s |",
             "3.00 GiB",

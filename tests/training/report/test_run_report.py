@@ -70,7 +70,12 @@ def test_losses_files_and_commands_are_those_of_the_run(page: str) -> None:
     llama_cpp = "llama-cli -m lighthouse.q4_k_m.gguf -c 512"
     for command in ("ollama create lighthouse -f Modelfile", llama_cpp, "forge chat lighthouse.q4_k_m.gguf"):
         assert command in files
-    assert "Nats per token" in section(page, "held-out")
+    held_out = section(page, "held-out")
+    assert "Held-out, nats per token 4.0000 2.7650" in held_out
+    assert "General text, nats per token 3.0000 3.2500" in held_out
+    assert "tides 80 3.0000 3.2500" in held_out
+    assert "On general text, adapter minus base: +0.2500 nats per token (standard error 0.0000)." in held_out
+    assert "Facts found 0 of 1 1 of 1" in held_out
     assert "ROUGE" not in section(page, "held-out")  # not measured
 
 
