@@ -11,7 +11,7 @@ from forge.training.config.workload import Workload
 from forge.training.system.files import sha256_file
 from forge.training.train.record import RunRecord
 from tests.support.records import make_record
-from tests.support.tiny_model import shared_adapter, shared_base, write_base
+from tests.support.tiny_model import SENTENCES, shared_adapter, shared_base, write_base
 
 NUM_STEPS = 24
 SAVE_EVERY, EVALUATE_EVERY = 5, 8
@@ -55,6 +55,21 @@ def made_up_run(run_dir: Path, **workload: Any) -> Path:
     shutil.copytree(shared_adapter(), run_dir / "adapter")
     write_run(run_dir, shared_base(), **workload)
     return run_dir
+
+
+def add_training_examples(run_dir: Path, base_dir: Path) -> None:
+    """The sentences that the base was made of, as what a made-up run was trained on."""
+    from forge.training.data.conversation import load_encoder
+    from forge.training.data.examples import encode_records, save_examples
+    from forge.training.data.records import Message, Record
+
+    talks = [(Message("user", f"Recite {i}"), Message("assistant", text)) for i, text in enumerate(SENTENCES)]
+    records = [Record(line=i + 1, messages=talk, document=True) for i, talk in enumerate(talks)]
+    data = Workload.model_validate(record(run_dir)["workload"]).data
+    examples = encode_records(records, load_encoder(base_dir), data)
+    save_examples(examples, run_dir / "examples" / "train")
+    inputs = record(run_dir)["inputs"] | {"train_examples_sha256": examples.sha256}
+    edit_json(run_dir / "run.json", inputs=inputs)
 
 
 def edit_json(path: Path, **fields: object) -> None:

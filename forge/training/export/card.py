@@ -201,8 +201,8 @@ def _predictions(report: GgufReport) -> tuple[str, str]:
     """Mean KL of the adapter's predictions to the file's, what an importance matrix gained, and the same top tokens."""
     if report.proof is None or report.proof.predictions is None:
         return "", ""
-    found, plain = report.proof.predictions, report.proof.kl_without_imatrix
-    without = f" ({plain:.1e} without imatrix)" if report.proof.uses_imatrix and plain is not None else ""
+    found, plain = report.proof.predictions, report.proof.other_way
+    without = f" ({plain.mean_kl:.1e} without imatrix)" if report.proof.uses_imatrix and plain is not None else ""
     return f"{found.mean_kl:.1e}{without}", f"{found.same_top_share:.1%}"
 
 

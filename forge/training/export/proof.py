@@ -152,7 +152,7 @@ class Proof:
         return flagged, refused
 
     def prove(
-        self, path: Path, kind: str, *, uses_imatrix: bool = False, kl_without_imatrix: float | None = None
+        self, path: Path, kind: str, *, uses_imatrix: bool = False, other_way: Divergence | None = None
     ) -> tuple[FileProof, int]:
         """All checks of a file of a type, and the most memory that one of its processes took, in bytes.
 
@@ -187,7 +187,7 @@ class Proof:
             if GGUF_TYPES[kind].bits_per_weight >= _FINE_BITS:
                 raise CheckError(f"{path.name}: answer: {complaint}", remedy="its end of turn is not the trained one")
             flags.append(complaint)
-        question, compared = self.asked.text, (uses_imatrix, kl_without_imatrix)
+        question, compared = self.asked.text, (uses_imatrix, other_way)
         proof = FileProof(reading, self.source, found, flagged, refused, question, answer, stops, flags, *compared)
         return proof, took.peak_rss_bytes if took else 0
 

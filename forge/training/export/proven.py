@@ -24,8 +24,8 @@ class FileProof:
 
     ``text``: on what. ``predictions``: ``None`` where the adapter does not fit into memory. ``stops``: whether its
     answer ended by itself, ``None`` where the adapter's does not.
-    ``kl_without_imatrix``: of the same type made without an importance matrix, where one was tried. ``flags``: what its
-    owner should know.
+    ``other_way``: of the same type made with an importance matrix where this file is made without, and the other way
+    round, where both were tried. ``flags``: what its owner should know.
     """
 
     reading: Reading
@@ -38,4 +38,4 @@ class FileProof:
     stops: bool | None
     flags: list[str] = field(default_factory=list)
     uses_imatrix: bool = False
-    kl_without_imatrix: float | None = None
+    other_way: Divergence | None = None

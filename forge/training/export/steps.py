@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from forge.training.config.quantizations import GGUF_TYPES, QUANTIZED
+from forge.training.evaluation.divergence import Divergence
 from forge.training.export import disk_space, gguf
 from forge.training.export.card import ExportRecord, Step
 from forge.training.export.proof import Proof, importance_sequences
@@ -191,29 +192,29 @@ class ExportSteps:
     def _quantize_by_importance(self, source: Path, path: Path, name: str, staging: Path) -> gguf.GgufReport:
         """Quantise with the importance matrix and without; the file whose predictions are nearer is kept."""
         matrix = self._importance(source, staging)
-        plain_kl = None
+        without = None
         if self.proof.has_reference and not GGUF_TYPES[name].needs_imatrix:
             plain = staging / f"plain.{name}.gguf"
             self.progress(f"quantise to {name} without the importance matrix, to compare")
             self._count(f"quantise {name} without imatrix", gguf.quantize(source, plain, name), 0)
-            found, answer = self.proof.measure_file(plain)
-            plain_kl = found.mean_kl
+            without, answer = self.proof.measure_file(plain)
             self._count(f"compare {name} without imatrix", answer, 0)
         make = partial(gguf.quantize, source, path, name, imatrix=matrix)
-        report = self._make("quantise", name, path, make, uses_imatrix=True, kl_without_imatrix=plain_kl)
-        if plain_kl is None:
+        report = self._make("quantise", name, path, make, uses_imatrix=True, other_way=without)
+        if without is None:
             return report
         assert report.proof is not None
-        assert report.proof.predictions is not None
-        if report.proof.predictions.mean_kl <= plain_kl:
+        weighed = report.proof.predictions
+        assert weighed is not None
+        if weighed.mean_kl <= without.mean_kl:
             plain.unlink()
             return report
         self.notes.append(
-            f"{path.name}: the importance matrix does not help (KL {report.proof.predictions.mean_kl:.2e} with it, "
-            f"{plain_kl:.2e} without): made without it"
+            f"{path.name}: the importance matrix does not help (KL {weighed.mean_kl:.2e} with it, "
+            f"{without.mean_kl:.2e} without): made without it"
         )
         path.unlink()
-        return self._make("take", name, path, partial(self._rename, plain, path))
+        return self._make("take", name, path, partial(self._rename, plain, path), other_way=weighed)
 
     def _rename(self, plain: Path, path: Path) -> Answer:
         plain.rename(path)
@@ -251,7 +252,7 @@ class ExportSteps:
         step: Callable[[], Answer],
         *,
         uses_imatrix: bool = False,
-        kl_without_imatrix: float | None = None,
+        other_way: Divergence | None = None,
     ) -> gguf.GgufReport:
         """Make one file, verify it and prove it."""
         self.progress(f"{verb} to {quantization}")
@@ -273,9 +274,7 @@ class ExportSteps:
             self.notes.append(f"{path.name}: {len(report.fallbacks)} tensors in larger types: {report.tensor_types}")
         self.progress(f"compare {path.name} with the adapter")
         started = time.monotonic()
-        proof, peak_bytes = self.proof.prove(
-            path, quantization, uses_imatrix=uses_imatrix, kl_without_imatrix=kl_without_imatrix
-        )
+        proof, peak_bytes = self.proof.prove(path, quantization, uses_imatrix=uses_imatrix, other_way=other_way)
         self._count(f"prove {quantization}", Answer({}, time.monotonic() - started, peak_bytes), 0)
         if not path.name.startswith("intermediate."):
             self.notes += [f"{path.name}: {flag}" for flag in proof.flags]

@@ -6,14 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from forge.training.config.workload import Workload
-from forge.training.data.conversation import load_encoder
-from forge.training.data.examples import encode_records, save_examples
-from forge.training.data.records import Message, Record
 from forge.training.export.export import export_run
 from forge.training.system.errors import ConfigurationError, DataError
-from tests.support.tiny_model import SENTENCES, shared_base
-from tests.support.tiny_run import edit_json, made_up_run, record
+from tests.support.tiny_model import shared_base
+from tests.support.tiny_run import add_training_examples, made_up_run
 
 
 def test_types_that_need_one_are_refused_without_it(tmp_path: Path) -> None:
@@ -27,25 +23,20 @@ def test_both_are_measured_and_the_nearer_is_kept(tmp_path: Path) -> None:
     run = made_up_run(tmp_path / "run")
     with pytest.raises(DataError, match="holds no training examples"):
         export_run(run, quantizations=["q4_0"], imatrix=True)
-    encoder = load_encoder(shared_base())
-    talks = [(Message("user", f"Recite {i}"), Message("assistant", text)) for i, text in enumerate(SENTENCES)]
-    records = [Record(line=i + 1, messages=talk, document=True) for i, talk in enumerate(talks)]
-    data = Workload.model_validate(record(run)["workload"]).data
-    examples = encode_records(records, encoder, data)
-    save_examples(examples, run / "examples" / "train")
-    edit_json(run / "run.json", inputs=record(run)["inputs"] | {"train_examples_sha256": examples.sha256})
+    add_training_examples(run, shared_base())
     made = export_run(run, quantizations=["q8_0", "q4_0", "iq2_xs"], imatrix=True)
     q8, q4, iq2 = (report.proof for report in made.files)
     assert q8 is not None
     assert q4 is not None
     assert iq2 is not None
     assert q4.text == "training documents (nothing was held out)"
-    assert (q8.uses_imatrix, q8.kl_without_imatrix) == (False, None)  # the quantiser ignores it for q8_0
-    assert (iq2.uses_imatrix, iq2.kl_without_imatrix) == (True, None)  # it cannot be made without
+    assert (q8.uses_imatrix, q8.other_way) == (False, None)  # the quantiser ignores it for q8_0
+    assert (iq2.uses_imatrix, iq2.other_way) == (True, None)  # it cannot be made without
+    assert q4.other_way is not None
+    assert q4.predictions is not None
+    assert q4.predictions.mean_kl <= q4.other_way.mean_kl
     if q4.uses_imatrix:
-        assert q4.kl_without_imatrix is not None
-        assert q4.predictions.mean_kl <= q4.kl_without_imatrix
-        assert f"({q4.kl_without_imatrix:.1e} without imatrix)" in (run / "export" / "README.md").read_text()
+        assert f"({q4.other_way.mean_kl:.1e} without imatrix)" in (run / "export" / "README.md").read_text()
     else:
         assert any("the importance matrix does not help" in note for note in made.notes)
     assert made.imatrix is not None
