@@ -103,7 +103,7 @@ class ForgeLayers:
     ) -> None:
         """Lay the passes that follow out otherwise: the same mathematics."""
         self._tile_tokens, self._keep_gib = tile_tokens, keep_gib
-        self._host = HostMemory(self.device) if offload and self.device.type == "cuda" else None
+        self._host = HostMemory(self.device) if offload else None
         for group in (group for layer in self.layers for group in layer.groups):
             group.hold_dense(self._dtype) if dequantize_once else group.drop_dense()
 

@@ -76,7 +76,9 @@ class MeasuredStep:
         """For people: backend, layout, padding."""
         layout = self.facts.get("layout") or f"micro-batches of {self.facts['plan']['micro_batch']}"
         packed = "packed" if self.facts["plan"]["padding"] == "none" else "padded"
-        return "float32" if self.facts["backend"] == "reference" else f"{self.facts['backend']} {layout} {packed}"
+        dropout = ", with dropout" if self.facts.get("dropout") else ""
+        arm = "float32" if self.facts["backend"] == "reference" else f"{self.facts['backend']} {layout} {packed}"
+        return arm + dropout
 
     @contextmanager
     def _open(self) -> Iterator[Any]:

@@ -21,6 +21,7 @@ from forge.training.system.errors import CheckError
 NUM_DOCUMENTS = 8
 NUM_POSITIONS = 16  # tokens of a document whose loss is measured by itself
 NUM_LEAK_POSITIONS = 4  # of those, how many are measured again when another document is replaced
+FROZEN_STEP = 3  # of the run, where dropout's masks depend on it
 B_BOUND = 0.01  # of the drawn LoRA B: what some fifty steps at a learning rate of 2e-4 make of zero
 
 _MATRIX = re.compile(r"(?:^|\.)layers\.(\d+\..+)\.lora_([AB])\.")

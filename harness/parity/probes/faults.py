@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from forge.training.data.conversation import IGNORED
+from harness.parity.probes import kernel_faults
 
 FAULTS = (
     "labels-shifted",  # the loss is that of the token after the next
@@ -17,8 +19,18 @@ FAULTS = (
 )
 
 
-def plant(fault: str, trainer: Any) -> None:
-    """Plant one of :data:`FAULTS` in a trainer that has not begun."""
+@contextmanager
+def planted(fault: str | None, trainer: Any) -> Iterator[None]:
+    """Plant one of :data:`FAULTS` in a trainer that has not begun, or a fault of Forge's layers for a while."""
+    with ExitStack() as stack:
+        if fault in kernel_faults.FAULTS:
+            stack.enter_context(kernel_faults.planted(fault, trainer.layers))
+        elif fault is not None:
+            _plant(fault, trainer)
+        yield
+
+
+def _plant(fault: str, trainer: Any) -> None:
     if fault == "frozen-matrix":
         matrices = [p for name, p in trainer.model.named_parameters() if ".lora_A." in name]
         matrices[len(matrices) // 2].requires_grad_(False)

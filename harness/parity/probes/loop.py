@@ -24,7 +24,11 @@ class Done(Exception):
 
 
 class Observer:
-    """Lets the loop take its first step's micro-batches, then measures and raises :class:`Done` before the update."""
+    """Lets the loop take its first step's micro-batches, then measures and raises :class:`Done` before the update.
+
+    With dropout the step is number :data:`FROZEN_STEP` of the run, and the model has taken the first micro-batch as the
+    step before: what it keeps from one step to the next is seen. Layers that are not Forge's drop by explicit masks.
+    """
 
     def __init__(
         self, trainer: Any, job: TrainingJob, step: FrozenStep, *, looks_for_leaks: bool, inputs_only: bool
@@ -32,7 +36,8 @@ class Observer:
         self.trainer, self.job, self.step = trainer, job, step
         self.looks_for_leaks, self.inputs_only = looks_for_leaks, inputs_only
         self.real = trainer.training_step
-        self.micro_batches = job.micro_batches[: job.accumulation]
+        self.micro_batches = job.steps[0]
+        self.masks: Any = None
         self.losses: list[float] = []
         self.divisors: list[int | None] = []
         self.labels: list[bytes] = []
@@ -46,13 +51,17 @@ class Observer:
         if not self.facts:
             self.facts["settings"] = describe_settings(self.trainer)
             self.facts["trainable_dtype"] = _dtype_of_adapter(model)
-        self.labels += document_labels(inputs)
+            if self.job.workload.lora.dropout and not self.inputs_only:
+                self._begin_dropout(model, inputs)
+        batches = inputs.get("micro_batches", [inputs])
+        for batch in batches:
+            self.labels += document_labels(batch)
         if self.inputs_only:
             loss = torch.zeros((), device=self.trainer.args.device)
         else:
-            loss = self.real(model, inputs, num_items_in_batch, *more, **named)
+            loss = self._train(model, inputs, num_items_in_batch, *more, **named)
         self.losses.append(float(loss))
-        self.divisors.append(None if num_items_in_batch is None else int(num_items_in_batch))
+        self.divisors += [None if num_items_in_batch is None else int(num_items_in_batch)] * len(batches)
         if len(self.losses) < self.job.accumulation:
             return loss
         self._describe_inputs(model)
@@ -60,14 +69,29 @@ class Observer:
             self._measure(model)
         raise Done
 
+    def _begin_dropout(self, model: Any, inputs: Any) -> None:
+        if self.trainer.layers is None:
+            from harness.parity.probes.masks import ExplicitMasks
+
+            self.masks = ExplicitMasks(model, self.job.workload.training.seed)
+        self.trainer.state.global_step = frozen.FROZEN_STEP - 1
+        self._take(model, dict(inputs.get("micro_batches", [inputs])[0]), 1)
+        model.zero_grad(set_to_none=True)
+        self.trainer.state.global_step = frozen.FROZEN_STEP
+
+    def _train(self, model: Any, inputs: Any, *arguments: Any, **named: Any) -> Any:
+        """The trainer's own step on what it was given, with explicit masks where there are any."""
+        if self.masks is not None:
+            assert "micro_batches" not in inputs, "explicit masks are those of one micro-batch"
+            self.masks.begin_batch(inputs, self.trainer.state.global_step, self.trainer.args.device)
+        return self.real(model, inputs, *arguments, **named)
+
     def _describe_inputs(self, model: Any) -> None:
         weights = loaded_weights(model, self.job.workload.model.dtype)
         documents = sorted(self.labels)
         joined = b"".join(hashlib.sha256(labels).digest() for labels in documents)
         self.facts["labels_sha256"] = hashlib.sha256(joined).hexdigest()
-        steps = self.job.micro_batches
-        size = self.job.accumulation
-        order = [sorted(chain.from_iterable(steps[i : i + size])) for i in range(0, len(steps), size)]
+        order = [sorted(chain.from_iterable(step)) for step in self.job.steps]
         self.facts["order_sha256"] = sha256_json(order)
         self.facts["weights_sha256"] = sha256_json(sorted(weights.items()))
         if self.inputs_only:
@@ -122,7 +146,7 @@ class Observer:
         self, documents: list[int], replaced: dict[int, np.ndarray] | None = None
     ) -> tuple[Any, dict[int, tuple[int, int]]]:
         rows = self.step.rows(documents, replaced)
-        batch = self.trainer.data_collator(rows)
+        batch = self.trainer.collate(rows)
         return batch, frozen.find_documents(batch, rows, documents)
 
     def _take(self, model: Any, batch: dict[str, Any], divisor: int) -> float:
@@ -130,7 +154,7 @@ class Observer:
         import torch
 
         model.zero_grad(set_to_none=True)
-        loss = self.real(model, batch, torch.tensor(divisor, device=self.trainer.args.device))
+        loss = self._train(model, batch, torch.tensor(divisor, device=self.trainer.args.device))
         getattr(self.trainer, "_metrics", {}).get("train", {}).clear()
         return float(loss)
 

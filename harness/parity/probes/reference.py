@@ -2,7 +2,7 @@
 
 The base's weights are first rounded to the workload's dtype, or quantised to NF4 and dequantised, as every backend does
 on loading. So a backend differs from the reference by its arithmetic alone. Nothing is recomputed, nothing is fused, no
-autocast; the loss of a token is taken from full logits.
+autocast; the loss of a token is taken from full logits. Dropout, where the step has any, is by explicit masks.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from forge.training.backends.job import TrainingJob
 from forge.training.data.conversation import IGNORED
-from harness.parity.probes.batch import FrozenStep, adapter_gradients, draw_adapter
+from harness.parity.probes.batch import FROZEN_STEP, FrozenStep, adapter_gradients, draw_adapter
 
 
 def load_reference(job: TrainingJob) -> Any:
@@ -85,6 +85,11 @@ def measure_reference(job: TrainingJob, step: FrozenStep) -> tuple[dict[str, np.
     model = load_reference(job)
     facts: dict[str, Any] = {"adapter_sha256": draw_adapter(model, job.workload.training.seed)}
     device = next(model.parameters()).device
+    masks = None
+    if job.workload.lora.dropout:
+        from harness.parity.probes.masks import ExplicitMasks
+
+        masks = ExplicitMasks(model, job.workload.training.seed)
     tokens = np.full(step.positions.shape, np.nan)
     losses = np.zeros(len(step.examples))
     tensors: dict[str, np.ndarray] = {}
@@ -93,6 +98,8 @@ def measure_reference(job: TrainingJob, step: FrozenStep) -> tuple[dict[str, np.
         model.zero_grad(set_to_none=True)
         given = torch.tensor(ids, dtype=torch.long, device=device)[None]
         targets = torch.tensor(labels, dtype=torch.long, device=device)[1:]
+        if masks is not None:
+            masks.begin([ids.tolist()], None, FROZEN_STEP, device)
         logits = model(input_ids=given, use_cache=False).logits[0, :-1]
         nats = torch.nn.functional.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORED)
         (nats.sum() / step.num_trained_tokens).backward()
