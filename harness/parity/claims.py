@@ -15,12 +15,13 @@ NAMES = {1: "inputs", 2: "first step", 3: "step equivalence", 4: "noise", 5: "tr
 STATEMENTS = {
     1: "Every arm trains the same numbers: ids, labels, weights, trainable parameters, settings.",
     2: "On one frozen batch the candidate's losses and gradients are as near to float32 as the baseline's.",
-    3: "Any division of a step into micro-batches gives the same gradient.",
+    3: "Any division of a step into micro-batches gives the same gradient; with Forge's layers, with dropout too.",
     4: "How far the baseline's own steps move when nothing but rounding changes is known.",
     5: "Over a whole run the candidate's steps stay within the baseline's own rounding.",
     6: "The candidate's adapters judge held-out documents as well as the baseline's, within the margin.",
 }
 ARCHITECTURE_STATEMENT = "Rungs 1 to 3 hold on a base of this architecture too."
+PLAN_STATEMENT = "Rungs 1 to 3 hold in this plan too."
 
 # --------------------------------------------------------------------------------------------------------------------
 # Rungs 2 and 3: one step
@@ -94,4 +95,11 @@ def verdict_on_architecture(
         status=status,
         reason=reason,
         figures=figures or {},
+    )
+
+
+def verdict_on_plan(name: str, status: Status, reason: str, figures: dict[str, Any] | None = None) -> Verdict:
+    """The verdict on rungs 1 to 3 in the plan of ``suite.PLANS`` that has this name."""
+    return Verdict(
+        name=f"rungs 1 to 3, {name}", statement=PLAN_STATEMENT, status=status, reason=reason, figures=figures or {}
     )

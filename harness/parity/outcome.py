@@ -174,8 +174,12 @@ def judge_runs(runs: Sequence[Mapping[Role, Outcome]], seeds: Sequence[int], pla
 def seed_specs(ladder: Ladder, seed: int, roles: Sequence[Role]) -> dict[Role, RunSpec]:
     """The runs of one seed."""
     backends = {"baseline": ladder.baseline, "candidate": ladder.candidate, "stock": ladder.baseline}
+    plans = {"candidate": ladder.plan}
     return {
-        role: ladder.spec(backends[role], seed, evaluate=True, float32_adapter=role == "baseline") for role in roles
+        role: ladder.spec(
+            backends[role], seed, plan=plans.get(role, ()), evaluate=True, float32_adapter=role == "baseline"
+        )
+        for role in roles
     }
 
 

@@ -7,12 +7,13 @@ from functools import partial
 
 from forge.training.system.errors import ForgeError
 from harness.parity.architectures import architecture_steps, judge_architecture
-from harness.parity.claims import Unmeasured, verdict_on, verdict_on_architecture
+from harness.parity.claims import Unmeasured, verdict_on, verdict_on_architecture, verdict_on_plan
 from harness.parity.first_step.judge import judge_first_step, judge_inputs, judge_step_equivalence
 from harness.parity.first_step.measure import has_steps, own_steps, prefetch_steps
 from harness.parity.outcome import judge_outcome, pilot_specs
+from harness.parity.plans import judge_plan
 from harness.parity.session import Ladder
-from harness.parity.suite import ARCHITECTURES
+from harness.parity.suite import ARCHITECTURES, StepPlan
 from harness.parity.trajectory.judge import judge_noise, judge_trajectory, noise_specs, trajectory_specs
 from harness.verdict import Status, Verdict, status_of_error
 
@@ -59,6 +60,11 @@ def _judge(ladder: Ladder, number: int) -> Verdict:
 def architecture_verdict(ladder: Ladder, model_type: str) -> Verdict:
     """The verdict on rungs 1 to 3 with the ladder's base as another architecture."""
     return _judged(partial(judge_architecture, ladder, model_type), partial(verdict_on_architecture, model_type))
+
+
+def plan_verdict(ladder: Ladder, plan: StepPlan) -> Verdict:
+    """The verdict on rungs 1 to 3 in another plan."""
+    return _judged(partial(judge_plan, ladder, plan), partial(verdict_on_plan, plan.name))
 
 
 def _judged(judge: Callable[[], Verdict], otherwise: Callable[[Status, str], Verdict]) -> Verdict:

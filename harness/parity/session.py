@@ -34,7 +34,8 @@ ProbeCall = tuple[Backend, tuple[str, ...]]  # whose interpreter, and the argume
 class Ladder:
     """One session's ladder. ``base``: a name that `forge base` knows, or a directory.
 
-    ``step_layouts``: the candidate's, on rungs 2 and 3. ``layouts``: of the baseline's runs on rung 4.
+    ``plan``: what differs in the candidate's plan from the workload's. ``step_layouts``: the candidate's, on rungs 2
+    and 3; ``dropout_layouts``: on rung 3 where Forge's layers train. ``layouts``: of the baseline's runs on rung 4.
     ``num_side_by_side``: processes at a time; 1: one after the other, each alone. ``overrides``: of the workload, for
     all arms alike. ``verdicts``: what rungs.py has judged so far, by number.
     """
@@ -43,7 +44,9 @@ class Ladder:
     base: str = BASE
     baseline: Backend = suite.BASELINE
     candidate: Backend = suite.CANDIDATE
+    plan: tuple[str, ...] = ()
     step_layouts: tuple[str, ...] = suite.STEP_LAYOUTS
+    dropout_layouts: tuple[str, ...] = suite.DROPOUT_LAYOUTS
     num_positions: int = suite.NUM_POSITIONS
     layouts: tuple[tuple[str, ...], ...] = suite.LAYOUTS
     num_side_by_side: int = max(1, min(suite.MOST_SIDE_BY_SIDE, len(os.sched_getaffinity(0)) - suite.CORES_LEFT))
@@ -57,6 +60,11 @@ class Ladder:
     def folder(self) -> Path:
         """For documents, bases and tensors: beside the store and not in it, because a store may be committed."""
         return shared_folder(self.session.store)
+
+    @property
+    def has_forge_layers(self) -> bool:
+        """Whether the candidate's plan has Forge's layers train."""
+        return load_plan(load_workload(suite.WORKLOAD, self.overrides), self.candidate, self.plan).kernels == "forge"
 
     @cached_property
     def documents(self) -> tuple[Path, Path]:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from harness.parity.rungs import architecture_verdict, verdict
+from harness.parity.rungs import architecture_verdict, plan_verdict, verdict
 from harness.parity.session import Ladder
-from harness.parity.suite import ARCHITECTURES, WORKLOAD
+from harness.parity.suite import ARCHITECTURES, PLANS, WORKLOAD, StepPlan
 from harness.recorder import CLOCK
 from harness.session import Session
 from harness.verdict import Hold
@@ -62,3 +62,8 @@ def test_the_candidates_adapters_are_as_good_as_the_baselines(ladder: Ladder, ho
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_other_architectures_pass_the_first_three_rungs(ladder: Ladder, hold: Hold, model_type: str) -> None:
     hold(architecture_verdict(ladder, model_type), **described(ladder))
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.name)
+def test_other_plans_pass_the_first_three_rungs(ladder: Ladder, hold: Hold, plan: StepPlan) -> None:
+    hold(plan_verdict(ladder, plan), **{**described(ladder), "arm": plan.name, "backend": plan.backend})

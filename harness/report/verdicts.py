@@ -13,7 +13,7 @@ from forge.training.report.page.numbers import NONE
 from forge.training.system.errors import DataError
 from harness.export import claims as export
 from harness.parity import claims as parity
-from harness.parity.suite import ARCHITECTURES
+from harness.parity.suite import ARCHITECTURES, PLANS
 from harness.perf.claims import CLAIMS, Claim, judge
 from harness.reliability import claims as reliability
 from harness.reliability.suite import BACKENDS
@@ -41,6 +41,7 @@ EXPECTED: dict[str, tuple[Verdict, ...]] = {  # what a whole gate leaves, by rec
     "parity": (
         *(_missing(name, parity.STATEMENTS[number], rung=number) for number, name in parity.NAMES.items()),
         *(_missing(f"rungs 1 to 3 as {name}", parity.ARCHITECTURE_STATEMENT) for name in ARCHITECTURES),
+        *(_missing(f"rungs 1 to 3, {plan.name}", parity.PLAN_STATEMENT) for plan in PLANS),
     ),
     "export": tuple(_missing(claim.name, claim.statement) for claim in export.CLAIMS),
     "reliability": tuple(

@@ -19,7 +19,14 @@ from harness.measurement.key import code_sha256_of
 from harness.parity.claims import STEP_BARS, verdict_on
 from harness.parity.first_step.checks import Check, differing_inputs, direction_check, first_step_checks, layout_checks
 from harness.parity.first_step.compare import MeasuredStep
-from harness.parity.first_step.measure import MeasuredSteps, WantedSteps, measure_inputs, measure_steps, own_steps
+from harness.parity.first_step.measure import (
+    MeasuredSteps,
+    WantedSteps,
+    dropout_steps,
+    measure_inputs,
+    measure_steps,
+    own_steps,
+)
 from harness.parity.session import Ladder
 from harness.parity.suite import BASELINE_STEP_LAYOUT, OTHER_ARM, WORKLOAD
 from harness.verdict import Status, Verdict
@@ -53,40 +60,54 @@ def judge_inputs(ladder: Ladder) -> Verdict:
 
 def judge_first_step(ladder: Ladder) -> Verdict:
     """Rung 2, for each quantisation and each of the candidate's layouts. Raises as :func:`find_checks`."""
-    return _judge_checks(ladder, 2, first_steps)
+    return _judged(2, find_checks(ladder, first_steps, own_steps(ladder)))
 
 
 def judge_step_equivalence(ladder: Ladder) -> Verdict:
     """Rung 3, for each quantisation: all of the candidate's layouts, padded and packed. Raises as above."""
-    return _judge_checks(ladder, 3, step_equivalence)
+    return _judged(3, find_equivalence(ladder))
 
 
-def _judge_checks(ladder: Ladder, rung: int, checks_of: ChecksOf) -> Verdict:
-    checks = find_checks(ladder, checks_of, own_steps(ladder))
+def find_equivalence(ladder: Ladder) -> Checks:
+    """The checks of rung 3; where Forge's layers train, also those of the steps with dropout. Raises as above."""
+    checks = find_checks(ladder, step_equivalence, own_steps(ladder))
+    if not ladder.has_forge_layers:
+        return checks
+    more = find_checks(ladder, equivalence_with_dropout, dropout_steps(ladder))
+    return {quantization: [*own, *more[quantization]] for quantization, own in checks.items()}
+
+
+def _judged(rung: int, checks: Checks) -> Verdict:
     status, reason = summed_up(checks)
     return verdict_on(rung, status, reason, {"checks": described_checks(checks)})
 
 
 def first_steps(ladder: Ladder, measured: MeasuredSteps, quantization: str) -> list[Check]:
     """The checks of rung 2."""
-    reference, baseline, candidates = _steps(ladder, measured, quantization)
+    reference, baseline, candidates = _steps(measured, quantization)
     of_each = [first_step_checks(reference, baseline, candidate) for candidate in candidates]
     return [direction_check(reference, baseline), *chain.from_iterable(of_each)]
 
 
 def step_equivalence(ladder: Ladder, measured: MeasuredSteps, quantization: str) -> list[Check]:
     """The checks of rung 3."""
-    return layout_checks(*_steps(ladder, measured, quantization))
+    return layout_checks(*_steps(measured, quantization))
 
 
-def _steps(
-    ladder: Ladder, measured: MeasuredSteps, quantization: str
-) -> tuple[MeasuredStep, MeasuredStep, list[MeasuredStep]]:
+def equivalence_with_dropout(ladder: Ladder, measured: MeasuredSteps, quantization: str) -> list[Check]:
+    """The checks of rung 3 with dropout: every layout is float32 with the explicit masks, and so every other layout.
+
+    Those of rung 2 among them: a mask that is wrong for one document is seen in its own gradient, not in the sum alone.
+    """
+    return [*first_steps(ladder, measured, quantization), *step_equivalence(ladder, measured, quantization)]
+
+
+def _steps(measured: MeasuredSteps, quantization: str) -> tuple[MeasuredStep, MeasuredStep, list[MeasuredStep]]:
     """The reference's, the baseline's, and the candidate's in each layout."""
     return (
         measured.step("reference", quantization),
-        measured.step(ladder.baseline, f"{quantization}:{BASELINE_STEP_LAYOUT}"),
-        [measured.step(ladder.candidate, f"{quantization}:{layout}") for layout in measured.wanted.layouts],
+        measured.step("baseline", f"{quantization}:{BASELINE_STEP_LAYOUT}"),
+        [measured.step("candidate", f"{quantization}:{layout}") for layout in measured.wanted.layouts],
     )
 
 

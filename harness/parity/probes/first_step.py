@@ -11,8 +11,9 @@ Eight of the workload's documents, the longest and an even spread of the others 
 adapter is put into every backend, B drawn rather than zero, and dropout is off, since a stack's own masks differ
 between layouts. With ``--dropout`` it is the workload's, and the masks those of the counter
 (forge/training/kernels/dropout.py): Forge's layers have them, and the stacks' and the reference's own layers are given
-them as whole masks (masks.py). Inside the backend's own training loop the step is taken as planned, then measured with the same micro-batches.
-The tensors that this leaves in ``--out``, and their shapes, are in ``harness/parity/first_step/compare.py``.
+them as whole masks (masks.py). Inside the backend's own training loop the step is taken as planned, then measured with
+the same micro-batches. The tensors that this leaves in ``--out``, and their shapes, are in
+``harness/parity/first_step/compare.py``.
 
 ``--inputs`` takes the workload as it is (its dropout, its documents, its steps) and stops before the first step.
 """

@@ -125,7 +125,9 @@ def judge_noise(ladder: Ladder) -> Verdict:
 
 def trajectory_specs(ladder: Ladder) -> tuple[list[RunSpec], str]:
     """The candidate's run and the baseline's with a planted fault; and which fault."""
-    candidate_spec = ladder.spec(ladder.candidate, TRAJECTORY_SEED, changes=(NO_DROPOUT,), float32_adapter=True)
+    candidate_spec = ladder.spec(
+        ladder.candidate, TRAJECTORY_SEED, plan=ladder.plan, changes=(NO_DROPOUT,), float32_adapter=True
+    )
     rate = load_workload(candidate_spec.workload, candidate_spec.overrides).optimizer.learning_rate
     fault = f"optimizer.{FAULT[0]}={rate * FAULT[1]:.6g}"
     control_spec = _noise_spec(ladder, ladder.layouts[0], fault)

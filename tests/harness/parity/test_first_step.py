@@ -18,87 +18,19 @@ from forge.training.system.files import sha256_file
 from harness.measurement.results import Store
 from harness.parity import rungs
 from harness.parity.claims import verdict_on
-from harness.parity.first_step.checks import Check, differing_inputs, direction_check, first_step_checks, layout_checks
-from harness.parity.first_step.compare import MeasuredStep, read_step
+from harness.parity.first_step.checks import Check, differing_inputs, first_step_checks, layout_checks
+from harness.parity.first_step.compare import MeasuredStep
 from harness.parity.first_step.judge import find_checks, judge_inputs
 from harness.parity.first_step.measure import MeasuredSteps, measure_steps, own_steps
 from harness.parity.probes import first_step
-from harness.parity.probes.architecture import write_architecture
 from harness.parity.session import Ladder
 from harness.session import Session
-from tests.support.tiny_model import write_base
-
-PACKED, PADDED = "none", "longest"
-BF16 = "model.dtype=bfloat16"
-
-
-def overrides(base: Path, train: Path, *more: str) -> list[str]:
-    settings = {
-        "model.path": base,
-        "data.train": train,
-        "data.validation_share": 0,
-        "data.max_length": 160,
-        "lora.rank": 4,
-        "lora.alpha": 8,
-    }
-    return [*(f"{key}={value}" for key, value in settings.items()), "training.max_steps=20", *more]
-
-
-class Bench:
-    """Measures first steps of one base in this process, each once."""
-
-    def __init__(self, folder: Path, architecture: str) -> None:
-        self.folder, self.base = folder, folder / architecture
-        self.taken: dict[Any, MeasuredStep] = {}
-
-    def take(
-        self, backend: str, layout: str = "8x1", padding: str = PADDED, fault: str | None = None, more: str = "seed=42"
-    ) -> MeasuredStep:
-        """Only micro-batches of all eight are looked at for leaks, to save time."""
-        key = (backend, layout, padding, fault, more)
-        if key not in self.taken:
-            setting = f"training.{more}" if more.startswith("seed") else more
-            workload = first_step.frozen_workload("smoke", overrides(self.base, self.folder / "train.jsonl", setting))
-            plan = [f"micro_batch={first_step.LAYOUTS[layout]}", f"padding={padding}"]
-            leaks = layout == "8x1"
-            tensors, facts = first_step.measure(
-                workload, backend, plan, fault=fault, looks_for_leaks=leaks, num_positions=3
-            )
-            path = self.folder / f"{self.base.name}-{len(self.taken)}.safetensors"
-            first_step.write(tensors, {**facts, "layout": layout}, path)
-            self.taken[key] = read_step(path)
-        return self.taken[key]
-
-    def inputs(self, fault: str | None = None, *more: str) -> dict[str, Any]:
-        """What rung 1 compares, of the workload as it is; dropout 0.05."""
-        settings = overrides(self.base, self.folder / "train.jsonl", "lora.dropout=0.05", *more)
-        workload = first_step.frozen_workload("smoke", settings, inputs_only=True)
-        return first_step.measure(workload, "trl", [], fault=fault, inputs_only=True)[1]
-
-    def rung_2(self, candidate: MeasuredStep, more: str = "seed=42") -> list[str]:
-        reference, baseline = self.take("reference", more=more), self.take("trl", "1x8", more=more)
-        return missed([direction_check(reference, baseline), *first_step_checks(reference, baseline, candidate)])
-
-    def rung_3(self, *layouts: MeasuredStep, more: str = "seed=42") -> list[str]:
-        return missed(layout_checks(self.take("reference", more=more), self.take("trl", "1x8", more=more), [*layouts]))
-
-
-def missed(checks: list[Check]) -> list[str]:
-    return [check.sentence() for check in checks if not check.holds]
+from tests.support.first_steps import BF16, PACKED, PADDED, Bench, missed, overrides, write_bases
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("first_step")
-    rows = [
-        {"instruction": f"Recite `{i}.md`", "input": "", "output": "It counts the ships at night. " * (1 + i * i // 8)}
-        for i in range(10)
-    ]
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    write_base(folder / "qwen2", tied=False, dtype="float32", hidden_size=64, intermediate_size=128, num_steps=20)
-    for architecture in ("llama", "qwen3"):
-        write_architecture(folder / "qwen2", folder / architecture, architecture)
-    return folder
+    return write_bases(tmp_path_factory.mktemp("first_step"))
 
 
 @pytest.fixture(scope="module")

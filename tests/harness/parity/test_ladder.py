@@ -16,7 +16,7 @@ from forge.training.system.errors import ForgeError
 from harness.parity.claims import LEAST_SEEDS, verdict_on
 from harness.parity.rungs import architecture_verdict, verdict
 from harness.parity.simulation import Recorded
-from harness.parity.suite import PILOT_SEEDS
+from harness.parity.suite import ARCHITECTURES, PILOT_SEEDS, PLANS
 from tests.support.recorded_ladder import LAYOUTS, Runs, make_ladder
 
 
@@ -127,6 +127,6 @@ def test_a_ladder_that_may_not_measure_is_red_and_says_why(tmp_path: Path, corpu
     entries = json.loads((tmp_path / "benchmark.json").read_text())["benchmarks"]
     assert {entry["extra_info"]["record_kind"] for entry in entries} == {"parity"}
     assert [entry["extra_info"]["metric"] for entry in entries][:6] == [f"rung {number}" for number in range(1, 7)]
-    assert len(entries) == 8, "and two other architectures"
+    assert len(entries) == 6 + len(ARCHITECTURES) + len(PLANS)
     assert {entry["extra_info"]["verdict"]["status"] for entry in entries} == {"INCOMPLETE"}
     assert done.stdout.count("rung 1 (inputs) is INCOMPLETE") >= 5, "a rung above says which one is missing"
