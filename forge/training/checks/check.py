@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 from forge.training.backends import Backend, describe_plan_source, load_backend, load_plan
 from forge.training.checks.data import check_data
 from forge.training.checks.finding import Finding, exit_code, failure, guarded, ok, print_findings, warning
-from forge.training.checks.machine import check_disk, check_gpu, check_llama_cpp, check_memory, check_wsl
+from forge.training.checks.machine import check_disk, check_gpu, check_layout, check_llama_cpp, check_memory, check_wsl
 from forge.training.checks.model import check_examples, check_export, check_fit, check_tokenizer, find_base, is_made
 from forge.training.checks.packages import check_attention, check_packages
 from forge.training.config.workload import Workload
@@ -72,6 +73,9 @@ def _findings(
     gpu = describe_gpu()
     llama_cpp = list(guarded(LLAMA_CPP, check_llama_cpp))
     yield from guarded("configuration", partial(check_configuration, workload, backend, plan_overrides))
+    plan = None
+    with suppress(ConfigurationError):  # said above
+        plan = load_plan(workload, backend, plan_overrides)
     data = list(guarded("data", partial(check_data, workload)))
     yield from data
     try:
@@ -89,6 +93,8 @@ def _findings(
                 readable = not exit_code(data)
                 yield from guarded("examples", partial(check_examples, workload, base, data_is_readable=readable))
         yield from guarded("memory", partial(check_memory, workload, base, gpu))
+        if plan is not None:
+            yield from guarded("layout", partial(check_layout, workload, plan, base, gpu))
         yield from guarded("disk", partial(check_disk, workload, base, directory))
         if not exit_code(llama_cpp):  # its converter is asked
             yield from guarded("export", partial(check_export, workload, base))

@@ -13,10 +13,12 @@ from typing import Any
 from forge.training.backends import Backend, load_backend
 from forge.training.checks.finding import Finding, failure, ok, warning
 from forge.training.checks.model import is_made
+from forge.training.config.plan import Plan
 from forge.training.config.workload import Workload
 from forge.training.export.disk_space import peak_disk_bytes
 from forge.training.llamacpp.install import COMMIT, VERSION, load_llama_cpp
 from forge.training.models.weights import ModelWeights
+from forge.training.planner.memory import CONTEXT_BYTES, MemoryModel
 from forge.training.planner.sizes import Sizes
 from forge.training.system.environment import available_ram_bytes, is_wsl
 from forge.training.system.errors import CheckError, DiskError, GpuMemoryError, MachineError
@@ -105,6 +107,28 @@ def check_memory(workload: Workload, base: ModelWeights, gpu: dict[str, Any] | N
         yield warning("memory", f"{message}: nothing is left for activations", "free some, or " + remedy)
     else:
         yield ok("memory", f"{message}; activations come on top")
+
+
+def check_layout(workload: Workload, plan: Plan, base: ModelWeights, gpu: dict[str, Any] | None) -> Iterator[Finding]:
+    """What the longest micro-batch that the config allows takes in a plan of Forge's layers, against the card.
+
+    Computed, not measured; the stack's own layers have no model of it.
+    """
+    if gpu is None or plan.kernels != "forge" or not gpu["memory_total_bytes"]:
+        return
+    try:
+        sizes = Sizes.of(workload, base.config)
+    except KeyError:
+        return  # check_memory said so
+    longest = workload.data.max_length
+    tokens = max(longest, plan.micro_batch_tokens or longest * plan.micro_batch)
+    peak = MemoryModel.assumed(sizes, None, plan, is_on_host=False).peak_bytes(plan, [tokens])
+    message = f"{tokens:,} tokens at a time, the most that the config allows, take about {peak / _GIB:.1f} GiB"
+    if peak + CONTEXT_BYTES > gpu["memory_total_bytes"]:
+        remedy = "`forge plan` finds the layout that fits, or lower data.max_length"
+        yield warning("layout", f"{message} of {gpu['memory_total_bytes'] / _GIB:.1f}", remedy)
+    else:
+        yield ok("layout", message)
 
 
 def check_disk(workload: Workload, base: ModelWeights, directory: Path) -> Iterator[Finding]:

@@ -18,6 +18,7 @@ import numpy as np
 from forge.training.config.plan import Plan
 from forge.training.planner.sizes import Sizes
 
+CONTEXT_BYTES = 768 << 20  # CUDA's own, on an H200 with the kernels of a run
 _GIB = 1 << 30
 LSE_BYTES = 4  # of attention's log-sum-exp, per token and query head
 

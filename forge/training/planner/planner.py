@@ -21,7 +21,7 @@ from forge.training.data.batching import step_order
 from forge.training.data.inputs import prepare_inputs
 from forge.training.models.digests import model_shape
 from forge.training.planner.layouts import Work, layouts
-from forge.training.planner.memory import MemoryModel
+from forge.training.planner.memory import CONTEXT_BYTES, MemoryModel
 from forge.training.planner.sizes import Sizes
 from forge.training.planner.speed import SpeedModel
 from forge.training.system.environment import describe_environment
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _GIB = 1 << 30
-CONTEXT_BYTES = 768 << 20  # CUDA's own, on an H200 with the kernels of a run
 MEASURED_SECONDS = 90.0  # after the load: no further layout is begun then
 _SHOWN = 6
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:GiB|GB|G)?", re.IGNORECASE)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from forge.training.backends import Backend, load_backend
 from forge.training.checks.layout import suggest_layout
+from forge.training.checks.machine import check_layout
+from forge.training.checks.model import find_base
 from forge.training.config.plan import Plan
-from forge.training.config.workload import Workload
+from forge.training.config.workload import Workload, load_workload
 from forge.training.models.base import QWEN2_7B
 from forge.training.models.qwen2 import config_json
 from forge.training.planner.sizes import Sizes
@@ -66,3 +70,21 @@ def test_more_memory_never_means_shorter_documents() -> None:
             for gib in (6, 8, 12, 16, 24, 80)
         ]
         assert lengths == sorted(lengths)
+
+
+def test_a_plan_that_does_not_fit_the_card_is_said_before_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORGE_CACHE", str(tmp_path))
+    qlora = load_workload("genome_8k", ["model.path=qwen2-7b"])
+    weights, _ = find_base(qlora, has_gpu=True)
+    assert weights is not None
+    everything = Plan(kernels="forge", padding="none", gradient_checkpointing="none", micro_batch_tokens=8192)
+    (finding,) = check_layout(qlora, everything, weights, card(8.0))
+    assert finding.level == "warning"
+    assert re.search(r"8,192 tokens at a time, .*, take about [34]\d\.\d GiB of 8\.0", finding.message)
+    little = {"gradient_checkpointing": "offload", "loss_chunk_gib": 0.0625, "mlp_tile_tokens": 1024}
+    (finding,) = check_layout(qlora, everything.model_copy(update=little), weights, card(12.0))
+    assert finding.level == "ok"
+    assert not list(check_layout(qlora, Plan(), weights, card(8.0)))
+    assert not list(check_layout(qlora, everything, weights, None))

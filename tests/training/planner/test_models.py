@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forge.training.config.plan import Plan
-from forge.training.config.workload import Workload, load_workload
+from forge.training.config.workload import load_workload
 from forge.training.models.base import QWEN2_7B
 from forge.training.models.qwen2 import config_json
 from forge.training.planner.layouts import SAFE, Work, judged, layouts, num_tokens
@@ -20,7 +20,7 @@ from forge.training.planner.sizes import Sizes
 from forge.training.planner.speed import SpeedModel
 
 GIB = 1 << 30
-RECORDS = Path(__file__).parents[3] / "docs" / "results" / "2026-11-29-h200-kernels"
+RECORDS = Path(__file__).parents[2] / "data" / "h200_layouts.json"
 CONFIG = config_json(QWEN2_7B, {"<|endoftext|>": 0, "<|im_end|>": 0})
 FORGE = Plan(
     kernels="forge",
@@ -36,36 +36,35 @@ def sizes_7b() -> Sizes:
     return Sizes.of(load_workload("genome_full"), CONFIG)
 
 
-def recorded(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    steps = (RECORDS / f"{name}.steps.jsonl").read_text(encoding="utf-8").splitlines()
-    return json.loads((RECORDS / f"{name}.json").read_text(encoding="utf-8")), [json.loads(line) for line in steps]
+def recorded(name: str) -> dict[str, Any]:
+    """One run of genome_full on an H200, in a layout of Forge's layers."""
+    runs: dict[str, Any] = json.loads(RECORDS.read_text(encoding="utf-8"))
+    return dict(runs[name])
 
 
 @pytest.mark.parametrize("name", ["forge-offload", "forge-budget", "forge-whole"])
 def test_the_peak_of_a_run_on_an_h200_is_computed_within_five_percent(name: str) -> None:
-    run, steps = recorded(name)
+    run = recorded(name)
     plan = Plan.model_validate(run["plan"])
-    sizes = Sizes.of(Workload.model_validate(run["workload"]), run["model_shape"])
+    sizes = Sizes.of(load_workload("genome_full"), run["model_shape"])
     memory = MemoryModel.assumed(sizes, None, plan, is_on_host=False)
-    tokens = [total for step in steps for total in step["micro_batch_tokens"]]
-    measured = next(phase["peak_allocated_bytes"] for phase in run["memory"] if phase["phase"] == "train")
-    assert memory.peak_bytes(plan, tokens) == pytest.approx(measured, rel=0.05)
+    tokens = [total for step in run["steps"] for total in step["micro_batch_tokens"]]
+    assert memory.peak_bytes(plan, tokens) == pytest.approx(run["peak_allocated_bytes"], rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["forge-offload", "forge-budget", "forge-whole"])
 def test_the_steps_of_a_run_on_an_h200_are_computed_within_a_fifth(name: str) -> None:
     """Enough to rank layouts: which of the best it is, a probe says."""
-    run, steps = recorded(name)
+    run = recorded(name)
     plan = Plan.model_validate(run["plan"])
-    sizes = Sizes.of(Workload.model_validate(run["workload"]), run["model_shape"])
+    sizes = Sizes.of(load_workload("genome_full"), run["model_shape"])
     memory, speed = MemoryModel.assumed(sizes, None, plan, is_on_host=False), SpeedModel(sizes)
-    steady = steps[run["timing"]["num_warmup_steps_left_out"] :]
+    steady = run["steps"][run["num_warmup_steps"] :]
     seconds = 0.0
     for step in steady:
-        squares = step["tokens_squared"]  # of the whole step: its longest document has nearly all of them
         for i, total in enumerate(step["micro_batch_tokens"]):
             kept, offload = memory.num_kept(plan, total), plan.gradient_checkpointing == "offload"
-            own = squares if i == 0 else 0
+            own = step["tokens_squared"] if i == 0 else 0  # the step's longest document has nearly all of them
             seconds += speed.seconds(total, own, kept, plan.mlp_tile_tokens, offload, plan.dequantize_once)
     assert seconds == pytest.approx(sum(step["seconds"] for step in steady), rel=0.2)
 
