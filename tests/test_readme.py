@@ -133,6 +133,12 @@ def test_ones_own_documents_work_as_they_are_typed(tmp_path: Path) -> None:
     assert "Sanctuary" not in corpus + done.stdout + done.stderr + (run_dir / "export" / "Modelfile").read_text()
     assert f"run directory: runs/{run_dir.name}" in done.stderr
     assert "Agathe" in done.stdout, "the preview"
+    assert list((tmp_path / "runs" / run_dir.name).glob("tensorboard/**/events.*")), "as the README says"
+    said = (done.stdout + done.stderr).replace(f"are free in {tmp_path}\n", "")
+    assert str(tmp_path) not in said, "paths as they were typed"
+    modelfile = re.findall(r"ollama create docs -f (\S+)`", section("Your own documents"))
+    assert [(tmp_path / path).is_file() for path in modelfile] == [True]
+    assert {"report_to", "training.early_stopping_patience"} <= set(re.findall(r"`([\w.]+)[`:]", README))
 
 
 def commands(text: str) -> list[list[str]]:

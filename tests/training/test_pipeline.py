@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
 
 from tests.support import run_command as command
-from tests.support.run_command import Ended
+from tests.support.run_command import Ended, Running
 from tests.support.tiny_run import arguments, write_inputs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -23,11 +24,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(folder: Path, *more: str, out: str = "run", force: bool = False) -> Ended:
+    return begin(folder, *more, out=out, force=force).wait(300)
+
+
+def begin(folder: Path, *more: str, out: str, force: bool) -> Running:
     nothing_held_out = ("data.validation=null", "data.validation_share=0", "training.evaluate_every_steps=null")
     short = ("training.max_steps=3", "evaluation.facts=[]", "export.quantizations=[f16]")
     settings = [part for setting in (*nothing_held_out, *short, *more) for part in ("--set", setting)]
     typed = [part for part in arguments(folder, folder / out, *settings) if part != "--no-check"]
-    return command.start(["run", *typed[1:], *(["--force"] if force else [])], folder / "logs" / out).wait(300)
+    return command.start(["run", *typed[1:], *(["--force"] if force else [])], folder / "logs" / out)
 
 
 def ggufs(folder: Path) -> dict[str, int]:
@@ -108,7 +113,41 @@ def test_force_deletes_no_folder_with_files_that_no_run_made(tmp_path: Path, fol
         done = command.start(["run", *settings, "--force"], tmp_path / "log", folder=here).wait(120)
         assert done.returncode in (2, 6), done.stderr
         assert "letters" in done.stderr or "misspelt" in done.stderr
+        assert "the same command" not in done.stderr, "it would be refused again"
         assert [str(path.relative_to(mine)) for path in mine.rglob("*")] == ["letters", "letters/1911.md"]
+
+
+def test_an_interrupted_run_says_which_command_resumes_it(folder: Path) -> None:
+    assert run(folder, out="stopped").returncode == 0
+    log, longer = folder / "stopped" / "steps.jsonl", "training.max_steps=2000"
+    running = begin(folder, longer, out="stopped", force=True)
+    assert running.wait_for(lambda: (folder / "stopped.1").is_dir() and log.is_file() and '"loss"' in log.read_text())
+    running.send_signal(signal.SIGINT)
+    done = running.wait(120)
+    assert done.returncode == 130, done.stderr
+    assert "the same command without --force resumes from there" in done.stderr
+    assert "the same command without --force resumes at this step" in done.stderr
+    running = begin(folder, longer, out="stopped", force=False)
+    assert running.wait_for(lambda: bool(json.loads((folder / "stopped" / "run.json").read_text())["resumes"]))
+    running.send_signal(signal.SIGINT)
+    done = running.wait(120)
+    assert done.returncode == 130, done.stderr
+    assert "the same command resumes at this step" in done.stderr
+    assert not (folder / "stopped.2").exists()
+
+
+def test_a_step_that_the_machine_ended_resumes_once_that_is_put_right(folder: Path) -> None:
+    export = folder / "blocked" / "export"
+    running = begin(folder, out="blocked", force=False)
+    assert running.wait_for(lambda: (export.parent / "adapter").is_dir())
+    export.write_text("mine")
+    done = running.wait(300)
+    assert done.returncode == 6, done.stderr
+    assert "put right what is said above, then the same command resumes at this step" in done.stderr
+    export.unlink()
+    done = run(folder, out="blocked")
+    assert done.returncode == 0, done.stderr
+    assert "is complete, and trained on these documents" in done.stderr
 
 
 def test_a_typing_error_with_force_costs_no_finished_run_and_is_not_said_to_be_resumable(folder: Path) -> None:

@@ -18,7 +18,7 @@ from forge.training.data.inputs import (
     refuse_unusable_sources,
 )
 from forge.training.data.records import Record, several
-from forge.training.system.command import counted
+from forge.training.system.command import counted, shown_path
 from forge.training.system.errors import DataError
 from forge.training.system.secrets import find_secrets
 
@@ -36,29 +36,31 @@ def check_data(workload: Workload) -> Iterator[Finding]:
 def _check_documents(workload: Workload) -> Iterator[Finding]:
     refuse_unusable_sources(workload)
     root, choice = documents_of(workload.data)
-    root = root.resolve()
+    shown, root = shown_path(root), root.resolve()
     is_embedded = workload.data.documents == "embedded"
     num_files = len(discover(root, exclude=passed_over(own_files(workload)), choice=choice).candidates)
     needed = 2 if workload.data.validation_share else 1
     if num_files < needed:
         raise DataError(
-            f"data.documents: {root} holds {counted(num_files, 'file')} to read, {needed} needed",
+            f"data.documents: {shown} holds {counted(num_files, 'file')} to read, {needed} needed",
             remedy="add documents" + (", or hold nothing out: --set data.validation_share=0" if num_files else ""),
         )
-    yield ok("data", f"{counted(num_files, 'file')} in {'the embedded documents' if is_embedded else root}")
+    yield ok("data", f"{counted(num_files, 'file')} in {'the embedded documents' if is_embedded else shown}")
 
 
 def _check_records(workload: Workload) -> Iterator[Finding]:
     data = workload.data
     assert data.train is not None
-    sides = read_sides(data, Path(data.train), Path(data.validation) if data.validation else None)
+    train_path = Path(shown_path(Path(data.train)))
+    validation_path = Path(shown_path(Path(data.validation))) if data.validation else None
+    sides = read_sides(data, train_path, validation_path)
     train, held_out = sides.train, sides.held_out
     if held_out is None and data.validation_share:
         refuse_evaluation_of_nothing(workload, sides.remark)
         yield warning("data", str(sides.remark))
-    yield ok("data", f"{counted(len(train), 'record')} in {data.train}")
+    yield ok("data", f"{counted(len(train), 'record')} in {train_path}")
     if held_out is not None:
-        yield ok("data", f"{counted(len(held_out), 'record')} held out in {data.validation or data.train}")
+        yield ok("data", f"{counted(len(held_out), 'record')} held out in {validation_path or train_path}")
         for line in describe_overlap(train, held_out):
             remedy = "their loss says nothing about new documents; `forge dataset ROOT --split 0.1` splits by document"
             yield warning("data", line, remedy)

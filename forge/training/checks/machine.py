@@ -20,6 +20,7 @@ from forge.training.llamacpp.install import COMMIT, VERSION, load_llama_cpp
 from forge.training.models.weights import ModelWeights
 from forge.training.planner.memory import CONTEXT_BYTES, MemoryModel
 from forge.training.planner.sizes import Sizes
+from forge.training.system.command import shown_path
 from forge.training.system.environment import available_ram_bytes, is_wsl
 from forge.training.system.errors import CheckError, DiskError, GpuMemoryError, MachineError
 from forge.training.system.files import cache_dir, existing_folder
@@ -149,7 +150,7 @@ def check_disk(workload: Workload, base: ModelWeights, directory: Path) -> Itera
     for rows in by_device.values():
         place, num_bytes = rows[0][0], sum(row[1] for row in rows)
         free = shutil.disk_usage(place).free
-        message = f"{what} need {num_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in {place}"
+        message = f"{what} need {num_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in {shown_path(place)}"
         if free < num_bytes:
             yield failure("disk", DiskError(message, remedy="free space, or ask for fewer export.quantizations"))
         else:

@@ -126,6 +126,24 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
     assert [(r["step"] >= 5, r["after"]) for r in resumed["resumes"]] == [(True, state)]
 
 
+def test_a_run_whose_held_out_loss_no_longer_falls_ends_early_with_its_best_adapter(folder: Path) -> None:
+    settings = (
+        "optimizer.learning_rate=1",
+        "optimizer.schedule=constant",
+        "training.evaluate_every_steps=2",
+        "training.early_stopping_patience=2",
+    )
+    more = [part for setting in settings for part in ("--set", setting)]
+    done = run(folder, "impatient", *more)
+    assert done.returncode == 0, done.stderr
+    ended = record(folder / "impatient")
+    assert ended["num_steps"] == ended["losses"]["best_step"] + 2 * 2 < NUM_STEPS
+    assert status(folder / "impatient")["state"] == "completed"
+    assert (
+        json.loads((folder / "impatient" / "adapter" / "best.json").read_text())["step"] == ended["losses"]["best_step"]
+    )
+
+
 def test_a_second_run_in_one_directory_is_refused(folder: Path) -> None:
     first = start(folder, "busy")
     try:
