@@ -108,7 +108,7 @@ def describe_file(report: dict[str, Any], steps: Sequence[dict[str, Any]], num_p
     """What the record keeps of a file. ``seconds``: of all steps of its type, the comparison of both ways included."""
     proof, kind = report["proof"], report["file_type"]
     own = [step for step in steps if kind in step["name"].split()]
-    made = next(step for step in own if step["name"] in (f"convert {kind}", f"quantise {kind}"))
+    made = next(step for step in own if step["name"].startswith(("convert", "quantise")))
     kept, other = proof["predictions"], proof["other_way"]
     with_imatrix, without = (kept, other) if proof["uses_imatrix"] else (other, kept)
     return {
@@ -130,6 +130,13 @@ def describe_file(report: dict[str, Any], steps: Sequence[dict[str, Any]], num_p
     }
 
 
+def describe_refusal(error: str) -> dict[str, Any]:
+    """What the record keeps of a refused type; ``mean_kl`` and limit where its predictions are the reason."""
+    found = re.search(r"mean KL (\S+) nats .* stays below (\S+)", error)
+    figures = {"mean_kl": float(found[1]), "refused_above": float(found[2])} if found else {}
+    return {"verdict": "refused", "error": error, **figures}
+
+
 def measure(run_dir: Path, out: Path, types: Sequence[str], at_once: int, base: Path | None, imatrix: str) -> Path:
     """Export everything and write the record to ``out``. Raises :class:`ForgeError` where no type can be blamed."""
     run = completed_record(run_dir)
@@ -146,7 +153,7 @@ def measure(run_dir: Path, out: Path, types: Sequence[str], at_once: int, base: 
                 kind = refused_type(message, batch) if done["exit_code"] == CheckError.exit_code else None
                 if kind is None:
                     raise ForgeError.of_child(done["exit_code"], message, remedy=document.get("remedy"))
-                record["types"][kind] = {"verdict": "refused", "error": message.partition("\n")[0]}
+                record["types"][kind] = describe_refusal(message.partition("\n")[0])
                 record["exports"].append({"types": batch, "refused": kind, **cost})
                 left.remove(kind)
             else:
@@ -214,11 +221,11 @@ def table(record: dict[str, Any]) -> str:
                 f"{row['peak_rss_bytes'] / 1e9:.2f}",
             )
         )
-    lines += [
-        (f"{kind} (refused)", *[""] * (len(columns) - 1))
-        for kind, row in record["types"].items()
-        if row["verdict"] == "refused"
-    ]
+    for kind, row in record["types"].items():
+        if row["verdict"] == "refused":
+            limit = f"{row['refused_above']:.1g}" if "refused_above" in row else ""
+            nearer = f"{row['mean_kl']:.2g}" if "mean_kl" in row else row["error"]
+            lines.append((f"{kind} (refused)", "", "", nearer, "", "", limit, "", ""))
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 

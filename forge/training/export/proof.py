@@ -152,9 +152,15 @@ class Proof:
         return flagged, refused
 
     def prove(
-        self, path: Path, kind: str, *, uses_imatrix: bool = False, other_way: Divergence | None = None
+        self,
+        path: Path,
+        kind: str,
+        *,
+        measured: Divergence | None = None,
+        uses_imatrix: bool = False,
+        other_way: Divergence | None = None,
     ) -> tuple[FileProof, int]:
-        """All checks of a file of a type, and the most memory that one of its processes took, in bytes.
+        """All checks of a file of a type, and the most memory that the comparison took, in bytes; 0 if ``measured``.
 
         Raises :class:`CheckError` naming the check that failed, with what it found.
         """
@@ -169,7 +175,9 @@ class Proof:
             )
         flags: list[str] = []
         flagged, refused = self.limits(kind)
-        found, took = self.measure_file(path) if self.has_reference else (None, None)
+        found, took = measured, None
+        if found is None and self.has_reference:
+            found, took = self.measure_file(path)
         if found is None:
             flags.append("its predictions were not compared with the adapter's, which does not fit into memory here")
         elif found.mean_kl > refused or not math.isfinite(found.mean_kl):

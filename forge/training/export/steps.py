@@ -190,34 +190,32 @@ class ExportSteps:
                     self.reports[name] = self._make("quantise", name, path, partial(gguf.quantize, source, path, name))
 
     def _quantize_by_importance(self, source: Path, path: Path, name: str, staging: Path) -> gguf.GgufReport:
-        """Quantise with the importance matrix and without; the file whose predictions are nearer is kept."""
+        """Quantise with the importance matrix and without; the file whose predictions are nearer is kept and proven."""
         matrix = self._importance(source, staging)
-        without = None
-        if self.proof.has_reference and not GGUF_TYPES[name].needs_imatrix:
-            plain = staging / f"plain.{name}.gguf"
-            self.progress(f"quantise to {name} without the importance matrix, to compare")
-            self._count(f"quantise {name} without imatrix", gguf.quantize(source, plain, name), 0)
-            without, answer = self.proof.measure_file(plain)
-            self._count(f"compare {name} without imatrix", answer, 0)
-        make = partial(gguf.quantize, source, path, name, imatrix=matrix)
-        report = self._make("quantise", name, path, make, uses_imatrix=True, other_way=without)
-        if without is None:
-            return report
-        assert report.proof is not None
-        weighed = report.proof.predictions
-        assert weighed is not None
-        if weighed.mean_kl <= without.mean_kl:
-            plain.unlink()
-            return report
-        self.notes.append(
-            f"{path.name}: the importance matrix does not help (KL {weighed.mean_kl:.2e} with it, "
-            f"{without.mean_kl:.2e} without): made without it"
-        )
-        path.unlink()
-        return self._make("take", name, path, partial(self._rename, plain, path), other_way=weighed)
+        if GGUF_TYPES[name].needs_imatrix or not self.proof.has_reference:
+            quantize = partial(gguf.quantize, source, path, name, imatrix=matrix)
+            return self._make("quantise", name, path, quantize, uses_imatrix=True)
+        ways: list[tuple[Path, Divergence]] = []
+        for way, given in (("without", None), ("with", matrix)):
+            made = staging / f"{way}-imatrix.{name}.gguf"
+            self.progress(f"quantise to {name} {way} the importance matrix, to compare")
+            self._count(f"quantise {name} {way} imatrix", gguf.quantize(source, made, name, imatrix=given), 0)
+            found, answer = self.proof.measure_file(made)
+            self._count(f"compare {name} {way} imatrix", answer, 0)
+            ways.append((made, found))
+        helps = ways[1][1].mean_kl <= ways[0][1].mean_kl
+        (kept, nearer), (left, farther) = ways[::-1] if helps else ways
+        if not helps:
+            self.notes.append(
+                f"{path.name}: the importance matrix does not help (KL {farther.mean_kl:.2e} with it, "
+                f"{nearer.mean_kl:.2e} without): made without it"
+            )
+        left.unlink()
+        take = partial(self._rename, kept, path)
+        return self._make("take", name, path, take, uses_imatrix=helps, measured=nearer, other_way=farther)
 
-    def _rename(self, plain: Path, path: Path) -> Answer:
-        plain.rename(path)
+    def _rename(self, made: Path, path: Path) -> Answer:
+        made.rename(path)
         return Answer({}, 0.0, 0)
 
     def _importance(self, source: Path, staging: Path) -> Path:
@@ -252,9 +250,10 @@ class ExportSteps:
         step: Callable[[], Answer],
         *,
         uses_imatrix: bool = False,
+        measured: Divergence | None = None,
         other_way: Divergence | None = None,
     ) -> gguf.GgufReport:
-        """Make one file, verify it and prove it."""
+        """Make one file, verify it and prove it. ``measured``: its predictions, where they were compared before."""
         self.progress(f"{verb} to {quantization}")
         # asked again before every file: others write to the disk too
         num_bytes = disk_space.with_margin(disk_space.file_bytes(self.base, quantization))
@@ -274,7 +273,9 @@ class ExportSteps:
             self.notes.append(f"{path.name}: {len(report.fallbacks)} tensors in larger types: {report.tensor_types}")
         self.progress(f"compare {path.name} with the adapter")
         started = time.monotonic()
-        proof, peak_bytes = self.proof.prove(path, quantization, uses_imatrix=uses_imatrix, other_way=other_way)
+        proof, peak_bytes = self.proof.prove(
+            path, quantization, measured=measured, uses_imatrix=uses_imatrix, other_way=other_way
+        )
         self._count(f"prove {quantization}", Answer({}, time.monotonic() - started, peak_bytes), 0)
         if not path.name.startswith("intermediate."):
             self.notes += [f"{path.name}: {flag}" for flag in proof.flags]
