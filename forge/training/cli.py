@@ -502,14 +502,20 @@ def chat(
     gpu_layers: Annotated[
         int | None, typer.Option("--gpu-layers", min=0, help="Layers on the GPU; default: all, if llama.cpp has one.")
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The answer to one question as a JSON document.")] = False,
 ) -> None:
     """Ask a model through llama.cpp, as it was trained and shipped: its system prompt, its sampling, its template."""
+    import shutil
     from contextlib import suppress
 
     from forge.training.export.chat import chat as talk
     from forge.training.export.chat import settings_of
     from forge.training.export.shipped import find_shipped
+    from forge.training.system.command import say
+    from forge.training.system.errors import ConfigurationError
 
+    if as_json and question is None:
+        raise ConfigurationError("--json needs a question", remedy='forge chat MODEL "question" --json')
     shipped = find_shipped(model)
     settings = settings_of(
         shipped,
@@ -524,8 +530,9 @@ def chat(
         models.append((find_shipped(compare).path, settings, None))
 
     def write(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        out = sys.stderr if as_json else sys.stdout
+        out.write(text)
+        out.flush()
 
     def read_line() -> str:
         return input("> " if sys.stdin.isatty() else "")
@@ -533,13 +540,15 @@ def chat(
     if question is None and sys.stdin.isatty():
         with suppress(ImportError):
             import readline  # noqa: F401 - gives input() its history
-    talk(
-        models,
-        question=question,
-        read_line=read_line,
-        write=write,
-        say=lambda line: logs().print(line, markup=False),
+
+    def width() -> int | None:
+        return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+    answers = talk(
+        models, question=question, read_line=read_line, write=write, say=lambda line: say(logs(), line), width=width
     )
+    if as_json:
+        print_json({"question": question, "answers": answers})
 
 
 @app.command()

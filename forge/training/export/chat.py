@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+from forge.training.export.answer_text import AnswerText
 from forge.training.export.gguf import check_header, memory_limit_bytes
 from forge.training.export.shipped import Shipped
 from forge.training.llamacpp.install import uses_gpu
@@ -17,27 +21,36 @@ from forge.training.llamacpp.parent import Child, Progress, time_limit_seconds
 from forge.training.system.environment import available_ram_bytes, describe_gpu
 from forge.training.system.errors import CheckError, ForgeError
 from forge.training.system.files import write_text
+from forge.training.system.signals import Stopped
+
+Width = Callable[[], int | None]
 
 LEAST_CONTEXT_TOKENS = 2048  # a conversation needs room, however short the examples were
 GREEDY: dict[str, Any] = {"temperature": 0.0, "repeat_penalty": 1.0}
 _MAX_ANSWER_TOKENS = 512
 _SECONDS_PER_TOKEN = 5.0  # a 7B model in 16 bits on two cores makes about one token per second
 _SECONDS_PER_PROMPT_TOKEN = 0.5
-_SAMPLING = {
-    *("temperature", "top_k", "top_p", "min_p", "typical_p", "repeat_penalty", "presence_penalty"),
-    *("frequency_penalty", "seed"),
+_SETTABLE: dict[str, type[int] | type[float]] = {
+    **dict.fromkeys(("temperature", "top_p", "min_p", "typical_p"), float),
+    **dict.fromkeys(("repeat_penalty", "presence_penalty", "frequency_penalty"), float),
+    **dict.fromkeys(("top_k", "seed", "max_tokens"), int),
 }
+_SIGNED = {"presence_penalty", "frequency_penalty"}
+_EXAMPLES = {float: "0.7", int: "40"}
+_SAMPLING = set(_SETTABLE) - {"max_tokens"}
 # Ollama's own where a Modelfile gives some and not these (docs/modelfile)
 _OLLAMA = {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "min_p": 0.0, "repeat_penalty": 1.1}
 
 COMMANDS = {
     "/help": "this list",
-    "/system [TEXT]": "show the system prompt, or set it and begin anew",
+    "/system [TEXT]": "show it, or set another and begin anew",
+    "/set [NAME VALUE]": "how it is asked, such as temperature 0.7",
     "/retry": "take the last answer back and ask again",
-    "/undo": "take the last question and its answer back",
+    "/undo": "take the last question and answer back",
     "/reset": "forget the conversation (also /new)",
-    "/save FILE": "write the conversation as a line of JSON that data.train reads",
-    "/exit": "leave (also /quit, Ctrl-D, Ctrl-C)",
+    "/save FILE": "as a line of JSON that data.train reads",
+    "/quit": "leave (also /exit, Ctrl-D)",
+    "Ctrl-C": "stop the answer",
 }
 
 
@@ -111,7 +124,7 @@ class Conversation:
     def __init__(self, child: Child, path: Path, settings: Settings, loaded: dict[str, Any]) -> None:
         self._child, self.path, self.settings, self.loaded = child, path, settings, loaded
         self.system = settings.system
-        self.is_cut = False  # whether the last answer ended at its limit
+        self.is_cut = self.is_stopped = False  # whether the last answer ended at its limit, or was stopped
         self.reset()
 
     def reset(self) -> None:
@@ -141,8 +154,30 @@ class Conversation:
             progress=on_text,
         ).value
         self.messages = [*messages, {"role": "assistant", "content": str(value["text"])}]
-        self.is_cut = bool(value["is_cut"])
+        self.is_cut, self.is_stopped = bool(value["is_cut"]), bool(value["is_stopped"])
         return str(value["text"])
+
+    def stop_answer(self) -> None:
+        """End the answer that is being made; :meth:`say` returns what there is of it."""
+        self._child.interrupt()
+
+    def set(self, name: str, value: float) -> None:
+        """Set a sampling parameter or ``max_tokens`` for the answers that follow."""
+        if name == "max_tokens":
+            self.settings = replace(self.settings, max_tokens=int(value))
+            return
+        sampling = self.settings.sampling
+        if name == "temperature" and value and not sampling["temperature"]:  # what greedy leaves out
+            sampling = {**_OLLAMA, **sampling}
+        self.settings = replace(self.settings, sampling={**sampling, name: value})
+
+    def describe_settings(self) -> str:
+        """How it is asked, in one line: greedy, or by which parameters."""
+        numbers = {name: value for name, value in self.settings.sampling.items() if name in _SAMPLING}
+        is_greedy = not numbers["temperature"]  # then nothing but the penalties has an effect
+        if is_greedy:
+            numbers = {n: value for n, value in numbers.items() if "penalty" in n and value != GREEDY.get(n, 0)}
+        return ", ".join(["greedy"] * is_greedy + [f"{name} {value:g}" for name, value in numbers.items()])
 
     def describe(self) -> str:
         """One line: the file, where it computes, its context, how it is asked."""
@@ -150,11 +185,7 @@ class Conversation:
         place = "on the GPU" if self.loaded["on_gpu"] else "on the CPU"
         wanted = min(settings.default_context_tokens, self.loaded["positions"] or math.inf)
         less = f" of {wanted:,} (memory)" if settings.context_tokens is None and context < wanted else ""
-        numbers = {name: value for name, value in settings.sampling.items() if name in _SAMPLING}
-        is_greedy = not numbers["temperature"]  # then nothing but the penalties has an effect
-        if is_greedy:
-            numbers = {n: value for n, value in numbers.items() if "penalty" in n and value != GREEDY.get(n, 0)}
-        how = ", ".join(["greedy"] * is_greedy + [f"{name} {value:g}" for name, value in numbers.items()])
+        how = self.describe_settings()
         size = f"{self.path.stat().st_size / 1e9:.2f} GB"
         return f"{self.path.name} ({size}) {place}, context {context:,}{less}, {how}; {_system_line(self.system)}"
 
@@ -203,10 +234,15 @@ def chat(
     read_line: Callable[[], str],
     write: Callable[[str], None],
     say: Callable[[str], None],
-) -> None:
-    """Ask one question, or talk until end of input or Ctrl-C, with one model or several side by side.
+    width: Width = lambda: None,
+) -> list[dict[str, Any]]:
+    """Ask one question, or talk until end of input, with one model or several side by side.
+
+    Returns what each model was asked with and answered to the one question; nothing after a conversation, in which
+    Ctrl-C stops an answer, and elsewhere drops the line that is being typed.
 
     ``models``: file, settings, adapter as GGUF. ``write``: answers as they come; ``say``: everything else, by lines.
+    ``width``: columns that answers are broken to.
     Raises as :func:`answer`; in a conversation a question that is too long costs only itself.
     """
     with ExitStack() as stack:
@@ -214,38 +250,85 @@ def chat(
         for conversation in opened:
             say(conversation.describe())
         if question is not None:
-            _ask(opened, question, write, say)
-            return
+            _ask(opened, question, write, say, width)
+            return [_answered(conversation) for conversation in opened]
         say("/help lists the commands")
         while True:
             try:
-                line = read_line().rstrip()
+                with _ctrl_c(signal.default_int_handler):
+                    line = read_line().rstrip()
+            except EOFError:
+                write("\n")
+                return []
+            except Stopped:
+                raise
+            except KeyboardInterrupt:
+                write("\n")
+                say("/quit or Ctrl-D leaves")
+                continue
+            try:
                 if line.startswith("/"):
-                    if not _obey(line, opened, write, say):
-                        return
+                    if not _obey(line, opened, write, say, width):
+                        return []
                 elif line.strip():
-                    _ask(opened, line.strip(), write, say)
+                    _ask(opened, line.strip(), write, say, width, is_stoppable=True)
             except ForgeError as error:
                 if isinstance(error, CheckError):  # the child may be gone
                     raise
                 say(str(error))
-            except (EOFError, KeyboardInterrupt):
-                write("\n")
-                return
 
 
-def _ask(opened: Sequence[Conversation], question: str, write: Callable[[str], None], say: Progress) -> None:
+@contextmanager
+def _ctrl_c(handle: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    """Have ``handle`` called for SIGINT inside the block; only the main thread can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _answered(conversation: Conversation) -> dict[str, Any]:
+    settings = conversation.settings
+    return {
+        "model": conversation.path.name,
+        "answer": conversation.messages[-1]["content"],
+        "is_cut": conversation.is_cut,
+        "system": conversation.system,
+        "sampling": settings.sampling,
+        "max_tokens": settings.max_tokens,
+        "context_tokens": conversation.loaded["context_tokens"],
+    }
+
+
+def _ask(
+    opened: Sequence[Conversation],
+    question: str,
+    write: Callable[[str], None],
+    say: Progress,
+    width: Width,
+    *,
+    is_stoppable: bool = False,
+) -> None:
     for conversation in opened:
-        if len(opened) > 1:
-            write(f"{conversation.path.name}: ")
-        conversation.say(question, lambda text: write(_harmless(text)))
-        write("\n")
+        name = f"{conversation.path.name}: " if len(opened) > 1 else ""
+        if name:
+            write(name)
+        shown = AnswerText(write, width(), len(name))
+        with _ctrl_c(lambda *_, asked=conversation: asked.stop_answer()) if is_stoppable else nullcontext():
+            conversation.say(question, shown.add)
+        shown.end()
+        if conversation.is_stopped:
+            say("(stopped)")
         if conversation.is_cut:
             limit, context = conversation.settings.max_tokens, conversation.loaded["context_tokens"]
             say(f"(cut: --max-tokens {limit} or the context of {context:,} tokens is used up)")
 
 
-def _obey(line: str, opened: Sequence[Conversation], write: Callable[[str], None], say: Progress) -> bool:
+def _obey(line: str, opened: Sequence[Conversation], write: Callable[[str], None], say: Progress, width: Width) -> bool:
     """Carry out a command; whether the conversation goes on."""
     command, _, rest = line.partition(" ")
     rest, first = rest.strip(), opened[0]
@@ -253,7 +336,7 @@ def _obey(line: str, opened: Sequence[Conversation], write: Callable[[str], None
         return False
     if command == "/help":
         for name, meaning in COMMANDS.items():
-            say(f"  {name:<16}{meaning}")
+            say(f"  {name:<18}{meaning}")
     elif command in ("/reset", "/new"):
         for conversation in opened:
             conversation.reset()
@@ -263,14 +346,16 @@ def _obey(line: str, opened: Sequence[Conversation], write: Callable[[str], None
             conversation.system = rest
             conversation.reset()
         say(first.system or "no system prompt of its own: the template's")
+    elif command == "/set":
+        _set(rest, opened, say)
     elif command in ("/undo", "/retry"):
         questions = [conversation.undo() for conversation in opened]
         if questions[0] is None:
             say("nothing was asked yet")
         elif command == "/retry":
             if not first.settings.sampling["temperature"]:
-                say("greedy: the same answer comes again; --temperature 0.7 varies it")
-            _ask(opened, questions[0], write, say)
+                say("greedy: the same answer comes again; /set temperature 0.7 varies it")
+            _ask(opened, questions[0], write, say, width, is_stoppable=True)
         else:
             say(f"taken back: {questions[0]}")
     elif command == "/save":
@@ -278,6 +363,26 @@ def _obey(line: str, opened: Sequence[Conversation], write: Callable[[str], None
     else:
         say(f"no command {command}: /help lists them; a question that begins with / takes a blank before it")
     return True
+
+
+def _set(rest: str, opened: Sequence[Conversation], say: Progress) -> None:
+    name, _, text = rest.partition(" ")
+    if name:
+        kind = _SETTABLE.get(name)
+        if kind is None:
+            say(f"no setting {name}: {', '.join(_SETTABLE)}")
+            return
+        try:
+            value = kind(text)
+        except ValueError:
+            say(f"/set {name} needs a {'whole ' if kind is int else ''}number, such as /set {name} {_EXAMPLES[kind]}")
+            return
+        if not math.isfinite(value) or (value < 0 and name not in _SIGNED) or (name == "max_tokens" and not value):
+            say(f"{name} cannot be {text.strip()}")
+            return
+        for conversation in opened:
+            conversation.set(name, value)
+    say(f"{opened[0].describe_settings()}, max_tokens {opened[0].settings.max_tokens}")
 
 
 def _save(name: str, conversation: Conversation, say: Progress) -> None:
@@ -293,8 +398,3 @@ def _save(name: str, conversation: Conversation, say: Progress) -> None:
         return
     write_text(path, json.dumps({"messages": conversation.messages}, ensure_ascii=False) + "\n")
     say(f"written: {path}")
-
-
-def _harmless(text: str) -> str:
-    """An answer without control characters, which could command the terminal."""
-    return "".join(c for c in text if c in "\n\t" or not (ord(c) < 32 or 127 <= ord(c) < 160))

@@ -6,6 +6,7 @@ A child process opens one file, for one of these. What :mod:`harness.export.prob
 from __future__ import annotations
 
 import re
+import signal
 import unicodedata
 from collections.abc import Callable
 from typing import Any
@@ -95,9 +96,13 @@ def reply(
     """The answer to a conversation, by the model's own template; pieces go to ``progress`` as they come.
 
     ``sampling``: arguments of llama-cpp-python's ``create_chat_completion``. ``is_cut``: it ended at ``max_tokens`` or
-    at the end of the context. Raises :class:`DataError` for a conversation longer than the context.
+    at the end of the context; ``is_stopped``: SIGINT stopped it. Raises :class:`DataError` for a conversation longer
+    than the context.
     """
     from jinja2 import TemplateError
+
+    stops: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: stops.append(number))
 
     if _model.metadata.get("tokenizer.ggml.pre") in _NFC_PRE_TOKENIZERS:
         messages = [{**message, "content": unicodedata.normalize("NFC", message["content"])} for message in messages]
@@ -111,11 +116,15 @@ def reply(
             if text:
                 pieces.append(text)
                 progress(text)
+            if stops:
+                break
     except TemplateError as error:
         raise CheckError(f"the file's chat template cannot write this conversation: {error}") from error
     except ValueError as error:
         raise _too_long(error) from error
-    return {"text": "".join(pieces), "is_cut": finish == "length"}
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return {"text": "".join(pieces), "is_cut": finish == "length", "is_stopped": bool(stops) and finish is None}
 
 
 def _too_long(error: ValueError) -> DataError:

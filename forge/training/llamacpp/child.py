@@ -76,6 +76,7 @@ def _peak_rss_bytes() -> int:
 
 def main(arguments: list[str]) -> None:
     """Answer requests until stdin ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a reply listens to it
     _die_with_parent(int(arguments[1]))
     if len(arguments) > 2:
         limit_bytes = int(arguments[2])

@@ -131,6 +131,11 @@ class Child:
             else:
                 raise self._failure(doing, f"the child process answered {json.dumps(message)[:80]}")
 
+    def interrupt(self) -> None:
+        """Ask the task that is being carried out to stop early; only a reply does, with what it has by then."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(signal.SIGINT)
+
     def _read(self, doing: str, deadline: float, limit_seconds: float) -> dict[str, Any]:
         with selectors.DefaultSelector() as selector:
             selector.register(self._answers, selectors.EVENT_READ)

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -231,6 +232,37 @@ def test_commands_take_back_ask_again_set_and_save(tmp_path: Path, monkeypatch: 
         assert line in said
 
 
+def test_sampling_is_set_within_a_conversation_and_a_wrong_setting_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = asked_with(monkeypatch)
+    commands = ["/set", "/set temperature 0.5", "/set top_k 3", "/set max_tokens 2", "One?"]
+    wrong = [
+        "/set top_k many",
+        "/set temprature 1",
+        "/set temperature nan",
+        "/set max_tokens 0",
+        "/set seed -1",
+        "/set x",
+    ]
+    _, said = talk([*commands, *wrong, "Two?", "/set temperature 0", "Three?"], SHORT)
+    first, second, third = [row for row in asked if row["task"] == "reply"]
+    assert (first["max_tokens"], first["sampling"]["temperature"], first["sampling"]["top_k"]) == (2, 0.5, 3)
+    assert first["sampling"]["top_p"] == 0.9  # greedy needs none
+    assert (second["sampling"], second["max_tokens"]) == (first["sampling"], 2)
+    assert third["sampling"]["temperature"] == 0
+    for line in (
+        "greedy, max_tokens 12",
+        "/set top_k needs a whole number, such as /set top_k 40",
+        "temperature cannot be nan",
+        "max_tokens cannot be 0",
+        "seed cannot be -1",
+        "greedy, max_tokens 2",
+    ):
+        assert line in said
+    assert sum(line.startswith("no setting ") for line in said) == 2
+
+
 def test_help_lists_every_command_and_an_unknown_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = asked_with(monkeypatch)
     _, said = talk(["/help", "/nonsense now", "/exit"], SHORT)
@@ -248,10 +280,6 @@ def test_two_models_are_asked_the_same_side_by_side(monkeypatch: pytest.MonkeyPa
     text = "".join(written)
     assert text.count("tiny.f16.gguf: ") == text.count("tiny.q8_0.gguf: ") == 2
     assert sum("on the CPU" in line for line in said) == 2
-
-
-def test_what_could_command_the_terminal_is_not_written() -> None:
-    assert chatting._harmless("a\x1b[2Jb\x9bc\nd\te é🔥") == "a[2Jbc\nd\te é🔥"
 
 
 def test_the_gpu_is_used_where_llama_cpp_has_one_and_its_address_space_is_not_limited(
@@ -289,6 +317,52 @@ def test_the_command_writes_the_answer_to_stdout_and_everything_else_to_stderr(r
     assert "lighthouse.q8_0.gguf" not in done.stdout
     assert "lighthouse.q8_0.gguf" in done.stderr
     assert "greedy, repeat_penalty 1.1" in done.stderr
+
+
+@pytest.mark.slow
+def test_one_answer_as_json_names_model_and_settings(run_dir: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "forge.training", "chat", str(run_dir), "--json"]
+    asked = [*command, "Who counts?", "--max-tokens", "5"]
+    done = subprocess.run(asked, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    (answer,) = json.loads(done.stdout)["answers"]
+    assert (answer["model"], answer["is_cut"], answer["max_tokens"]) == ("lighthouse.q8_0.gguf", True, 5)
+    assert answer["answer"].strip()
+    assert answer["sampling"]["temperature"] == 0.2
+    refused = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert (refused.returncode, json.loads(refused.stdout)["exit_code"]) == (2, 2)
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_the_answer_and_not_the_conversation(run_dir: Path) -> None:
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "dumb"}
+    command = [sys.executable, "-m", "forge.training", "chat", str(run_dir), "--max-tokens", "450"]
+    process = subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True
+    )
+    os.close(theirs)
+    text = ""
+
+    def read_until(mark: str) -> None:
+        nonlocal text
+        begin = len(text)
+        while mark not in text[begin:]:
+            text += os.read(ours, 65536).decode("utf-8", "replace")
+
+    read_until("> ")
+    os.write(ours, b"Who counts the ships?\r")
+    read_until("?\r\n")
+    text += os.read(ours, 1).decode("utf-8", "replace")  # it has begun to answer
+    process.send_signal(signal.SIGINT)
+    read_until("(stopped)")
+    read_until("> ")
+    process.send_signal(signal.SIGINT)
+    read_until("/quit or Ctrl-D leaves")
+    read_until("> ")
+    os.write(ours, b"/quit\r")
+    assert process.wait(timeout=60) == 0, text
+    os.close(ours)
 
 
 @pytest.mark.slow
