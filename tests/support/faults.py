@@ -214,6 +214,34 @@ def ask_to_stop() -> None:
         _in_trainer({"evaluation": "evaluate", "step": "training_step", "rehearsal": "rehearse"}[moment], ask)
 
 
+def signal_in_step() -> None:
+    """Send this process STOP_SIGNAL when step STOP_STEP begins."""
+    number, step = int(os.environ["STOP_SIGNAL"]), int(os.environ["STOP_STEP"])
+    times = iter(range(1))
+
+    def training_step(original: Any, trainer: Any, *arguments: Any, **named: Any) -> Any:
+        if trainer.state.global_step + 1 == step:
+            for _ in times:
+                os.kill(os.getpid(), number)
+        return original(trainer, *arguments, **named)
+
+    _in_trainer("training_step", training_step)
+
+
+def masks_in_the_order_drawn() -> None:
+    """Dropout's masks depend on how many micro-batches this process has taken, as a random state that is not kept."""
+    from forge.training.kernels import install
+
+    num_taken = iter(range(1_000_000))
+    _at(install, "step_keys", lambda original, keys, seed, step: original(keys, seed, next(num_taken)))
+
+
+def masks_in_the_order_drawn_and_stopped() -> None:
+    """The two of them."""
+    masks_in_the_order_drawn()
+    signal_in_step()
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Numbers, memory, disk
 

@@ -7,12 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from forge.training.kernels.dropout import keep_mask, module_key, padded_token_keys, step_keys, token_keys
 from forge.training.kernels.install import ForgeLayers, compare_with_own, why_not
 from forge.training.system.errors import MachineError
+from harness.parity.probes.masks import ExplicitMasks
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -29,12 +32,17 @@ SOME = ("q_proj", "v_proj", "up_proj", "down_proj")
 
 
 def make_model(
-    kind: str = "qwen2", targets: tuple[str, ...] = SOME, dropout: float = 0.0, rank: int = 4, **lora: Any
+    kind: str = "qwen2",
+    targets: tuple[str, ...] = SOME,
+    dropout: float = 0.0,
+    rank: int = 4,
+    has_bias: bool = True,
+    **lora: Any,
 ) -> Any:
-    """A small model with an adapter whose B is not zero."""
+    """A small model with an adapter whose B is not zero. ``has_bias``: for a Llama."""
     torch.manual_seed(3)
     if kind == "llama":
-        model: Any = LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True))
+        model: Any = LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=has_bias, mlp_bias=has_bias))
     elif kind == "qwen3":
         model = Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16))
     else:
@@ -128,6 +136,49 @@ def test_no_layout_changes_the_gradients_of_a_step_with_dropout(layout: str, pad
     for layer in model.base_model.model.model.layers:
         del layer.forward
     assert_equal(gradients(model, forge_layers(model, **arguments), LAYOUTS[layout], padded), expected)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    kind=st.sampled_from(["llama", "llama without bias", "qwen2", "qwen3"]),
+    targets=st.sets(st.sampled_from(EVERY), min_size=1),
+    rank=st.integers(4, 256),
+    is_rslora=st.booleans(),
+    dropout=st.sampled_from([0.0, 0.1, 0.5]),
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    tile=st.none() | st.integers(1, 50),
+    keep_gib=st.sampled_from([None, 0.0, 1e-4]),
+    is_padded=st.booleans(),
+)
+def test_any_adapter_on_documents_of_any_length_is_pefts_with_explicit_masks(
+    kind: str,
+    targets: set[str],
+    rank: int,
+    is_rslora: bool,
+    dropout: float,
+    lengths: list[int],
+    tile: int | None,
+    keep_gib: float | None,
+    is_padded: bool,
+) -> None:
+    documents = [list(np.random.default_rng(100 + i).integers(0, 97, size=n)) for i, n in enumerate(lengths)]
+    has_bias = kind != "llama without bias"
+    chosen = tuple(name for name in EVERY if name in targets)
+    model = make_model(kind.split()[0], chosen, dropout, rank, has_bias, use_rslora=is_rslora)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:  # so that what an adapter adds is of the base's size whatever its rank
+                parameter.mul_(0.5 * rank ** (-0.5 if is_rslora else 0) / rank)
+    layers = forge_layers(model, tile_tokens=tile, keep_gib=keep_gib)
+    found = gradients(model, layers, [documents], is_padded)
+    masks = ExplicitMasks(model, seed=7)
+    assert masks.num_modules == (len(model.base_model.model.model.layers) * len(targets) if dropout else 0)
+    expected: list[Any] = []
+    for document in documents:
+        masks.begin([document], None, 2, "cpu")
+        own = gradients(model, None, [[document]])
+        expected = [a + b for a, b in zip(expected, own, strict=True)] if expected else own
+    assert_equal(found, expected)
 
 
 def test_a_few_layers_are_kept_within_the_budget() -> None:

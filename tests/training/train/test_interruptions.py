@@ -6,6 +6,7 @@ Each case trains to the same bits as a run that nothing happened to.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from forge.training.train.checkpoint import SEAL, problem
 from tests.support import run_command as command
@@ -87,6 +90,52 @@ def test_what_only_a_resume_executes_is_in_no_fresh_runs_key(folder: Path, whole
     assert adapter(folder / "fresh") == whole
     assert run(folder, "resumed", fault="kill_in_optimizer_file").returncode == -signal.SIGKILL
     assert "only a resumed run calls this" in run(folder, "resumed", fault="no_code_for_a_resume").stderr
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Forge's layers: dropout by counter keeps no random state
+
+FORGE = ("--plan", "kernels=forge", "--plan", "gradient_checkpointing=full", "--plan", "mlp_tile_tokens=48")
+
+
+@pytest.fixture(scope="module")
+def whole_by_forge(folder: Path) -> bytes:
+    """The adapter of a run with Forge's layers and dropout that nothing happened to."""
+    done = run(folder, "forge", *FORGE)
+    assert done.returncode == 0, done.stderr
+    assert "kernels=forge: gradients within" in done.stderr
+    kept = record(folder / "forge")
+    assert (kept["plan"]["kernels"], kept["workload"]["lora"]["dropout"]) == ("forge", 0.1)
+    return adapter(folder / "forge")
+
+
+@pytest.mark.timeout(600)
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(step=st.integers(1, NUM_STEPS - 1), number=st.sampled_from([signal.SIGTERM, signal.SIGKILL]))
+def test_forges_layers_resume_at_any_step_to_the_same_bits(
+    folder: Path, whole_by_forge: bytes, step: int, number: signal.Signals
+) -> None:
+    """Stopped after the step, or killed in it and resumed from the checkpoint before."""
+    out = folder / f"forge-{step}-{number.name}"
+    shutil.rmtree(out, ignore_errors=True)  # hypothesis may draw it again
+    ended = run(folder, out.name, *FORGE, fault="signal_in_step", STOP_STEP=str(step), STOP_SIGNAL=str(int(number)))
+    assert ended.returncode == (-number if number == signal.SIGKILL else 128 + number), ended.stderr
+    done = run(folder, out.name, *FORGE)
+    assert done.returncode == 0, done.stderr
+    assert adapter(out) == whole_by_forge
+    assert record(out)["losses"] == record(folder / "forge")["losses"]
+    kept = step if number == signal.SIGTERM else (step - 1) // SAVE_EVERY * SAVE_EVERY
+    assert kept == 0 or [resume["step"] for resume in record(out)["resumes"]] == [kept]
+
+
+def test_masks_that_depend_on_what_was_drawn_before_are_seen_in_a_resume(folder: Path) -> None:
+    """Why equality to the bit shows something: without the counter a resume is another run."""
+    fault = "masks_in_the_order_drawn"
+    assert run(folder, "drawn", *FORGE, fault=fault).returncode == 0
+    where = {"STOP_STEP": "7", "STOP_SIGNAL": str(int(signal.SIGTERM))}
+    assert run(folder, "drawn-stopped", *FORGE, fault="masks_in_the_order_drawn_and_stopped", **where).returncode == 143
+    assert run(folder, "drawn-stopped", *FORGE, fault=fault).returncode == 0
+    assert adapter(folder / "drawn-stopped") != adapter(folder / "drawn")
 
 
 @pytest.mark.slow
