@@ -14,7 +14,7 @@ WORKLOADS = Path(__file__).resolve().parents[2] / "workloads"
 
 
 def find_config(source: str | Path) -> Path:
-    """The absolute path of a config's file: one that is named, or one of :data:`WORKLOADS` by its name.
+    """A config's file: one that is named, as it was typed, or one of :data:`WORKLOADS` by its name.
 
     Raises :class:`ConfigurationError` for what is no config, with what it is instead: a run, a folder, plans.
     """
@@ -22,7 +22,7 @@ def find_config(source: str | Path) -> Path:
     with contextlib.suppress(OSError, ValueError):  # a name too long, or with a NUL in it
         if path.is_file():
             _refuse_other_files(path)
-            return path.absolute()
+            return path
         if str(source) and path.is_dir():
             _refuse_folder(path)
     known = sorted(p.stem for p in WORKLOADS.glob("*.yaml") if "." not in p.stem)

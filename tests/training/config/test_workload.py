@@ -293,6 +293,13 @@ def test_paths_in_the_file_are_relative_to_it_and_overrides_to_the_current_direc
     assert load_workload(path, ["data.train=other.jsonl"]).data.train == str(elsewhere / "other.jsonl")
 
 
+def test_an_error_names_the_file_as_it_was_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.yaml").write_text("name: w\ndata: {documents: embedded, sampl: 1}\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigurationError, match=r"^mine\.yaml: 1 error"):
+        load_workload("mine.yaml")
+
+
 def test_the_digest_changes_with_the_mathematics_and_not_with_paths_or_output(tmp_path: Path) -> None:
     path = write(tmp_path, MINIMAL)
     digest = load_workload(path).digest()
