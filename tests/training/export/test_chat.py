@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
@@ -263,6 +264,34 @@ def test_sampling_is_set_within_a_conversation_and_a_wrong_setting_changes_nothi
     assert sum(line.startswith("no setting ") for line in said) == 2
 
 
+def test_ctrl_c_stops_the_answer_and_not_the_conversation() -> None:
+    settings = Settings(max_tokens=400, gpu_layers=0)
+    whole, _ = talk(["Who counts the ships?"], settings)
+    presses, written, said = [1], list[str](), list[str]()
+    waiting = iter(["Who counts the ships?", None, "And then?", "/quit"])
+
+    def write(text: str) -> None:
+        written.append(text)
+        if presses:  # while the first answer comes
+            presses.pop()
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def read_line() -> str:
+        line = next(waiting)
+        if line is None:  # and once at the prompt
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        return str(line)
+
+    before = signal.getsignal(signal.SIGINT)
+    chat([(gguf_file("f16"), settings, None)], read_line=read_line, write=write, say=said.append)
+    assert said.count("(stopped)") == 1
+    assert "/quit or Ctrl-D leaves" in said
+    stopped = "".join(written).partition("\n\n")[0]
+    assert len(stopped) < len("".join(whole)) / 2
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_help_lists_every_command_and_an_unknown_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = asked_with(monkeypatch)
     _, said = talk(["/help", "/nonsense now", "/exit"], SHORT)
@@ -331,38 +360,6 @@ def test_one_answer_as_json_names_model_and_settings(run_dir: Path) -> None:
     assert answer["sampling"]["temperature"] == 0.2
     refused = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert (refused.returncode, json.loads(refused.stdout)["exit_code"]) == (2, 2)
-
-
-@pytest.mark.slow
-def test_ctrl_c_stops_the_answer_and_not_the_conversation(run_dir: Path) -> None:
-    ours, theirs = pty.openpty()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "dumb"}
-    command = [sys.executable, "-m", "forge.training", "chat", str(run_dir), "--max-tokens", "450"]
-    process = subprocess.Popen(
-        command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True
-    )
-    os.close(theirs)
-    text = ""
-
-    def read_until(mark: str) -> None:
-        nonlocal text
-        begin = len(text)
-        while mark not in text[begin:]:
-            text += os.read(ours, 65536).decode("utf-8", "replace")
-
-    read_until("> ")
-    os.write(ours, b"Who counts the ships?\r")
-    read_until("?\r\n")
-    text += os.read(ours, 1).decode("utf-8", "replace")  # it has begun to answer
-    process.send_signal(signal.SIGINT)
-    read_until("(stopped)")
-    read_until("> ")
-    process.send_signal(signal.SIGINT)
-    read_until("/quit or Ctrl-D leaves")
-    read_until("> ")
-    os.write(ours, b"/quit\r")
-    assert process.wait(timeout=60) == 0, text
-    os.close(ours)
 
 
 @pytest.mark.slow
