@@ -300,7 +300,6 @@ def train(
     """Train an adapter. The same command again resumes a run that was stopped, and leaves a complete one as it is."""
     from forge.training.backends import load_plan
     from forge.training.config.workload import load_workload
-    from forge.training.planner.planner import parse_gib, plan_run
     from forge.training.system.command import make_plain
     from forge.training.system.errors import GpuMemoryError
     from forge.training.system.files import beside
@@ -325,10 +324,13 @@ def train(
             display.show_evaluation,
             display.show_sample,
         )
-        plans, gib, planned = plan or [], None if budget is None else parse_gib(budget, "--budget"), None
-        if gib is not None:
+        plans, planned, budget_bytes = plan or [], None, None
+        if budget is not None:
+            from forge.training.planner.planner import parse_gib, plan_run
+
+            gib = parse_gib(budget, "--budget")
             planned = plan_run(workload, overrides or [], chosen, plans, budget_gib=gib, announce=display.announce)
-            plans = [*plans, *planned.changes]
+            plans, budget_bytes = [*plans, *planned.changes], int(gib * 2**30)
         check_first = None
         if not no_check:
             from forge.training.checks.check import questions_before_training
@@ -345,7 +347,7 @@ def train(
                 force=force,
                 check_first=check_first,
                 continued=continue_run,
-                budget_bytes=None if gib is None else int(gib * 2**30),
+                budget_bytes=budget_bytes,
             )
         except GpuMemoryError as error:
             smaller = load_plan(loaded, chosen, plans).smaller(loaded)
