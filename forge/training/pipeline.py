@@ -20,7 +20,7 @@ from forge.training.evaluation.evaluate import (
     has_anything_to_evaluate,
     stored_evaluation,
 )
-from forge.training.evaluation.record import Evaluation, FactAnswer
+from forge.training.evaluation.record import Evaluation, FactAnswer, load_evaluation
 from forge.training.export.chat import Settings, open_conversation
 from forge.training.export.disk_space import peak_disk_bytes
 from forge.training.models.weights import read_weights
@@ -184,7 +184,7 @@ def _ask_all(workload: Workload, run_dir: Path) -> list[dict[str, Any]]:
 def _judge(workload: Workload, run_dir: Path, outcome: Outcome) -> None:
     """Say in ``outcome`` what the run has proven, and what is wrong where the config insists on it."""
     path = run_dir / "evaluation.json"
-    evaluation = Evaluation.model_validate(read_json_object(path)) if path.is_file() else None
+    evaluation = load_evaluation(path, remedy=f"forge evaluate {run_dir} --force") if path.is_file() else None
     outcome.base_answers = {row.question: row.answer for row in _rows(evaluation, "base")}
     wrong = find_faults(workload.evaluation, evaluation, outcome.answers)
     files = counted(len(list((run_dir / "export").glob("*.gguf"))), "GGUF file")
@@ -193,6 +193,8 @@ def _judge(workload: Workload, run_dir: Path, outcome: Outcome) -> None:
         loss = f"; held-out loss {pair[0]:.3f} -> {pair[1]:.3f} nats per token"
         best = completed_record(run_dir).losses.best_step
         loss += f" (best checkpoint: step {best})" if best is not None else ""
+    if evaluation is not None and (pair := _change(evaluation, "general_nats_per_token")) is not None:
+        loss += f"; on general text {pair[0]:.3f} -> {pair[1]:.3f}"
     if not workload.evaluation.facts:
         outcome.verdict = f"done: {files}, verified; no facts to ask (evaluation.facts){loss}"
     elif wrong and workload.evaluation.require_facts:
@@ -245,7 +247,11 @@ def _rows(evaluation: Evaluation | None, subject: str) -> list[FactAnswer]:
 
 def _loss_change(evaluation: Evaluation) -> tuple[float, float] | None:
     """Held-out nats per token of the base and of what is exported; ``None`` where nothing was held out."""
-    losses = {row.subject: row.nats_per_token for row in evaluation.subjects}
+    return _change(evaluation, "nats_per_token")
+
+
+def _change(evaluation: Evaluation, figure: str) -> tuple[float, float] | None:
+    losses: dict[str, float | None] = {row.subject: getattr(row, figure) for row in evaluation.subjects}
     before, after = losses.get("base"), losses.get("merged", losses.get("adapter"))
     return None if before is None or after is None else (before, after)
 

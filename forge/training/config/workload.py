@@ -237,7 +237,7 @@ class EvaluationSection(_Section):
     max_new_tokens: Positive = 64
     """of each answer"""
     forgetting: bool = True
-    """the loss on general text too, before and after training: about 2,500 tokens for each model"""
+    """the loss on general text too, before and after training: about 3,000 tokens for each model"""
     facts: tuple[Fact, ...] = Field(default=(), strict=False)
     """[{question: ..., answer: ...}], found where a reply holds its words; known: true: by the base too"""
     min_facts: Annotated[int, Field(ge=0)] | None = None
