@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from forge.training.checks import max_context as context
+from forge.training.planner import short_run
 
 GIB = 1 << 30
 TOKEN_BYTES = 10 << 20
@@ -49,7 +50,7 @@ def memory(device: Any = None) -> tuple[int, int]:
 def pretend() -> None:
     """Put the made-up allocator in the place of CUDA's."""
     real = torch.cuda.is_available
-    torch.cuda.is_available = lambda: sys._getframe(1).f_code.co_filename == context.__file__ or real()
+    torch.cuda.is_available = lambda: sys._getframe(1).f_code.co_filename == short_run.__file__ or real()
     torch.cuda.empty_cache = torch.cuda.reset_peak_memory_stats = torch.cuda.synchronize = lambda: None
     torch.cuda.max_memory_reserved = peak
     torch.cuda.memory_reserved = torch.cuda.memory_allocated = lambda: GIB
