@@ -130,7 +130,7 @@ def test_nothing_that_is_there_is_overwritten(tmp_path: Path, there: str) -> Non
         ("docs", "a.plans.yaml", None, ConfigurationError, "no name of a config"),
         ("docs", "folder.yaml", None, DiskError, "is a directory"),
         ("docs", "mine.yaml", "qwen3", ConfigurationError, "no directory qwen3"),
-        ("docs", "mine.yaml", "./absent", ConfigurationError, "no directory ./absent"),
+        ("docs", "mine.yaml", "./absent", ConfigurationError, "no directory absent"),
     ],
 )
 def test_what_cannot_be_done_is_one_message_and_leaves_nothing(

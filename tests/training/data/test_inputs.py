@@ -21,6 +21,7 @@ from forge.training.data.preview import preview_workload
 from forge.training.data.questions import question_ids
 from forge.training.data.records import Message, Record
 from forge.training.evaluation.bench import prepare_bench
+from forge.training.models.weights import read_weights
 from forge.training.system.errors import DataError
 from tests.support.records import make_record
 from tests.support.similarity import jaccard
@@ -143,7 +144,10 @@ def test_a_resume_on_another_day_trains_the_date_of_the_first(tmp_path: Path, mo
     assert again.train.sha256 == first.train.sha256
     assert again.described.template_date == "2030-12-31"
     bench = prepare_bench(
-        make_record(inputs=first.described.model_dump(), base_path=str(base), workload=ASKING), tmp_path, base, None
+        make_record(inputs=first.described.model_dump(), base_path=str(base), workload=ASKING),
+        tmp_path,
+        read_weights(base),
+        None,
     )
     asked = question_ids(bench.encoder, "How many?", None).tolist()
     assert "31 Dec 2030" in bench.tokenizer.decode(asked)
